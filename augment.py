@@ -1,0 +1,386 @@
+"""Boxes and masks -> views: the region augmentations of the paper's section 4.1, the composite of Eq. 8, colour.
+
+    python augment.py --data coco --root data/coco --out views.png      a contact sheet: look before you train
+
+Everything is batched and runs on the device of its inputs, without a loop over images and without reading a value
+back. Images are (B, 3, H, W), normalised, so that 0 is the data set's mean colour; boxes (B, K, 4) float32 xyxy in pixels
+of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visible: an augmented view is image * mask.
+`size` is (H, W) everywhere. Every random function draws from the `generator` it is given.
+"""
+import argparse
+import math
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from data import (Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals, error_exit, make_loader,
+                  open_images)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in every checkpoint that we compare with
+
+
+# --------------------------------------------------------------------------------------------------- rectangles, masks
+
+def uniform(shape, low, high, like, generator=None):
+    """U(low, high) of `shape` on the device of `like`, float32."""
+    return low + (high - low) * torch.rand(shape, generator=generator, device=like.device)
+
+
+def whole_pixels(boxes, size):
+    """R_i: boxes (..., 4) rounded to whole pixels and clipped to the image; float32 that holds integers."""
+    height, width = size
+    limit = boxes.new_tensor([width, height, width, height])
+    return torch.minimum((boxes + 0.5).floor().clamp(min=0), limit)  # not round(): half to even would not commute with a shift
+
+
+def rectangle_mask(rectangles, size):
+    """(..., H, W) bool: the pixels of each whole-pixel rectangle (..., 4)."""
+    height, width = size
+    y, x = (torch.arange(n, device=rectangles.device) for n in size)
+    x1, y1, x2, y2 = rectangles[..., None].unbind(-2)
+    rows, columns = (y >= y1) & (y < y2), (x >= x1) & (x < x2)
+    return rows[..., :, None] & columns[..., None, :]
+
+
+def boxes_mask(boxes, size):
+    """Eq. 6: m, (B, 1, H, W), 1 in the union of the boxes (B, K, 4)."""
+    return rectangle_mask(whole_pixels(boxes, size), size).any(1, keepdim=True).float()
+
+
+# ------------------------------------------------------------------------------------- region augmentations (section 4.1)
+
+def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generator=None):
+    """PRC, section 4.1: cut a part out of every proposal, from the largest proposal to the smallest.
+
+    For box i, with c the share of its pixels R_i that is hidden already: if c > threshold, R_i is recovered (made visible)
+    and c = 0. Then s ~ U(share), an area share; if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect ratio is
+    hidden, placed uniformly inside R_i. The subtraction is not in the paper: from the authors' follow-up (ICLR 2024).
+
+    Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one is unchanged."""
+    size, dtype = mask.shape[-2:], mask.dtype
+    boxes = whole_pixels(boxes, size)
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    boxes = boxes.gather(1, area.argsort(dim=1, descending=True, stable=True)[..., None].expand_as(boxes))
+    draws = torch.rand((3, *boxes.shape[:2]), generator=generator, device=boxes.device)
+    visible = mask[:, 0] > 0.5
+    for i in range(boxes.shape[1]):
+        box = boxes[:, i]
+        region = rectangle_mask(box, size)
+        corner, extent = box[:, :2], box[:, 2:] - box[:, :2]
+        hidden = 1 - (region & visible).sum((1, 2)) / extent.prod(1).clamp(min=1)
+        recover = hidden > threshold
+        visible = visible | (region & recover[:, None, None])
+        s = share[0] + (share[1] - share[0]) * draws[0, :, i] - hidden.masked_fill(recover, 0)
+        cut = (extent * s.clamp(min=0).sqrt()[:, None]).round()
+        place = corner + (draws[1:, :, i].T * (extent - cut + 1)).floor().minimum(extent - cut)
+        visible = visible & ~rectangle_mask(torch.cat([place, place + cut], 1), size)
+    return visible[:, None].to(dtype)
+
+
+def proposal_random_mask(boxes, size, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3), reading="reveal", generator=None):
+    """PRM, section 4.1: which of the proposals' surroundings are seen, from random directions.
+
+    Each box has one rectangle of area s|R_i|, s ~ U(scale), aspect (width / height) log-uniform in `ratio`, centred on
+    the border of R_i in a uniformly random direction from its centre. reading="reveal" (the literal one: "add partial
+    background information"): visible are the boxes and the rectangles. reading="hide": visible is all but those
+    rectangles outside the boxes.
+
+    Args: boxes (B, K, 4); size (H, W). Returns the mask (B, 1, H, W), 1 = visible."""
+    if reading not in ("reveal", "hide"):
+        raise ValueError(f"reading {reading!r}: reveal or hide")
+    boxes = whole_pixels(boxes, size)
+    extent, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., 2:] + boxes[..., :2]) / 2
+    shape = boxes.shape[:2]
+    area = extent.prod(-1) * uniform(shape, *scale, boxes, generator)
+    aspect = uniform(shape, math.log(ratio[0]), math.log(ratio[1]), boxes, generator).exp()
+    angle = uniform(shape, 0, 2 * math.pi, boxes, generator)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    reach = (extent / 2 / direction.abs().clamp(min=1e-6)).amin(-1, keepdim=True)  # from the centre to the border
+    half = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], -1) / 2
+    spot = centre + reach * direction
+    rectangles = boxes_mask(torch.cat([spot - half, spot + half], -1), size)
+    inside = boxes_mask(boxes, size)
+    return torch.maximum(inside, rectangles if reading == "reveal" else 1 - rectangles)
+
+
+def restricted_box_jitter(boxes, size, generator=None):
+    """RBJ, section 4.1: jittered boxes (B, K, 4) that are never larger than the original: width and height x U(0.8, 1),
+    centre shifted by U(-0.1, 0.1) of the side, clipped to the view `size` (H, W)."""
+    low, high = boxes.new_tensor([0.8, 0.8, -0.1, -0.1]), boxes.new_tensor([1.0, 1.0, 0.1, 0.1])
+    return _jitter(boxes, size, uniform(boxes.shape, low, high, boxes, generator))
+
+
+def box_jitter(boxes, size, generator=None, p=0.5):
+    """Not in the paper: SoCo's box jitter, for Table 5. With probability p a box (B, K, 4) has its centre shifted and its
+    sides scaled by up to 10 % of the side; clipped to the view `size` (H, W)."""
+    low, high = boxes.new_tensor([0.9, 0.9, -0.1, -0.1]), boxes.new_tensor([1.1, 1.1, 0.1, 0.1])
+    chosen = torch.rand(boxes.shape[:2] + (1,), generator=generator, device=boxes.device) < p
+    return torch.where(chosen, _jitter(boxes, size, uniform(boxes.shape, low, high, boxes, generator)), boxes)
+
+
+def _jitter(boxes, size, draws):
+    """Boxes with sides scaled by draws[..., :2] and centres moved by draws[..., 2:] of the side, clipped."""
+    extent, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., 2:] + boxes[..., :2]) / 2
+    half, centre = extent * draws[..., :2] / 2, centre + extent * draws[..., 2:]
+    limit = boxes.new_tensor([size[1], size[0]] * 2)
+    return torch.minimum(torch.cat([centre - half, centre + half], -1).clamp(min=0), limit)
+
+
+def random_cutout(mask, boxes, share=(0.1, 0.3), p=0.5, generator=None):
+    """Not in the paper: SoCo's random cutout, for Tables 5 and 6. With probability p a box (B, K, 4) loses a square of
+    area share U(share), centred uniformly in the box. Returns the new mask (B, 1, H, W)."""
+    size = mask.shape[-2:]
+    boxes = whole_pixels(boxes, size)
+    extent = boxes[..., 2:] - boxes[..., :2]
+    draws = torch.rand((4, *boxes.shape[:2]), generator=generator, device=boxes.device)
+    side = (extent.prod(-1) * (share[0] + (share[1] - share[0]) * draws[0])).sqrt() * (draws[1] < p)
+    centre = boxes[..., :2] + draws[2:].permute(1, 2, 0) * extent
+    half = side[..., None] / 2
+    square = torch.cat([torch.maximum(centre - half, boxes[..., :2]), torch.minimum(centre + half, boxes[..., 2:])], -1)
+    return mask * (1 - boxes_mask(square, size))
+
+
+# ------------------------------------------------------------------------------------- de-positioning (section 4.2, Eqs. 6-8)
+
+def shift_boxes(boxes, size, generator=None):
+    """b^ = b + t: all boxes (B, K, 4) of an image move by one integer offset t, uniform over those that keep every box
+    inside the view `size` (H, W). Returns the shifted boxes (B, K, 4) and t (B, 2) int64, (dx, dy)."""
+    low = -boxes[..., :2].amin(1).floor()
+    high = boxes.new_tensor([size[1], size[0]]) - boxes[..., 2:].amax(1).ceil()
+    draw = torch.rand(low.shape, generator=generator, device=boxes.device)
+    offset = low + (draw * (high - low + 1)).floor().minimum(high - low).clamp(min=0)
+    return boxes + offset.repeat(1, 2)[:, None], offset.long()
+
+
+def shift_pixels(images, offset):
+    """Images (B, C, H, W) moved by offset (B, 2) integer (dx, dy); 0 comes in from outside."""
+    batch, _, height, width = images.shape
+    y = torch.arange(height, device=images.device) - offset[:, 1:]
+    x = torch.arange(width, device=images.device) - offset[:, :1]
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    image = torch.arange(batch, device=images.device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[image, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
+    return (moved * inside[..., None]).permute(0, 3, 1, 2)
+
+
+def composite(images, mask, backgrounds, shifted_mask, offset):
+    """Eq. 8: x3 = C(x2, m, x_b, m^): the foreground of `images` under `mask`, moved by t, pasted on `backgrounds` where
+    `shifted_mask` is 1; an exact pixel copy.
+
+    Args: images, backgrounds (B, 3, H, W); mask, shifted_mask (B, 1, H, W); offset (B, 2) integer dx, dy."""
+    pasted = (shift_pixels(mask, offset) * shifted_mask) > 0.5
+    return torch.where(pasted, shift_pixels(images, offset), backgrounds)
+
+
+# -------------------------------------------------------------------------------------------------------------- colour
+
+class Colour(NamedTuple):
+    """Not in the paper: MoCo v2's colour augmentation, as in DenseCL's COCO recipe."""
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # of a full turn
+    p_jitter: float = 0.8
+    p_grey: float = 0.2
+    p_blur: float = 0.5
+    sigma: tuple = (0.1, 2.0)  # of the blur, in pixels at 224; scaled with the view
+
+
+LUMA = (0.299, 0.587, 0.114)
+RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+
+
+def colour_augment(images, colour=Colour(), generator=None):
+    """Colour jitter, random grey and Gaussian blur, each sample with its own draws.
+
+    Brightness, contrast, saturation, hue (a rotation in YIQ) and grey, in this fixed order, are affine in a pixel's colour:
+    one 3x3 matrix and offset a sample, one product; contrast's pivot, the mean grey after brightness, is known beforehand from
+    the mean colour. One final clamp. Blur is one product with a band matrix along each axis.
+
+    Args: images (B, 3, H, W) in [0, 1]. Returns the same shape, in [0, 1]."""
+    batch = images.shape[0]
+    matrix, offset = colour_transform(images.mean((2, 3)), colour, generator)
+    pixels = images.permute(0, 2, 3, 1).reshape(batch, -1, 3)
+    pixels = torch.baddbmm(offset[:, None], pixels, matrix.transpose(1, 2)).clamp(0, 1)
+    return blur(pixels.view(batch, *images.shape[2:], 3), colour, generator).permute(0, 3, 1, 2)
+
+
+def colour_transform(mean, colour=Colour(), generator=None):
+    """Matrix (B, 3, 3) and offset (B, 3) of each sample's colour jitter; `mean` (B, 3) is its mean colour."""
+    batch = mean.shape[0]
+    u = torch.rand((6, batch), generator=generator, device=mean.device)
+    jitter = u[4] < colour.p_jitter
+    brightness, contrast, saturation = (torch.where(jitter, 1 + strength * (2 * u[i] - 1), 1.0)
+                                        for i, strength in enumerate(colour[:3]))
+    angle = torch.where(jitter, 2 * math.pi * colour.hue * (2 * u[3] - 1), 0.0)
+    saturation = saturation.masked_fill(u[5] < colour.p_grey, 0.0)
+    luma, identity = mean.new_tensor(LUMA), torch.eye(3, device=mean.device)
+    to_yiq = mean.new_tensor(RGB_TO_YIQ)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    turn = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], -1).view(batch, 3, 3)
+    hue = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    saturate = saturation.view(-1, 1, 1) * identity + (1 - saturation).view(-1, 1, 1) * luma.expand(3, 3)
+    grey = (mean @ luma) * brightness * (1 - contrast)  # the pivot's share, the same in all three channels
+    recolour = hue @ saturate
+    return recolour * (brightness * contrast).view(-1, 1, 1), (recolour @ grey.view(-1, 1, 1).expand(-1, 3, 1))[..., 0]
+
+
+def blur(pixels, colour=Colour(), generator=None):
+    """Gaussian blur with probability colour.p_blur, sigma uniform in colour.sigma; pixels (B, H, W, C)."""
+    batch, height, width, channels = pixels.shape
+    u = torch.rand((2, batch), generator=generator, device=pixels.device)
+    sigma = (colour.sigma[0] + (colour.sigma[1] - colour.sigma[0]) * u[0]) * width / 224
+    sigma = torch.where(u[1] < colour.p_blur, sigma, 1e-3).view(-1, 1, 1)  # so narrow that it is the identity
+
+    def band(n):  # (B, n, n): row i holds the weights of output pixel i; at the border they are renormalised
+        i = torch.arange(n, device=pixels.device, dtype=torch.float32)
+        weight = torch.exp(-((i[:, None] - i) / sigma) ** 2 / 2)
+        return weight / weight.sum(2, keepdim=True)
+    pixels = torch.bmm(band(height), pixels.reshape(batch, height, -1)).view(batch, height, width, channels)
+    return torch.matmul(band(width)[:, None], pixels)
+
+
+def normalise(images):
+    """[0, 1] RGB (B, 3, H, W) -> zero mean, unit variance a channel."""
+    return (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the views
+
+class Views(NamedTuple):
+    """What D3SSL.forward reads and a contact sheet shows. `boxes` made the masks; `rois`, jittered, are what RoIAlign reads.
+    What de-positioning makes (m_hat, x3, boxes3, rois3) is None without it."""
+    x1: torch.Tensor         # (B, 3, H, W) view 1
+    x2: torch.Tensor         # (B, 3, H, W) view 2; the teacher sees it as it is
+    x1_hat: torch.Tensor     # (B, 3, H, W) Eq. 2
+    x2s_hat: torch.Tensor    # (B, 3, H/2, W/2) Eq. 2
+    m_hat: torch.Tensor      # (B, 1, H, W) Eq. 7
+    x3: torch.Tensor         # (B, 3, H, W) Eq. 8
+    boxes1: torch.Tensor     # (B, K, 4) b_i in x1
+    boxes2: torch.Tensor     # (B, K, 4) b_i in x2; halved, in x2s
+    boxes3: torch.Tensor     # (B, K, 4) b^_i in x3
+    rois1: torch.Tensor      # (B, K, 4)
+    rois2: torch.Tensor      # (B, K, 4)
+    rois3: torch.Tensor      # (B, K, 4)
+
+
+AUGS = ("prc", "prm", "rbj", "cutout", "jitter")
+
+
+def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", depositioning=True, generator=None, colour=Colour()):
+    """Section 4: from what the loader brings to what the encoders see, on the batch's device.
+
+    Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); augs: any of AUGS; prm: reveal | hide.
+    Returns Views."""
+    view1, view2, boxes1, boxes2 = batch
+    size = view1.shape[1:3]
+    x1, x2 = (normalise(colour_augment(view.permute(0, 3, 1, 2).float() / 255, colour, generator)) for view in (view1, view2))
+    x2s = F.avg_pool2d(x2, 2)
+    x1_hat = x1 * region_mask(boxes1, size, augs, prm, generator)                                      # Eq. 2
+    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, generator, second=True)
+    m_hat = x3 = boxes3 = None
+    if depositioning:
+        m = boxes_mask(boxes2, size)                                                                   # Eq. 6
+        boxes3, offset = shift_boxes(boxes2, size, generator)
+        m_hat = proposal_random_cutout(shift_pixels(m, offset), boxes3, generator=generator)           # Eq. 7
+        x3 = composite(x2, m, x2.roll(-1, 0), m_hat, offset)                                           # Eq. 8
+    rois = (None if boxes is None else jitter(boxes, size, augs, generator) for boxes in (boxes1, boxes2, boxes3))
+    return Views(x1, x2, x1_hat, x2s_hat, m_hat, x3, boxes1, boxes2, boxes3, *rois)
+
+
+def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):
+    """The mask (B, 1, H, W) of Eq. 2 for one view: the product of PRC's and PRM's, as far as `augs` names them. SoCo's
+    cutout acts on the second view only."""
+    mask = boxes.new_ones((len(boxes), 1, *size))
+    if "prc" in augs:
+        mask = proposal_random_cutout(mask, boxes, generator=generator)
+    if "cutout" in augs and second:
+        mask = random_cutout(mask, boxes, generator=generator)
+    if "prm" in augs:
+        mask = mask * proposal_random_mask(boxes, size, reading=prm, generator=generator)
+    return mask
+
+
+def jitter(boxes, size, augs, generator=None):
+    """RBJ or SoCo's jitter, whichever `augs` names, or the boxes as they are."""
+    if "rbj" in augs:
+        return restricted_box_jitter(boxes, size, generator)
+    return box_jitter(boxes, size, generator) if "jitter" in augs else boxes
+
+
+def parse_augs(text):
+    """'prc,prm,rbj' -> a tuple of names out of AUGS, in their order; 'none' -> (). Raises UserError."""
+    names = [] if text == "none" else text.split(",")
+    for name in names:
+        if name not in AUGS:
+            raise UserError(f"--augs {text}: {name or 'an empty name'} is none of {', '.join(AUGS)}, none")
+    if {"rbj", "jitter"} <= set(names):
+        raise UserError("--augs: rbj and jitter are two jitters of the same boxes, name one of them")
+    return tuple(name for name in AUGS if name in names)
+
+
+# ---------------------------------------------------------------------------------------------------- the contact sheet
+
+COLOURS = ("#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f", "#ff8c1a", "#b18cff", "#ffffff", "#ff5050")
+
+
+def contact_sheet(views, tile=224):
+    """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^, x3, with the boxes drawn and numbered."""
+    std, mean = (torch.tensor(v).view(3, 1, 1) for v in (STD, MEAN))
+    columns = [("x1", views.x1, views.boxes1), ("x2", views.x2, views.boxes2), ("x1^ (Eq. 2)", views.x1_hat, views.boxes1),
+               ("x2s^ (Eq. 2)", views.x2s_hat, views.boxes2 / 2), ("m^ (Eq. 7)", views.m_hat, views.boxes3),
+               ("x3 (Eq. 8)", views.x3, views.boxes3)]
+    gap, head, rows = 4, 18, len(views.x1)
+    sheet = Image.new("RGB", (len(columns) * (tile + gap) + gap, rows * (tile + gap) + head), "#303030")
+    draw = ImageDraw.Draw(sheet)
+    for c, (title, images, boxes) in enumerate(columns):
+        left = gap + c * (tile + gap)
+        draw.text((left + 2, 3), title, fill="white")
+        pixels = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images * std + mean
+        scale = tile / images.shape[-1]
+        for r in range(rows):
+            top = head + r * (tile + gap)
+            array = (pixels[r].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+            sheet.paste(Image.fromarray(array).resize((tile, tile), Image.NEAREST), (left, top))
+            for k, (x1, y1, x2, y2) in enumerate((boxes[r] * scale).tolist()):
+                ink = COLOURS[k % len(COLOURS)]
+                draw.rectangle([left + x1, top + y1, left + x2 - 1, top + y2 - 1], outline=ink, width=2)
+                draw.rectangle([left + x1, top + y1, left + x1 + 10, top + y1 + 12], fill=ink)
+                draw.text((left + x1 + 3, top + y1), str(k + 1), fill="black")
+    return sheet
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=("scenes", "coco", "folder"), default="scenes")
+    parser.add_argument("--root", help="the data set's folder (default data/DATA)")
+    parser.add_argument("--out", default="views.png")
+    parser.add_argument("--rows", type=int, default=6, help="images to show")
+    parser.add_argument("--boxes", type=int, default=4, help="K, boxes an image")
+    parser.add_argument("--augs", type=parse_augs, default=AUGS[:3], help="as in d3ssl.py")
+    parser.add_argument("--prm", choices=("reveal", "hide"), default="reveal")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    images = open_images(args.data, args.root)
+    if args.data == "scenes":
+        some = Scenes(number=args.rows)
+    else:
+        chosen = np.random.default_rng(args.seed).permutation(len(images))[:args.rows]
+        some = Images(images.root, images.names[chosen])
+    with tempfile.TemporaryDirectory() as folder:
+        compute_proposals(some, folder, workers=2)
+        views = TwoViews(some, Proposals(folder), some.size, args.boxes, seed=args.seed)
+        batch = next(iter(make_loader(views, [[(0, i) for i in range(len(views))]], workers=0)))
+    generator = torch.Generator().manual_seed(args.seed)
+    sheet = contact_sheet(make_views(batch, args.augs, args.prm, generator=generator))
+    with atomic(args.out) as file:
+        sheet.save(file, "PNG")
+    print(f"wrote {args.out}: {len(views)} images, {sheet.width} x {sheet.height} pixels")
+
+
+if __name__ == "__main__":
+    error_exit(main)

@@ -1,0 +1,693 @@
+"""Images, labelled boxes, proposals on disk; the loaders; the dataset builders.
+
+    python data.py scenes --out DIR --n 800                      the embedded data set as files, in COCO's layout
+    python data.py proposals --data coco --root data/coco        selective search, parallel and resumable
+
+Proposals on disk are a folder that any other source of boxes can write as well:
+
+    names.txt      one image a line, relative to the folder of images, UTF-8
+    offsets.npy    (N + 1,) int64: image i owns rows offsets[i] to offsets[i + 1] of boxes.npy
+    boxes.npy      (M, 4) float32, xyxy in pixels of the image as a viewer shows it, x2 and y2 exclusive
+    settings.json  {"method": NAME}; a NAME that is not ours is trained on as it is, ours is recomputed if a setting
+                   differs, never mixed
+
+Boxes are (K, 4) float32 xyxy in pixels, x2/y2 exclusive, here as everywhere in this project. The randomness of a
+sample is a function of (seed, epoch, image index), so it does not depend on workers, ranks or an interruption.
+"""
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+
+
+# ------------------------------------------------------------------------------------------- errors, files, progress
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line that names the thing and the cure."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors: one line, exit code 2, no usage text."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def error_exit(main):
+    """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)):  # every rank fails alike: let the first one speak, torchrun ends the others
+            time.sleep(2)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+@contextmanager
+def atomic(path, mode="wb", tmp=None):
+    """Open a file that appears at `path` whole or not at all: written beside it, flushed to disk, renamed."""
+    path = Path(path)
+    tmp = Path(tmp or f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def duration(seconds):
+    """Seconds as people say them: '42 s', '3 min 20 s', '5 h 12 min'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+class Progress:
+    """Prints 'what: done/total, rate, time left': one line that renews itself on a terminal, else every 10 s."""
+
+    def __init__(self, what, total, unit="images", done=0):
+        self.what, self.total, self.unit, self.first = what, total, unit, done
+        self.start = self.shown = time.monotonic()
+        self.terminal = sys.stdout.isatty()
+
+    def update(self, done):
+        now = time.monotonic()
+        if done < self.total and now - self.shown < (0.5 if self.terminal else 10):
+            return
+        self.shown = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = duration((self.total - done) / rate) + " left" if 0 < rate and done < self.total else \
+            f"done in {duration(now - self.start)}"
+        end = "\r" if self.terminal and done < self.total else "\n"
+        print(f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, {left}   ", end=end, flush=True)
+
+
+def rng(*key):
+    """A numpy generator that is a function of the integers `key`."""
+    return np.random.default_rng(key)
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+def read_image(path):
+    """(H, W, 3) uint8 RGB as a viewer shows the file: EXIF rotation applied; grey, CMYK and 16-bit converted.
+    Raises OSError if it cannot be read."""
+    data = np.fromfile(path, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
+    if image is None:  # GIF, exotic TIFF and the like: slower, but reads more
+        try:
+            with Image.open(path) as picture:
+                image = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        except Exception as error:  # PIL raises a different class per format
+            raise OSError(f"{path}: {error}") from None
+    return image
+
+
+class Images:
+    """Image files under `root`, in the order of `names` ((N,) array of UTF-8 bytes: one flat buffer, so that worker
+    processes share it instead of copying a list of strings page by page)."""
+
+    def __init__(self, root, names, size=224):
+        self.root, self.size = Path(root), size
+        self.names = np.asarray([n.encode() if isinstance(n, str) else n for n in names], dtype="S")
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        return self.names[i].decode()
+
+    def read(self, i):
+        """(H, W, 3) uint8 RGB of image i. Raises OSError."""
+        return read_image(self.root / self.name(i))
+
+
+def list_images(root, folder=None):
+    """Sorted paths of the images below `root`, relative to it; hidden files and folders are passed over."""
+    found = []
+    for here, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [os.path.relpath(os.path.join(here, f), root) for f in files
+                  if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
+    if not found:
+        raise UserError(f"{root} holds no image: name a folder of images with --root")
+    return sorted(found)
+
+
+def open_images(data, root=None, split=None):
+    """The images of a data set; never reads an annotation.
+
+    Args: data: scenes | coco | folder; root: its folder (default data/DATA); split: coco: train2017 | val2017, scenes:
+    train | val. Raises UserError if the folder is missing or empty."""
+    root = Path(root or Path("data") / data)
+    if data == "scenes":
+        return Scenes(split or "train", root)
+    folder = root / (split or "train2017") if data == "coco" else root
+    if not folder.is_dir():
+        where = "download COCO 2017 (README, section COCO) or name its folder" if data == "coco" else "name a folder"
+        raise UserError(f"{folder} does not exist: {where} with --root")
+    return Images(folder, list_images(folder))
+
+
+# -------------------------------------------------------------------------------------------------- the embedded scenes
+
+SHAPES = ("disc", "square", "triangle", "star", "cross")
+TEXTURES = ("plain", "striped", "checked")
+SCENE_CATEGORIES = [f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES]
+
+
+class Scenes(Images):
+    """The embedded data set: pictures of 2-5 objects on textured backgrounds, rendered from (seed, split, index).
+
+    15 categories, each a shape with a texture and a loose colour: no single one of the three tells it. Labels and
+    masks are there for evaluation (`render`); `read` returns the picture alone, which is all that training sees."""
+
+    SIDE = 128
+    NUMBER = {"train": 800, "val": 200}
+
+    def __init__(self, split="train", root=None, number=None, seed=0):
+        if split not in self.NUMBER:
+            raise UserError(f"scenes has no split {split}: use train or val")
+        super().__init__(root or "data/scenes", [f"{split}-{i:06d}" for i in range(number or self.NUMBER[split])], 112)
+        self.split, self.seed = split, seed
+
+    def read(self, i):
+        return self.render(i)[0]
+
+    def render(self, i):
+        """Picture (128, 128, 3) uint8 RGB, boxes (n, 4), labels (n,) int64, masks (n, 128, 128) bool of what is visible."""
+        random = rng(self.seed, list(self.NUMBER).index(self.split), i)
+        canvas = _background(random, self.SIDE)
+        masks, labels, placed, number = [], [], [], random.integers(2, 6)
+        for side in sorted(random.uniform(36, 64 - 4 * (number - 2), number), reverse=True):
+            label = int(random.integers(len(SCENE_CATEGORIES)))
+            for _ in range(20):  # look for a place that hides little of the objects already there
+                x, y = random.uniform(side / 2, self.SIDE - side / 2, 2)
+                if all(np.hypot(x - x0, y - y0) > 0.42 * (side + side0) for x0, y0, side0 in placed):
+                    break
+            else:
+                continue
+            where, coverage, paint = _object(random, label, x, y, side)
+            canvas[where] += coverage * (paint - canvas[where])
+            solid = np.zeros((self.SIDE, self.SIDE), bool)
+            solid[where] = coverage[..., 0] > 0.5
+            masks = [old & ~solid for old in masks] + [solid]
+            placed.append((x, y, side))
+            labels.append(label)
+        boxes = np.float32([mask_box(mask) for mask in masks])
+        return canvas.clip(0, 255).astype(np.uint8), boxes, np.int64(labels), np.stack(masks)
+
+
+def mask_box(mask):
+    """The tight box [x1, y1, x2, y2] of a (H, W) boolean mask with at least one pixel set."""
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
+
+
+def _background(random, side):
+    """(side, side, 3) float32: two colours mixed by noise of several scales."""
+    noise = sum(amplitude * cv2.resize(random.normal(0, 1, (cells, cells)).astype(np.float32), (side, side),
+                                       interpolation=cv2.INTER_CUBIC)
+                for cells, amplitude in ((3, 1.0), (9, 0.6), (20, 0.3)))
+    share = 1 / (1 + np.exp(-1.5 * noise))[..., None]
+    one, two = random.uniform(30, 225, (2, 3)).astype(np.float32)
+    return one + share * (two - one)
+
+
+def _outline(shape):
+    """(n, 2) corners of a shape of radius 1 around the origin."""
+    def ring(n, radii=(1.0,), turn=0.0):
+        angle = turn + 2 * np.pi * np.arange(n) / n
+        return np.stack([np.sin(angle), -np.cos(angle)], 1) * np.resize(radii, n)[:, None]
+    if shape == "cross":
+        a, b = 0.33, 0.95
+        return np.float32([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a),
+                           (-b, -a), (-a, -a)])
+    return {"disc": ring(40, (0.9,)), "square": ring(4, (1.15,), np.pi / 4), "triangle": ring(3, (1.1,)),
+            "star": ring(10, (1.1, 0.5))}[shape]
+
+
+def _object(random, label, x, y, side):
+    """One object of `side` pixels centred at (x, y): the slices (rows, columns) of the canvas it lies in, its coverage
+    (h, w, 1) in [0, 1] there and its paint (h, w, 3)."""
+    texture, shape = SCENE_CATEGORIES[label].split()
+    angle, stretch = random.uniform(-0.45, 0.45), random.uniform(0.85, 1.0, 2)
+    turn = np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    corners = (_outline(shape) * stretch) @ turn.T * side / 2 + (x, y)
+    left, top = np.maximum(np.floor(corners.min(0)) - 1, 0).astype(int)
+    right, bottom = np.minimum(np.ceil(corners.max(0)) + 1, Scenes.SIDE).astype(int)
+    mask = np.zeros((bottom - top, right - left), np.uint8)
+    cv2.fillPoly(mask, [np.round((corners - (left + 0.5, top + 0.5)) * 16).astype(np.int32)], 255, cv2.LINE_AA, shift=4)
+    hue = (label * 0.382 + random.uniform(-0.15, 0.15)) % 1  # loose: categories overlap in colour
+    light, dark = (cv2.cvtColor(np.float32([[[hue * 360, s, v]]]), cv2.COLOR_HSV2RGB)[0, 0] * 255
+                   for s, v in ((random.uniform(0.35, 0.7), random.uniform(0.8, 1.0)),
+                                (random.uniform(0.6, 0.95), random.uniform(0.35, 0.55))))
+    dx, dy = np.meshgrid(np.arange(left, right) + 0.5 - x, np.arange(top, bottom) + 0.5 - y)
+    pace = 2 * np.pi * random.uniform(2.2, 2.8) / side
+    u, v = (pace * (dx * a + dy * b).astype(np.float32) for a, b in turn.T)
+    wave = {"plain": lambda: np.full_like(u, 0.6), "striped": lambda: np.sin(u * 1.3),
+            "checked": lambda: 2 * np.sin(u) * np.sin(v)}[texture]()
+    share = (0.5 + 0.5 * np.clip(wave * 2, -1, 1))[..., None]
+    return (slice(top, bottom), slice(left, right)), mask[..., None] / np.float32(255), dark + share * (light - dark)
+
+
+def write_scenes(out, number, seed=0):
+    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks (uncompressed RLE)."""
+    categories = [{"id": i + 1, "name": name, "supercategory": name.split()[1]} for i, name in enumerate(SCENE_CATEGORIES)]
+    for split, count in (("train", number), ("val", max(1, number // 4))):
+        scenes, images, annotations = Scenes(split, number=count, seed=seed), [], []
+        progress = Progress(f"{split}2017", count)
+        for i in range(count):
+            picture, boxes, labels, masks = scenes.render(i)
+            name = f"{i:012d}.png"
+            with atomic(Path(out) / f"{split}2017" / name) as file:
+                file.write(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+            images.append({"id": i, "file_name": name, "height": scenes.SIDE, "width": scenes.SIDE})
+            for box, label, mask in zip(boxes.tolist(), labels.tolist(), masks):
+                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "iscrowd": 0,
+                                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "area": int(mask.sum()),
+                                    "segmentation": {"size": list(mask.shape), "counts": _run_lengths(mask)}})
+            progress.update(i + 1)
+        with atomic(Path(out) / "annotations" / f"instances_{split}2017.json", "w") as file:
+            json.dump({"images": images, "annotations": annotations, "categories": categories}, file)
+
+
+def _run_lengths(mask):
+    """COCO's uncompressed RLE of a (H, W) boolean mask: lengths of alternating runs, column by column, first the zeros."""
+    flat = np.concatenate([[False], mask.T.ravel()])
+    edges = np.flatnonzero(np.diff(flat.astype(np.int8), prepend=0, append=2) != 0)
+    return np.diff(edges, prepend=1).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------- proposals
+
+# Selective search (paper, section 4.1), its fast mode, on a reduced copy: README's "Speed" has what that costs in
+# recall. The filter is SoCo's: width/height in [1/aspect, aspect], sqrt(area share) in `share`, sides >= `side` pixels.
+SEARCH = {"method": "selective search", "long_side": 200, "aspect": 3.0, "share": [0.3, 0.8], "side": 32}
+RELAXED = ("by the whole filter", "relaxed to aspect", "relaxed to sides", "the whole image")
+CHUNK = 32  # images to one unit of work, the part that a kill can lose
+
+
+def selective_search(image, long_side=SEARCH["long_side"]):
+    """(P, 4) float32 boxes of selective search in its fast mode, in pixels of `image` (H, W, 3) uint8, sorted; the
+    search sees the image reduced to `long_side` pixels (0: as it is). Needs opencv-contrib-python."""
+    if not hasattr(cv2, "ximgproc"):
+        raise UserError("this OpenCV has no ximgproc: pip install opencv-contrib-python, or bring proposals (--proposals)")
+    scale = min(1.0, (long_side or math.inf) / max(image.shape[:2]))
+    small = resize(image, max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(small[..., ::-1]))
+    search.switchToSelectiveSearchFast()
+    boxes = np.unique(search.process().astype(np.float32).reshape(-1, 4), axis=0)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes * np.float32([image.shape[1] / small.shape[1], image.shape[0] / small.shape[0]] * 2)
+
+
+def filter_proposals(boxes, height, width):
+    """The boxes (P, 4) that pass SEARCH's filter in an image of height x width, and the index into RELAXED of how far
+    the filter had to be relaxed until one did (SoCo)."""
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    sides = np.minimum(w, h) >= SEARCH["side"]
+    aspect = sides & (np.maximum(w, h) <= SEARCH["aspect"] * np.minimum(w, h))
+    share = np.sqrt(w * h / (height * width))
+    whole = aspect & (SEARCH["share"][0] <= share) & (share <= SEARCH["share"][1])
+    for level, kept in enumerate((whole, aspect, sides)):
+        if kept.any():
+            return boxes[kept], level
+    return np.float32([[0, 0, width, height]]), 3
+
+
+class Proposals:
+    """Boxes on disk, memory-mapped: opening 150,000 images takes milliseconds and every worker reads the same pages.
+    proposals[i] is a (P, 4) float32 array of image i of `names`. Raises UserError if a file is missing or does not fit."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            self.boxes = np.load(self.folder / "boxes.npy", mmap_mode="r")
+            self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
+            self.names = np.array((self.folder / "names.txt").read_bytes().splitlines(), dtype="S")
+        except (OSError, ValueError) as error:
+            raise UserError(f"proposals in {folder} cannot be read ({error}): delete that folder to have them made again") from None
+        if len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4):
+            raise UserError(f"proposals in {folder} do not fit together: {len(self.names)} names, {len(self.offsets)} offsets, "
+                            f"boxes {self.boxes.shape}; delete that folder to have them made again")
+
+    def __getitem__(self, i):
+        return np.asarray(self.boxes[self.offsets[i]:self.offsets[i + 1]], dtype=np.float32)
+
+    def __reduce__(self):  # to another process goes the path, not the boxes
+        return Proposals, (self.folder,)
+
+
+def proposals_folder(data, root, split=None):
+    """Where a data set's proposals lie unless --proposals names a folder: under its root, one folder a split."""
+    return Path(root or Path("data") / data) / ".proposals" / (split or {"coco": "train2017"}.get(data, "train"))
+
+
+def proposals_state(images, folder):
+    """'ready', 'missing' or, where they are of other settings, the reason to make them again."""
+    try:
+        found = json.loads((Path(folder) / "settings.json").read_text())
+    except OSError:
+        return "missing"
+    except ValueError:
+        return "settings.json is not JSON"
+    if found.get("method") != SEARCH["method"]:
+        return "ready"  # somebody else's boxes, as they are
+    wanted = _settings(images)
+    other = [f"{key} {found.get(key)}, now {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+    return "other settings: " + "; ".join(other) if other else "ready"
+
+
+def _settings(images):
+    """What proposals depend on: the search, its filter and the list of images."""
+    return {**SEARCH, "images": len(images), "listing": hashlib.sha1(b"\n".join(images.names.tolist())).hexdigest()[:16]}
+
+
+def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
+    """Selective search over `images` into `folder`, in parallel; resumable after a kill.
+
+    Chunks of CHUNK images are files of their own until all are there; whoever finds all of them joins them. Part
+    (i, n) does chunks i, i + n, ..., so disjoint parts may run on several machines that share the folder. With
+    wait=True it returns only once the proposals are whole (ranks of a run wait on files, not in a collective).
+    Raises UserError if the folder cannot be written or no image can be read."""
+    folder, settings, talk = Path(folder), _settings(images), part[0] == 0 or not wait
+    partial = folder / (".partial-" + hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12])
+    chunk_files = [partial / f"{c:06d}.npz" for c in range(math.ceil(len(images) / CHUNK))]
+    state = proposals_state(images, folder)
+    if state == "ready":
+        return
+    if state != "missing" and talk:
+        print(f"proposals in {folder} are made again: {state}", flush=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write proposals to {folder} ({error.strerror}): name a folder with --proposals") from None
+    mine = [c for c in range(part[0], len(chunk_files), part[1]) if not chunk_files[c].exists()]
+    workers = min(workers or max(1, (os.cpu_count() or 1) // (part[1] if wait else 1)), max(1, len(mine)))
+    if talk:
+        print(f"selective search: {len(images):,} images, {len(mine):,} of {len(chunk_files):,} chunks to do here, "
+              f"{workers} processes, kept in {folder}", flush=True)
+    _search_chunks(images, chunk_files, mine, workers, part, talk)
+    _join_when_complete(images, folder, partial, chunk_files, settings, part, wait)
+
+
+def _search_chunks(images, chunk_files, mine, workers, part, talk):
+    progress = Progress("selective search", sum(len(_chunk(c, images)) for c in mine))
+    done = 0
+    with multiprocessing.Pool(workers, _start_searcher, (images, os.getpid())) as pool:
+        for chunk, unreadable in pool.imap_unordered(_search_chunk, [(c, chunk_files[c]) for c in mine]):
+            for name in unreadable:
+                print(f"left out, cannot be read: {name}", flush=True)
+            done += len(_chunk(chunk, images))
+            if talk:
+                progress.update(done)
+
+
+def _chunk(c, images):
+    return range(c * CHUNK, min(len(images), (c + 1) * CHUNK))
+
+
+_searched = None  # the images of this worker process
+
+
+def _start_searcher(images, parent):
+    global _searched
+    _searched = images
+    cv2.setNumThreads(1)
+
+    def leave_with_parent():  # a killed parent must not leave workers that wait for its tasks for ever
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _search_chunk(task):
+    """Search the images of one chunk and keep them as one file. Returns the chunk and the names it could not read."""
+    chunk, path = task
+    boxes, indices, levels, unreadable = [], [], [], []
+    for i in _chunk(chunk, _searched):
+        try:
+            image = _searched.read(i)
+        except OSError:
+            unreadable.append(_searched.name(i))
+            continue
+        kept, level = filter_proposals(selective_search(image), *image.shape[:2])
+        boxes.append(kept)
+        indices.append(i)
+        levels.append(level)
+    with atomic(path) as file:
+        np.savez(file, boxes=np.concatenate(boxes or [np.empty((0, 4), np.float32)]), counts=np.int64([len(b) for b in boxes]),
+                 indices=np.int64(indices), levels=np.int64(levels))
+    return chunk, unreadable
+
+
+def _join_when_complete(images, folder, partial, chunk_files, settings, part, wait):
+    """Join the chunk files once all are there; with `wait` part 0 does it and the others stay until it has."""
+    told = time.monotonic()
+    while proposals_state(images, folder) != "ready":
+        missing = sum(not path.exists() for path in chunk_files) if partial.exists() else 0
+        if not missing and (part[0] == 0 or not wait):
+            return _join(images, folder, partial, chunk_files, settings)
+        if not wait:
+            return print(f"this part is done; {missing:,} chunks of other parts are still to come", flush=True)
+        if part[0] == 0 and time.monotonic() - told > 30:
+            told = time.monotonic()
+            print(f"waiting for the other ranks' proposals: {missing:,} chunks in {partial}", flush=True)
+        time.sleep(0.3)
+
+
+def _join(images, folder, partial, chunk_files, settings):
+    try:
+        parts = []
+        for path in chunk_files:
+            with np.load(path) as part:
+                parts.append({key: part[key] for key in part.files})
+    except OSError:  # another machine, joining at the same moment, was first
+        if proposals_state(images, folder) == "ready":
+            return
+        raise
+    boxes, counts, indices, levels = (np.concatenate([p[key] for p in parts]) for key in ("boxes", "counts", "indices", "levels"))
+    if not len(indices):
+        raise UserError(f"none of the {len(images):,} images in {images.root} can be read")
+    relaxed = {name: int((levels == level).sum()) for level, name in enumerate(RELAXED)}
+    report = {**settings, "filtered": relaxed, "unreadable": len(images) - len(indices), "boxes": len(boxes)}
+    names = b"".join(name + b"\n" for name in images.names[indices].tolist())
+    unique = f"{os.uname().nodename}-{os.getpid()}.tmp"
+    (folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is whole
+    for name, write in (("boxes.npy", lambda f: np.save(f, boxes)), ("names.txt", lambda f: f.write(names)),
+                        ("offsets.npy", lambda f: np.save(f, np.concatenate([[0], counts.cumsum()]))),
+                        ("settings.json", lambda f: f.write(json.dumps(report, indent=1).encode()))):
+        with atomic(folder / name, tmp=partial / (name + unique)) as file:
+            write(file)
+    shutil.rmtree(partial, ignore_errors=True)
+    print(f"proposals of {len(indices):,} images ({len(boxes) / len(indices):.1f} boxes an image; "
+          + ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n) + f") in {folder}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the loaders
+
+def resize(image, width, height):
+    """(height, width, 3) uint8. Halves by exact area averages while the image is more than twice too large, then
+    bilinear: antialiased like area interpolation, at a quarter of its time."""
+    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width and min(image.shape[:2]) > 1:
+        image = cv2.resize(image[:image.shape[0] // 2 * 2, :image.shape[1] // 2 * 2],
+                           (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def random_crop(random, height, width, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random resized crop's [x1, y1, x2, y2]: area share `scale` (paper, section 4), aspect log-uniform in `ratio`
+    (torchvision's RandomResizedCrop); the whole image if ten draws do not fit."""
+    for _ in range(10):
+        area, aspect = height * width * random.uniform(*scale), math.exp(random.uniform(*np.log(ratio)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = random.integers(width - w + 1), random.integers(height - h + 1)
+            return np.float32([x, y, x + w, y + h])
+    return np.float32([0, 0, width, height])
+
+
+def clip_boxes(boxes, window):
+    """Boxes (K, 4) cut to `window` [x1, y1, x2, y2] and the share of each box's area that is inside."""
+    cut = np.concatenate([np.clip(boxes[:, :2], window[:2], window[2:]), np.clip(boxes[:, 2:], window[:2], window[2:])], 1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return cut, (cut[:, 2:] - cut[:, :2]).prod(1) / np.maximum(area, 1e-6)
+
+
+class TwoViews(torch.utils.data.Dataset):
+    """Views 1 and 2 of an image with the same K boxes in each (paper, section 4, "Views construction").
+
+    Item (epoch, index) -> view1, view2 (size, size, 3) uint8 RGB, boxes1, boxes2 (K, 4) float32 in pixels of each.
+    View 1 is the whole image, view 2 a random resized crop; each is flipped with p 0.5. From the boxes with at least
+    half of their area inside the crop, K are drawn, with replacement if there are fewer; if there is none the crop is
+    drawn again, ten times, then it is the whole image.
+
+    Args: images: Images; proposals: Proposals, or None for regions image | grid; size: pixels; boxes: K;
+    regions: proposals | image | grid (the design's baselines); seed. Raises UserError if no image has a proposal."""
+
+    def __init__(self, images, proposals, size, boxes, regions="proposals", seed=0):
+        self.images, self.proposals = images, proposals
+        self.size, self.k, self.regions, self.seed = size, boxes, regions, seed
+        self.pairs = None  # (n, 2): index of the image, row of its proposals
+        if regions == "proposals":
+            row = {name: i for i, name in enumerate(proposals.names.tolist())}
+            filled = np.diff(proposals.offsets) > 0
+            pairs = [(i, row[name]) for i, name in enumerate(images.names.tolist()) if name in row and filled[row[name]]]
+            if not pairs:
+                raise UserError(f"no image of {images.root} has a proposal in {proposals.folder}: names.txt must hold the "
+                                "images' paths relative to it")
+            self.pairs = np.array(pairs)
+
+    def __len__(self):
+        return len(self.images) if self.pairs is None else len(self.pairs)
+
+    def __getitem__(self, item):
+        epoch, index = item
+        random = rng(self.seed, epoch, index)
+        index, image = self._read(index)
+        height, width = image.shape[:2]
+        boxes = self._regions(index, height, width)
+        whole = np.float32([0, 0, width, height])
+        for attempt in range(11):
+            crop = random_crop(random, height, width) if attempt < 10 else whole
+            cut, inside = clip_boxes(boxes, crop)
+            usable = np.flatnonzero(inside >= 0.5)
+            if self.regions == "image":
+                cut, usable = crop[None], np.array([0])
+            if len(usable):
+                break
+        chosen = random.choice(usable, self.k, replace=len(usable) < self.k)
+        view1, boxes1 = self._view(random, image, whole, boxes[chosen])
+        view2, boxes2 = self._view(random, image, crop, cut[chosen])
+        return view1, view2, boxes1, boxes2
+
+    def _read(self, index):
+        """The image of sample `index`, or the next one that can be read."""
+        for i in range(index, index + len(self)):
+            i %= len(self)
+            which = i if self.pairs is None else self.pairs[i, 0]
+            try:
+                return i, self.images.read(which)
+            except OSError:
+                print(f"left out, cannot be read: {self.images.name(which)}", file=sys.stderr, flush=True)
+        raise UserError(f"none of the {len(self):,} images in {self.images.root} can be read")
+
+    def _regions(self, index, height, width):
+        if self.regions == "proposals":
+            return clip_boxes(self.proposals[self.pairs[index, 1]], np.float32([0, 0, width, height]))[0]
+        n = {"image": 1, "grid": 7}[self.regions]
+        y, x = np.divmod(np.arange(n * n, dtype=np.float32), n)
+        return np.stack([x, y, x + 1, y + 1], 1) * np.float32([width, height] * 2) / n
+
+    def _view(self, random, image, crop, boxes):
+        x1, y1, x2, y2 = crop.astype(int)
+        view = resize(image[y1:y2, x1:x2], self.size, self.size)
+        boxes = (boxes - np.float32([x1, y1] * 2)) * np.float32([self.size / (x2 - x1), self.size / (y2 - y1)] * 2)
+        if random.random() < 0.5:
+            view = cv2.flip(view, 1)
+            boxes = np.stack([self.size - boxes[:, 2], boxes[:, 1], self.size - boxes[:, 0], boxes[:, 3]], 1)
+        return view, boxes
+
+
+class Schedule(torch.utils.data.Sampler):
+    """This rank's batches of steps first to last, as lists of (epoch, index): one stream over all epochs, so that
+    workers never restart and a resumed run starts in the middle of an epoch. Each epoch is a permutation by
+    (seed, epoch); the incomplete last batch is dropped; rank r takes the r-th slice of each global batch."""
+
+    def __init__(self, length, batch_size, seed, first, last, rank=0, ranks=1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.first, self.last, self.rank, self.share = first, last, rank, batch_size // ranks
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        per_epoch, order_of = self.length // self.batch_size, -1
+        for step in range(self.first, self.last):
+            epoch, i = divmod(step, per_epoch)
+            if epoch != order_of:
+                order_of, order = epoch, rng(self.seed, epoch).permutation(self.length).tolist()
+            start = i * self.batch_size + self.rank * self.share
+            yield [(epoch, index) for index in order[start:start + self.share]]
+
+
+def _start_loader(_):
+    import signal
+    cv2.setNumThreads(0)  # as many processes as the machine has cores: threads of their own would only fight
+    for number in (signal.SIGTERM, signal.SIGINT):  # the trainer decides when a run stops; its workers go with it
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(views, schedule, workers, pin=False):
+    """A DataLoader over `views` (TwoViews) in the order of `schedule`: batches of four tensors, images first (B, size,
+    size, 3) uint8, boxes (B, K, 4). `workers` changes nothing but speed."""
+    return torch.utils.data.DataLoader(views, batch_sampler=schedule, num_workers=workers, pin_memory=pin,
+                                       worker_init_fn=_start_loader, prefetch_factor=4 if workers else None)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+def part_of(text):
+    """'i/n' -> (i, n) with 0 <= i < n."""
+    try:
+        i, n = (int(x) for x in text.split("/"))
+    except ValueError:
+        raise UserError(f"--part {text}: write i/n, as 0/4 to 3/4") from None
+    if not 0 <= i < n:
+        raise UserError(f"--part {text}: parts are numbered 0/{n} to {n - 1}/{n}")
+    return i, n
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    scenes = commands.add_parser("scenes", help="write the embedded data set in COCO's layout, with masks")
+    scenes.add_argument("--out", required=True)
+    scenes.add_argument("--n", type=int, default=800, help="train images; a quarter as many val images come with them")
+    scenes.add_argument("--seed", type=int, default=0)
+    search = commands.add_parser("proposals", help="selective search over a data set")
+    search.add_argument("--data", choices=("scenes", "coco", "folder"), required=True)
+    search.add_argument("--root")
+    search.add_argument("--split")
+    search.add_argument("--workers", type=int, help="processes (default: all cores)")
+    search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share the folder")
+    search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
+    args = parser.parse_args()
+    if args.command == "scenes":
+        write_scenes(args.out, args.n, args.seed)
+        print(f"now: python d3ssl.py --data coco --root {args.out}")
+    elif args.command == "proposals":
+        folder = args.proposals or proposals_folder(args.data, args.root, args.split)
+        compute_proposals(open_images(args.data, args.root, args.split), folder, args.workers, args.part)
+
+
+if __name__ == "__main__":
+    error_exit(main)
