@@ -158,13 +158,13 @@ def shift_boxes(boxes, size, generator=None):
 
 def shift_pixels(images, offset):
     """Images (B, C, H, W) moved by offset (B, 2) integer (dx, dy); 0 comes in from outside."""
-    batch, _, height, width = images.shape
-    y = torch.arange(height, device=images.device) - offset[:, 1:]
-    x = torch.arange(width, device=images.device) - offset[:, :1]
+    (batch, channels, height, width), device = images.shape, images.device
+    y = torch.arange(height, device=device) - offset[:, 1:]
+    x = torch.arange(width, device=device) - offset[:, :1]
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    image = torch.arange(batch, device=images.device)[:, None, None]
-    moved = images.permute(0, 2, 3, 1)[image, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
-    return (moved * inside[..., None]).permute(0, 3, 1, 2)
+    source = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None, :]  # flat index of each pixel
+    moved = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, channels, -1))
+    return moved.view(images.shape) * inside[:, None]
 
 
 def composite(images, mask, backgrounds, shifted_mask, offset):
@@ -204,9 +204,8 @@ def colour_augment(images, colour=Colour(), generator=None):
     Args: images (B, 3, H, W) in [0, 1]. Returns the same shape, in [0, 1]."""
     batch = images.shape[0]
     matrix, offset = colour_transform(images.mean((2, 3)), colour, generator)
-    pixels = images.permute(0, 2, 3, 1).reshape(batch, -1, 3)
-    pixels = torch.baddbmm(offset[:, None], pixels, matrix.transpose(1, 2)).clamp(0, 1)
-    return blur(pixels.view(batch, *images.shape[2:], 3), colour, generator).permute(0, 3, 1, 2)
+    pixels = torch.baddbmm(offset[..., None], matrix, images.flatten(2)).clamp_(0, 1).view(images.shape)
+    return blur(pixels, colour, generator)
 
 
 def colour_transform(mean, colour=Colour(), generator=None):
@@ -229,19 +228,23 @@ def colour_transform(mean, colour=Colour(), generator=None):
     return recolour * (brightness * contrast).view(-1, 1, 1), (recolour @ grey.view(-1, 1, 1).expand(-1, 3, 1))[..., 0]
 
 
-def blur(pixels, colour=Colour(), generator=None):
-    """Gaussian blur with probability colour.p_blur, sigma uniform in colour.sigma; pixels (B, H, W, C)."""
-    batch, height, width, channels = pixels.shape
-    u = torch.rand((2, batch), generator=generator, device=pixels.device)
+def blur(images, colour=Colour(), generator=None):
+    """Gaussian blur of images (B, C, H, W) with probability colour.p_blur, sigma uniform in colour.sigma."""
+    batch, _, height, width = images.shape
+    u = torch.rand((2, batch), generator=generator, device=images.device)
     sigma = (colour.sigma[0] + (colour.sigma[1] - colour.sigma[0]) * u[0]) * width / 224
     sigma = torch.where(u[1] < colour.p_blur, sigma, 1e-3).view(-1, 1, 1)  # so narrow that it is the identity
 
-    def band(n):  # (B, n, n): row i holds the weights of output pixel i; at the border they are renormalised
-        i = torch.arange(n, device=pixels.device, dtype=torch.float32)
+    def band(n):  # (B, 1, n, n): row i holds the weights of output pixel i, at the border renormalised
+        i = torch.arange(n, device=images.device, dtype=torch.float32)
         weight = torch.exp(-((i[:, None] - i) / sigma) ** 2 / 2)
-        return weight / weight.sum(2, keepdim=True)
-    pixels = torch.bmm(band(height), pixels.reshape(batch, height, -1)).view(batch, height, width, channels)
-    return torch.matmul(band(width)[:, None], pixels)
+        return (weight / weight.sum(2, keepdim=True))[:, None]
+    return band(height) @ images @ band(width).transpose(2, 3)
+
+
+def to_float(pixels):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def normalise(images):
@@ -278,7 +281,7 @@ def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", depositioning=Tr
     Returns Views."""
     view1, view2, boxes1, boxes2 = batch
     size = view1.shape[1:3]
-    x1, x2 = (normalise(colour_augment(view.permute(0, 3, 1, 2).float() / 255, colour, generator)) for view in (view1, view2))
+    x1, x2 = (normalise(colour_augment(to_float(view), colour, generator)) for view in (view1, view2))
     x2s = F.avg_pool2d(x2, 2)
     x1_hat = x1 * region_mask(boxes1, size, augs, prm, generator)                                      # Eq. 2
     x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, generator, second=True)
