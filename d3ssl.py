@@ -48,6 +48,7 @@ class Config:
     roi: int = 14                # RoIAlign's output on C4; not in the paper: from detectron2's C4 head
     objective: str = "nce"       # paper Eq. 5; cosine: SoCo's, for Table 6
     hidden: int = None           # of the projector, None: C5's width; not in the paper: from MoCo v2
+    projector_norm: bool = False  # batch norm in the projector; SoCo has it, and short runs start faster with it (SimCLR's)
     dim: int = 128               # of z; not in the paper: from MoCo v2
     temperature: float = 0.2     # tau; not in the paper: from MoCo v2
     queue: int = 65536           # not in the paper: from MoCo v2
@@ -67,11 +68,11 @@ PRESETS = {
     "coco": dict(data="coco"),
     "folder": dict(data="folder"),
     # Not in the paper: sized so that a laptop's CPU sees learning in minutes.
-    "scenes": dict(data="scenes", arch="resnet18", size=112, roi=7, queue=1024, ema=0.99, epochs=8, batch_size=32, lr=0.48,
+    "scenes": dict(data="scenes", arch="resnet18", size=112, roi=7, queue=1024, projector_norm=True, ema=0.99, epochs=8, batch_size=32, lr=0.48,
                    workers=2),
 }
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
-COSINE = dict(hidden=4096, dim=256, ema=0.99, lr=1.0, weight_decay=1e-5, warmup=10)
+COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, lr=1.0, weight_decay=1e-5, warmup=10)
 FREE_ON_RESUME = {"workers", "max_steps", "proposals", "out"}  # whatever else differs is another run
 
 
@@ -209,7 +210,7 @@ class D3SSL(nn.Module):
         super().__init__()
         c, byol = config, config.objective == "cosine"
         self.config, self.amp = config, amp
-        self.student = Encoder(c.arch, c.hidden, c.dim, c.roi, norm=byol, grid=c.regions == "grid")
+        self.student = Encoder(c.arch, c.hidden, c.dim, c.roi, c.projector_norm, grid=c.regions == "grid")
         self.teacher = deepcopy(self.student).requires_grad_(False)  # in training mode too, with its own buffers
         self.predictor = perceptron(c.dim, c.hidden, c.dim, norm=True) if byol else None
         self.queue = Queue(c.queue, c.dim, c.seed)

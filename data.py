@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -54,12 +55,14 @@ class Parser(argparse.ArgumentParser):
 def error_exit(main):
     """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2."""
     try:
-        main()
+        return main()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):  # every rank fails alike: let the first one speak, torchrun ends the others
-            time.sleep(2)
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        message = str(error)
+    # Out of the except clause, so that the frames of `main` are gone and their loaders' workers with them.
+    if int(os.environ.get("RANK", 0)):  # every rank fails alike: let the first one speak, torchrun ends the others
+        time.sleep(2)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 @contextmanager
@@ -772,10 +775,9 @@ class Schedule(torch.utils.data.Sampler):
 
 
 def _start_loader(_):
-    import signal
     cv2.setNumThreads(0)  # as many processes as the machine has cores: threads of their own would only fight
-    for number in (signal.SIGTERM, signal.SIGINT):  # the trainer decides when a run stops; its workers go with it
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides when a run stops ...
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # ... its workers outlive it by no more than this
 
 
 def make_loader(views, schedule, workers, pin=False):
