@@ -178,8 +178,9 @@ def open_images(data, root=None, split=None):
     if data == "voc":
         return voc_images(root, split or "train")
     if data == "openimages-mini" and split in (None, "train"):
-        return Images(root / "train", read_list(root / "openimages-mini.txt", "train/([0-9a-f]{16})", "{}.jpg", root / "train"))
-    folder = root / (split or "train2017") if data == "coco" else root / (split or "train") if "openimages" in data else root
+        folder = root / "train"
+        return Images(folder, read_list(root / "openimages-mini.txt", "train/([0-9a-f]{16})", "{}.jpg", folder))
+    folder = root if data == "folder" else root / (split or folder_of(data, "train"))
     if not folder.is_dir():
         where = "name a folder" if data == "folder" else "download it (README, section Data) or name its folder"
         raise UserError(f"{folder} does not exist: {where} with --root")
@@ -407,7 +408,8 @@ def read_coco(root, split):
     rows = []
     for n, a in enumerate(found["annotations"]):
         try:
-            where, image, kind, (x, y, w, h) = f"annotation {a['id']}", a["image_id"], a["category_id"], map(float, a["bbox"])
+            where, image, kind = f"annotation {a['id']}", a["image_id"], a["category_id"]
+            x, y, w, h = map(float, a["bbox"])
         except (KeyError, TypeError, ValueError):
             faults.add("no id, image_id, category_id or bbox of four numbers", f"annotation number {n}")
             continue
@@ -434,11 +436,11 @@ def read_coco(root, split):
 
 
 def read_json(path, *keys, hook=None):
-    """A JSON object that has `keys`; `hook` replaces every object in it. Raises UserError that names the file and the line."""
+    """A JSON object that has `keys`; `hook` replaces every object in it. Raises UserError that names file and line."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_hook=hook)
     except OSError as error:
-        raise UserError(f"annotations are missing: {path}: {error.strerror} (README says where the data sets come from)") from None
+        raise UserError(f"annotations are missing: {path}: {error.strerror} (README, section Data)") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8; download the file again") from None
@@ -475,7 +477,8 @@ def read_list(path, pattern, form, root):
         if match and os.path.exists(root / form.format(match[1])):
             names.add(form.format(match[1]))
         elif line.strip():
-            faults.add(f"image listed but absent from {root}" if match else "not an image's name", f"line {number}: {line[:40]}")
+            kind = f"image listed but absent from {root}" if match else "not an image's name"
+            faults.add(kind, f"line {number}: {line[:40]}")
     faults.check(names, "image")
     return sorted(names)
 
@@ -489,11 +492,11 @@ def voc_images(root, split):
     list, val is that and train is trainval of all years (the paper's section 5.2: trainval of 2007 and 2012, test of 2007);
     else they are the years' own train and val. Raises UserError if there is no such list."""
     base = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
-    wanted = {"train": "trainval", "val": "test"} if any(base.glob("VOC2*/ImageSets/Main/test.txt")) else {}
-    lists = sorted(base.glob(f"VOC2*/ImageSets/Main/{wanted.get(split, split)}.txt"))
+    tested = any(base.glob("VOC2*/ImageSets/Main/test.txt"))
+    name = f"ImageSets/Main/{({'train': 'trainval', 'val': 'test'} if tested else {}).get(split, split)}.txt"
+    lists = sorted(base.glob(f"VOC2*/{name}"))
     if not lists:
-        raise UserError(f"{base} has no VOC2007/ImageSets/Main/{wanted.get(split, split)}.txt: download VOC (README, section "
-                        "Data) or name its folder with --root")
+        raise UserError(f"{base} has no VOC2007/{name}: download it (README, section Data) or name its folder with --root")
     return Images(base, [name for path in lists
                          for name in read_list(path, r"([\w.-]+)", f"{path.parts[-4]}/JPEGImages/{{}}.jpg", base)])
 
@@ -548,9 +551,9 @@ def read_classes(root):
 
 
 def stream_boxes(path, classes, faults):
-    """OpenImages' box CSV in blocks of about a megabyte, so that 14.6 million rows take no memory: images (n,) uint64 (the 16
-    hex digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of the
-    sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if the file is missing, no box CSV or cut short."""
+    """OpenImages' box CSV in blocks of about a megabyte, so that 14.6 million rows take no memory: images (n,) uint64 (the
+    16 hex digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of
+    the sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if the file is missing, no box CSV or cut."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
     with open(path, "rb") as file:
@@ -614,7 +617,7 @@ def read_openimages(root, split, images, listed=False):
     for i in np.unique(index):
         try:
             sizes[i] = image_size(images.root / images.name(i))
-        except OSError:
+        except Exception:  # PIL raises a different class per format
             faults.add("image cannot be read", images.name(i))
     kept = sizes[index].any(1)
     faults.check(kept.any(), "image")
@@ -622,13 +625,10 @@ def read_openimages(root, split, images, listed=False):
 
 
 def image_size(path):
-    """Width and height of an image as a viewer shows it, from its header alone. Raises OSError."""
-    try:
-        with Image.open(path) as picture:
-            turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-            return picture.size[::-1] if turned else picture.size
-    except Exception as error:  # PIL raises a different class per format
-        raise OSError(f"{path}: {error}") from None
+    """Width and height of an image as a viewer shows it, from its header alone. Raises what PIL raises."""
+    with Image.open(path) as picture:
+        turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+        return picture.size[::-1] if turned else picture.size
 
 
 # ----------------------------------------------------------------------------------------------------------- proposals
@@ -982,18 +982,19 @@ def make_loader(views, schedule, workers, pin=False):
 
 # ------------------------------------------------------------------------------ OpenImage-MINI and Table 2 (section 5.1)
 
-# COCO's categories, and how OpenImages spells those it does not spell alike. Cup alone has no counterpart: Coffee cup and Mug
-# are kinds of it. OpenImages' Mouse is the animal.
-COCO_CATEGORIES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie,
-suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket,
-bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
-cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven,
-toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
-SPELLED = {"cow": "Cattle", "frisbee": "Flying disc", "skis": "Ski", "sports ball": "Ball", "donut": "Doughnut", "tv": "Television",
-           "potted plant": "Houseplant", "dining table": "Kitchen & dining room table", "remote": "Remote control",
-           "keyboard": "Computer keyboard", "mouse": "Computer mouse", "cell phone": "Mobile phone",
-           "microwave": "Microwave oven", "hair drier": "Hair dryer", "cup": None}
+# COCO's categories, and how OpenImages spells those it does not spell alike. Cup alone has no counterpart: Coffee cup and
+# Mug are kinds of it. OpenImages' Mouse is the animal.
+COCO_CATEGORIES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
+toothbrush""".replace("\n", " ").split(", ")
+SPELLED = {"cow": "Cattle", "frisbee": "Flying disc", "skis": "Ski", "sports ball": "Ball", "donut": "Doughnut",
+           "tv": "Television", "potted plant": "Houseplant", "dining table": "Kitchen & dining room table",
+           "remote": "Remote control", "keyboard": "Computer keyboard", "mouse": "Computer mouse",
+           "cell phone": "Mobile phone", "microwave": "Microwave oven", "hair drier": "Hair dryer", "cup": None}
 SHARED = {name: SPELLED.get(name, name.capitalize()) for name in COCO_CATEGORIES if SPELLED.get(name, name)}
 
 
@@ -1009,7 +1010,7 @@ def write_mini(annotations, coco, out, seed=0):
     classes, names = read_classes(Path(annotations))
     path = Path(annotations) / "train-annotations-bbox.csv"
     faults, blocks = Faults(path), []
-    print(f"reading {path}", flush=True)
+    print(f"reading {path} (the published file takes about two minutes)", flush=True)
     for image, label, _, _ in stream_boxes(path, classes, faults):
         blocks.append((image, label))
     faults.check(any(len(image) for image, _ in blocks))
@@ -1020,7 +1021,7 @@ def write_mini(annotations, coco, out, seed=0):
         if ours in caps and theirs in names:
             cap[names.index(theirs)] = caps[ours]
         else:
-            print(f"not shared: {ours} is not in {coco}" if ours not in caps else f"not shared: {theirs} is not in {annotations}")
+            print("not shared:", f"{theirs} is not in {annotations}" if ours in caps else f"{ours} is not in {coco}")
     if (cap < 0).all():
         raise UserError(f"{coco} and {annotations} share no category: is it COCO's instances_train2017.json?")
     chosen = choose_images(index, label, cap, seed)
@@ -1106,8 +1107,8 @@ def print_stats(data, root, split, folder=None):
         boxes, without, truth = boxes + len(some), without + (not len(some)), truth + len(real)
         if len(some) and len(real):
             met += int((box_iou(torch.tensor(real), torch.tensor(some)).amax(1) >= 0.5).sum())
-    print(f"proposals: {boxes / max(len(sizes), 1):.1f} boxes an image, recall at IoU 0.5 {met / max(truth, 1):.1%} of {truth:,} "
-          f"objects, {without:,} images without any ({folder})")
+    print(f"proposals: {boxes / max(len(sizes), 1):.1f} boxes an image, recall at IoU 0.5 {met / max(truth, 1):.1%} of "
+          f"{truth:,} objects, {without:,} images without any ({folder})")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -1139,7 +1140,7 @@ def main():
     search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share the folder")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
     mini = commands.add_parser("openimages-mini", help="choose the images of the paper's OpenImage-MINI")
-    mini.add_argument("--annotations", required=True, help="folder of train-annotations-bbox.csv, class-descriptions-boxable.csv")
+    mini.add_argument("--annotations", required=True, help="folder of OpenImages' two CSVs (README, section Data)")
     mini.add_argument("--coco", required=True, help="COCO's instances_train2017.json")
     mini.add_argument("--out", default="openimages-mini.txt")
     mini.add_argument("--seed", type=int, default=0)
