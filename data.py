@@ -1092,8 +1092,8 @@ def print_stats(data, root, split, folder=None):
     found = open_labelled(data, root, split)
     sizes = np.diff(found.offsets)
     print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels,
-                 *[("paper", 118_000, 7.4, 2.95, 80)] * (data == "coco"),
-                 *[("paper", 146_000, 9.1, 3.2, 569)] * (data == "openimages-mini"))
+                 *{("coco", "train"): [("paper", 118_000, 7.4, 2.95, 80)],
+                   ("openimages-mini", "train"): [("paper", 146_000, 9.1, 3.2, 569)]}.get((data, split), []))
     folder = Path(folder or proposals_folder(data, root, folder_of(data, split)))
     if not (folder / "settings.json").exists():
         options = f"--data {data}" + (f" --root {root}" if root else "") + f" --split {folder_of(data, split)}"
