@@ -67,6 +67,7 @@ class Config:
 PRESETS = {
     "coco": dict(data="coco"),
     "folder": dict(data="folder"),
+    "openimages-mini": dict(data="openimages-mini"),
     # Not in the paper: sized so that a laptop's CPU sees learning in minutes.
     "scenes": dict(data="scenes", arch="resnet18", size=112, roi=7, queue=1024, projector_norm=True, ema=0.99, epochs=8, batch_size=32, lr=0.48,
                    workers=2),

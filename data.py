@@ -2,6 +2,8 @@
 
     python data.py scenes --out DIR --n 800                      the embedded data set as files, in COCO's layout
     python data.py proposals --data coco --root data/coco        selective search, parallel and resumable
+    python data.py openimages-mini --annotations DIR --coco instances_train2017.json --out openimages-mini.txt
+    python data.py stats --data coco --root data/coco            Table 2's row and what the proposals look like
 
 Proposals on disk are a folder that any other source of boxes can write as well:
 
@@ -20,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,6 +33,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
@@ -168,14 +172,20 @@ def list_images(root):
 def open_images(data, root=None, split=None):
     """The images of a data set; never reads an annotation.
 
-    Args: data: scenes | coco | folder; root: its folder (default data/DATA); split: coco: train2017 | val2017, scenes:
-    train | val. Raises UserError if the folder is missing or empty."""
+    Args: data: scenes | coco | voc | openimages | openimages-mini | folder; root: its folder (default data/DATA); split:
+    coco: train2017 | val2017, scenes and voc: train | val, openimages: train | validation (openimages-mini's train is its
+    list, its validation OpenImages'). Raises UserError if the folder is missing or empty."""
     root = Path(root or Path("data") / data)
     if data == "scenes":
         return Scenes(split or "train", root)
-    folder = root / (split or "train2017") if data == "coco" else root
+    if data == "voc":
+        return voc_images(root, split or "train")
+    if data == "openimages-mini" and split in (None, "train"):
+        folder = root / "train"
+        return Images(folder, read_list(root / "openimages-mini.txt", "train/([0-9a-f]{16})", "{}.jpg", folder))
+    folder = root if data == "folder" else root / (split or folder_of(data, "train"))
     if not folder.is_dir():
-        where = "download COCO 2017 (README, section COCO) or name its folder" if data == "coco" else "name a folder"
+        where = "name a folder" if data == "folder" else "download it (README, section Data) or name its folder"
         raise UserError(f"{folder} does not exist: {where} with --root")
     return Images(folder, list_images(folder))
 
@@ -325,10 +335,19 @@ class Labelled(NamedTuple):
 
 
 def open_labelled(data, root=None, split="val"):
-    """Labelled boxes of `split` (train | val) of a data set (scenes | coco), sorted by image name. Raises UserError if the
-    annotations are missing or unsound; single broken ones are named, counted and left out."""
+    """Labelled boxes of `split` (train | val) of a data set (scenes | coco | voc | openimages | openimages-mini), sorted by
+    image name. Raises UserError if the annotations are missing or unsound; single broken ones are named, counted and
+    left out."""
     root = Path(root or Path("data") / data)
-    return {"scenes": read_scenes, "coco": read_coco}[data](root, split)
+    if "openimages" in data:
+        images = open_images(data, root, folder_of(data, split))
+        return read_openimages(root, folder_of(data, split), images, listed=data == "openimages-mini" and split == "train")
+    return {"scenes": read_scenes, "coco": read_coco, "voc": read_voc}[data](root, split)
+
+
+def folder_of(data, split):
+    """What a data set calls its split train | val."""
+    return f"{split}2017" if data == "coco" else "validation" if "openimages" in data and split == "val" else split
 
 
 class Faults:
@@ -342,12 +361,12 @@ class Faults:
         self.count[kind] += 1
         self.places.setdefault(kind, []).append(place) if self.count[kind] <= 3 else None
 
-    def check(self, sound):
+    def check(self, sound, what="box"):
         for kind, count in self.count.items():
             print(f"left out, {kind}: {count:,} in {self.path} (" + ", ".join(map(str, self.places[kind]))
                   + (", ...)" if count > 3 else ")"), file=sys.stderr, flush=True)
         if not sound:
-            raise UserError(f"{self.path} holds no sound box" + (": " + ", ".join(self.count) if self.count else ""))
+            raise UserError(f"{self.path} holds no sound {what}" + (": " + ", ".join(self.count) if self.count else ""))
 
 
 def labelled(images, categories, index, boxes, labels, crowd, mask=None):
@@ -377,45 +396,54 @@ def read_coco(root, split):
     found = read_json(path, "annotations", "images", "categories")
     faults, folder = Faults(path), root / f"{split}2017"
     here = set(list_images(folder)) if folder.is_dir() else set()
-    listed = sorted((im["file_name"], im["id"], im["width"], im["height"]) for im in found["images"])
+    try:
+        listed = sorted((im["file_name"], im["id"], im["width"], im["height"]) for im in found["images"])
+        categories = sorted((c["id"], c["name"]) for c in found["categories"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: an image needs file_name, id, width and height, a category id and name") from None
     for name, *_ in listed:
         if name not in here:
             faults.add(f"image listed but absent from {folder}", name)
     listed = [entry for entry in listed if entry[0] in here]
     place = {entry[1]: i for i, entry in enumerate(listed)}
     all_ids = {im["id"] for im in found["images"]}
-    category = {c["id"]: i for i, c in enumerate(sorted(found["categories"], key=lambda c: c["id"]))}
+    category = {number: i for i, (number, _) in enumerate(categories)}
     rows = []
-    for a in found["annotations"]:
-        if a["image_id"] not in place:
-            if a["image_id"] not in all_ids:
-                faults.add("image id unknown", f"annotation {a['id']}")
+    for n, a in enumerate(found["annotations"]):
+        try:
+            where, image, kind = f"annotation {a['id']}", a["image_id"], a["category_id"]
+            x, y, w, h = map(float, a["bbox"])
+        except (KeyError, TypeError, ValueError):
+            faults.add("no id, image_id, category_id or bbox of four numbers", f"annotation number {n}")
             continue
-        _, _, width, height = listed[place[a["image_id"]]]
-        x, y, w, h = a["bbox"]
+        if image not in place:
+            if image not in all_ids:
+                faults.add("image id unknown", f"{where}: {image}")
+            continue
+        _, _, width, height = listed[place[image]]
         box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
-        if a["category_id"] not in category:
-            faults.add("category id unknown", f"annotation {a['id']}: {a['category_id']}")
-        elif box[2] <= box[0] or box[3] <= box[1]:
-            faults.add("box empty or outside its image", f"annotation {a['id']}")
+        if kind not in category:
+            faults.add("category id unknown", f"{where}: {kind}")
+        elif not (box[2] > box[0] and box[3] > box[1]):  # so written a NaN is one too
+            faults.add("box empty or outside its image", where)
         else:
-            rows.append((place[a["image_id"]], box, category[a["category_id"]], a.get("iscrowd", 0), a.get("segmentation")))
+            rows.append((place[image], box, category[kind], a.get("iscrowd", 0), a.get("segmentation")))
     faults.check(rows)
     index, boxes, labels, crowd, shapes = zip(*rows)
 
     def mask(row):
         _, _, width, height = listed[index[row]]
         return None if not shapes[row] else draw_segmentation(shapes[row], height, width)
-    names = [c["name"] for c in sorted(found["categories"], key=lambda c: c["id"])]
-    return labelled(Images(folder, [entry[0] for entry in listed]), names, index, boxes, labels, crowd, mask)
+    return labelled(Images(folder, [entry[0] for entry in listed]), [name for _, name in categories], index, boxes, labels,
+                    crowd, mask)
 
 
-def read_json(path, *keys):
-    """A JSON object that has `keys`. Raises UserError that names the file and the line."""
+def read_json(path, *keys, hook=None):
+    """A JSON object that has `keys`; `hook` replaces every object in it. Raises UserError that names file and line."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"annotations are missing: {path} does not exist (README says where the data sets come from)") from None
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=hook)
+    except OSError as error:
+        raise UserError(f"annotations are missing: {path}: {error.strerror} (README, section Data)") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8; download the file again") from None
@@ -437,6 +465,173 @@ def draw_segmentation(shape, height, width):
         return coder.decode(shape).astype(bool)
     values = np.arange(len(shape["counts"])) % 2
     return np.repeat(values, shape["counts"]).astype(bool).reshape(width, height).T
+
+
+def read_list(path, pattern, form, root):
+    """Sorted images of a text list: form.format(group) for each line that `pattern` (one group) matches, where that exists
+    below `root`; other lines are named and counted. Raises UserError if the list is missing or none is left."""
+    try:
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines()  # a broken byte then matches no pattern
+    except OSError as error:
+        raise UserError(f"the list of images {path}: {error.strerror} (README, section Data)") from None
+    names, faults = set(), Faults(path)
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(pattern, line.strip())
+        if match and os.path.exists(root / form.format(match[1])):
+            names.add(form.format(match[1]))
+        elif line.strip():
+            kind = f"image listed but absent from {root}" if match else "not an image's name"
+            faults.add(kind, f"line {number}: {line[:40]}")
+    faults.check(names, "image")
+    return sorted(names)
+
+
+VOC_CATEGORIES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+                  "pottedplant sheep sofa train tvmonitor").split()
+
+
+def voc_images(root, split):
+    """The images of a VOCdevkit (`root` or the folder in it), named VOC<year>/JPEGImages/<name>.jpg. If a year has a test
+    list, val is that and train is trainval of all years (the paper's section 5.2: trainval of 2007 and 2012, test of 2007);
+    else they are the years' own train and val. Raises UserError if there is no such list."""
+    base = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
+    tested = any(base.glob("VOC2*/ImageSets/Main/test.txt"))
+    name = f"ImageSets/Main/{({'train': 'trainval', 'val': 'test'} if tested else {}).get(split, split)}.txt"
+    lists = sorted(base.glob(f"VOC2*/{name}"))
+    if not lists:
+        raise UserError(f"{base} has no VOC2007/{name}: download it (README, section Data) or name its folder with --root")
+    return Images(base, [name for path in lists
+                         for name in read_list(path, r"([\w.-]+)", f"{path.parts[-4]}/JPEGImages/{{}}.jpg", base)])
+
+
+def read_voc(root, split):
+    """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included. (torchvision's
+    VOCDetection reads one year, as text, and stops at the first broken file.)"""
+    images = voc_images(root, split)
+    faults, rows = Faults(images.root), []
+    for i in range(len(images)):
+        path = Path(images.name(i).replace("JPEGImages", "Annotations")).with_suffix(".xml")
+        try:
+            text = (images.root / path).read_bytes()
+            tree = ElementTree.fromstring(text)
+            width, height = (float(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+        except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+            faults.add("annotation file missing or not VOC's XML", f"{path} line {getattr(error, 'position', [1])[0]}")
+            continue
+        lines = [text.count(b"\n", 0, match.start()) + 1 for match in re.finditer(rb"<object\b", text)]
+        for thing, line in zip(tree.findall("object"), lines):
+            try:
+                label = VOC_CATEGORIES.index(thing.findtext("name"))
+                x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+            except (TypeError, ValueError):
+                faults.add("category unknown or no corners", f"{path} line {line}: {thing.findtext('name')}")
+                continue
+            box = [max(x1 - 1, 0), max(y1 - 1, 0), min(x2, width), min(y2, height)]
+            if box[2] > box[0] and box[3] > box[1]:
+                rows.append((i, box, label, thing.findtext("difficult", "0").strip() == "1"))
+            else:
+                faults.add("box empty or outside its image", f"{path} line {line}")
+    faults.check(rows)
+    return labelled(images, VOC_CATEGORIES, *zip(*rows))
+
+
+def read_classes(root):
+    """OpenImages' class-descriptions-boxable.csv: {label id: index} and the names. A class without a name (the published
+    file has one) goes by its id."""
+    path, index, names = root / "class-descriptions-boxable.csv", {}, []
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: download it (README, section Data)")
+    faults = Faults(path)
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        label, comma, name = line.decode("utf-8", "replace").partition(",")
+        if "\ufffd" in label + name or not comma:
+            faults.add("not a label id and a name in UTF-8", f"line {number}")
+        elif label != "LabelName":  # some versions have a header
+            index[label.encode()] = len(names)
+            names.append(name.strip() or label)
+    faults.check(names, "class")
+    return index, names
+
+
+def stream_boxes(path, classes, faults):
+    """OpenImages' box CSV in blocks of about a megabyte, so that 14.6 million rows take no memory: images (n,) uint64 (the
+    16 hex digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of
+    the sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if the file is missing, no box CSV or cut."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: download it (README, section Data)")
+    with open(path, "rb") as file:
+        header, number = file.readline().strip().split(b","), 2
+        try:
+            columns = [header.index(name) for name in b"ImageID LabelName XMin YMin XMax YMax IsGroupOf".split()]
+        except ValueError as error:
+            raise UserError(f"{path}, line 1: not OpenImages' box CSV ({error})") from None
+        while lines := file.readlines(1 << 20):
+            yield from _parse_boxes(lines, number, len(header), columns, path, classes, faults)
+            number += len(lines)
+
+
+def _parse_boxes(lines, first, width, columns, path, classes, faults):
+    """One block of stream_boxes; one with a broken line is halved until that line is alone."""
+    try:
+        cells = list(zip(*(line.strip().split(b",") for line in lines), strict=True))
+        images, names, *sides, group = (cells[c] for c in columns)
+        if len(cells) != width or set(map(len, images)) != {16} or not cells[-1][-1]:
+            raise ValueError
+        images = np.frombuffer(bytes.fromhex(b"".join(images).decode("ascii")), ">u8", len(lines)).astype(np.uint64)
+        boxes = np.array([list(map(float, side)) for side in sides], np.float32).T.clip(0, 1)
+    except (ValueError, IndexError):
+        if len(lines) > 1:
+            half = len(lines) // 2
+            yield from _parse_boxes(lines[:half], first, width, columns, path, classes, faults)
+            yield from _parse_boxes(lines[half:], first + half, width, columns, path, classes, faults)
+        elif not lines[0].endswith(b"\n"):
+            raise UserError(f"{path}, line {first}: the file is cut short here; download it again") from None
+        else:
+            faults.add("line cannot be read", f"line {first}")
+        return
+    labels = np.array([classes.get(name, -1) for name in names], np.int16)
+    sound = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    for n in np.flatnonzero(labels < 0):
+        faults.add("category id unknown", f"line {first + n}: {names[n].decode(errors='replace')}")
+    for n in np.flatnonzero(~sound):
+        faults.add("box empty or outside its image", f"line {first + n}")
+    kept = sound & (labels >= 0)
+    yield images[kept], labels[kept], boxes[kept], np.array([cell == b"1" for cell in group])[kept]
+
+
+def read_openimages(root, split, images, listed=False):
+    """OpenImages' layout: ROOT/{train,validation}/<ImageID>.jpg and the CSVs beside these folders; crowd is its IsGroupOf.
+    Sizes come from the images' headers. Rows of other images than `images` are left out, and counted unless `listed`."""
+    path = root / f"{split}-annotations-bbox.csv"
+    classes, categories = read_classes(root)
+    faults, blocks, absent = Faults(path), [], []
+    images = Images(images.root, [name for name in images.names.tolist() if re.fullmatch(rb"[0-9a-f]{16}\.\w+", name)])
+    ids = np.array([int(name[:16], 16) for name in images.names.tolist()] or [0], np.uint64)
+    for image, label, box, group in stream_boxes(path, classes, faults):
+        index = np.searchsorted(ids, image).clip(max=len(ids) - 1)
+        here = (ids[index] == image) & (len(images) > 0)
+        blocks.append((index[here], box[here], label[here], group[here]))
+        absent.append(np.unique(image[~here]))
+    for image in np.unique(np.concatenate(absent)) if absent and not listed else []:
+        faults.add(f"image listed but absent from {images.root}", f"{image:016x}")
+    faults.check(any(len(block[0]) for block in blocks))
+    index, boxes, labels, group = map(np.concatenate, zip(*blocks))
+    sizes, faults = np.zeros((len(images), 2), np.float32), Faults(images.root)
+    for i in np.unique(index):
+        try:
+            sizes[i] = image_size(images.root / images.name(i))
+        except Exception:  # PIL raises a different class per format
+            faults.add("image cannot be read", images.name(i))
+    kept = sizes[index].any(1)
+    faults.check(kept.any(), "image")
+    return labelled(images, categories, index[kept], (boxes * np.tile(sizes[index], 2))[kept], labels[kept], group[kept])
+
+
+def image_size(path):
+    """Width and height of an image as a viewer shows it, from its header alone. Raises what PIL raises."""
+    with Image.open(path) as picture:
+        turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+        return picture.size[::-1] if turned else picture.size
 
 
 # ----------------------------------------------------------------------------------------------------------- proposals
@@ -787,6 +982,137 @@ def make_loader(views, schedule, workers, pin=False):
                                        worker_init_fn=_start_loader, prefetch_factor=4 if workers else None)
 
 
+# ------------------------------------------------------------------------------ OpenImage-MINI and Table 2 (section 5.1)
+
+# COCO's categories, and how OpenImages spells those it does not spell alike. Cup alone has no counterpart: Coffee cup and
+# Mug are kinds of it. OpenImages' Mouse is the animal.
+COCO_CATEGORIES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
+toothbrush""".replace("\n", " ").split(", ")
+SPELLED = {"cow": "Cattle", "frisbee": "Flying disc", "skis": "Ski", "sports ball": "Ball", "donut": "Doughnut",
+           "tv": "Television", "potted plant": "Houseplant", "dining table": "Kitchen & dining room table",
+           "remote": "Remote control", "keyboard": "Computer keyboard", "mouse": "Computer mouse",
+           "cell phone": "Mobile phone", "microwave": "Microwave oven", "hair drier": "Hair dryer", "cup": None}
+SHARED = {name: SPELLED.get(name, name.capitalize()) for name in COCO_CATEGORIES if SPELLED.get(name, name)}
+
+
+def write_mini(annotations, coco, out, seed=0):
+    """Write OpenImage-MINI's list (paper, section 5.1) to `out`: a line train/<ImageID> an image, sorted.
+
+    An image needs an object of a shared category; no shared category gets more objects than COCO has; no other image could
+    be added. The paper leaves open what an object and a shared category are. Here an object is a box of either file, a
+    group of OpenImages and a crowd of COCO one each, and a category is shared if SHARED pairs it: boxes of its subclasses
+    (Man, Woman for Person) count as categories of their own, without a cap, as do all others. The choice is random by
+    `seed` and does not depend on the order of the rows. Raises UserError if a file is missing or unsound."""
+    caps = coco_counts(Path(coco))
+    classes, names = read_classes(Path(annotations))
+    path = Path(annotations) / "train-annotations-bbox.csv"
+    faults, blocks = Faults(path), []
+    print(f"reading {path} (the published file takes about two minutes)", flush=True)
+    for image, label, _, _ in stream_boxes(path, classes, faults):
+        blocks.append((image, label))
+    faults.check(any(len(image) for image, _ in blocks))
+    image, label = map(np.concatenate, zip(*blocks))
+    ids, index = np.unique(image, return_inverse=True)
+    cap = np.full(len(names), -1)
+    for ours, theirs in SHARED.items():
+        if ours in caps and theirs in names:
+            cap[names.index(theirs)] = caps[ours]
+        else:
+            print("not shared:", f"{theirs} is not in {annotations}" if ours in caps else f"{ours} is not in {coco}")
+    if (cap < 0).all():
+        raise UserError(f"{coco} and {annotations} share no category: is it COCO's instances_train2017.json?")
+    chosen = choose_images(index, label, cap, seed)
+    kept = np.isin(index, chosen)
+    with atomic(out, "w") as file:
+        file.writelines(f"train/{i:016x}\n" for i in ids[chosen].tolist())
+    report_mini(index[kept], label[kept], label, cap, names, len(chosen))
+    print(f"wrote {out}: {len(chosen):,} of {len(ids):,} images")
+
+
+def coco_counts(path):
+    """{category's name: boxes} of a COCO annotation file. Of an annotation only the category stays in memory."""
+    found = read_json(path, "annotations", "images", "categories", hook=lambda o: o.get("category_id", o))
+    faults, count = Faults(path), Counter(a if isinstance(a, int) else None for a in found["annotations"])
+    try:
+        name = {c["id"]: c["name"] for c in found["categories"]}
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: a category needs id and name") from None
+    for number in count.keys() - name.keys():
+        faults.add("category id unknown", f"{count[number]:,} of id {number}")
+    faults.check(name, "category")
+    return {name[number]: count[number] for number in name}
+
+
+def choose_images(index, label, cap, seed):
+    """Greedy choice: images in random order, each taken if it breaks no cap. Counts only grow, so an image that did not fit
+    in its turn does not fit at the end either: one pass leaves nothing out that could be added.
+
+    Args: index, label (M,) integers: image and category of each box; cap: boxes allowed of each category, -1 if it is not
+    shared. Returns the sorted indices of the images chosen; each has a box of a shared category."""
+    shared = cap[label] >= 0
+    pairs, counts = np.unique(index[shared] * len(cap) + label[shared], return_counts=True)  # (image, category), its boxes
+    categories, left = pairs % len(cap), cap.copy()
+    images, starts = np.unique(pairs // len(cap), return_index=True)
+    ends, chosen = np.append(starts[1:], len(pairs)), []
+    for i in rng(seed).permutation(len(images)):
+        own, need = categories[starts[i]:ends[i]], counts[starts[i]:ends[i]]
+        if (need <= left[own]).all():
+            left[own] -= need
+            chosen.append(images[i])
+    return np.sort(np.int64(chosen))
+
+
+def report_mini(index, label, everywhere, cap, names, images):
+    """Print Table 2 of a choice, its boxes given by `index` and `label`, and each shared category against its cap."""
+    print_table2(images, index, label, ("paper", 146_000, 9.1, 3.2, 569))
+    got, there = (np.bincount(x, minlength=len(names)) for x in (label, everywhere))
+    spelled = {theirs: ours for ours, theirs in SHARED.items()}
+    for c in sorted(np.flatnonzero(cap >= 0), key=lambda c: -cap[c]):
+        print(f"  {spelled[names[c]]:15} {names[c]:28} {got[c]:9,} of at most {cap[c]:9,}"
+              + ("" if there[c] else "   (the CSV has none)"))
+    print("COCO's categories without a counterpart: " + ", ".join(n for n in COCO_CATEGORIES if n not in SHARED))
+
+
+def print_table2(images, index, label, *more):
+    """Print Table 2's row for boxes of `images` images; index, label (M,): image and category of each. Then rows `more`."""
+    pairs = len(np.unique(index * np.int64(10**6) + label))
+    print(f"{'':10}{'images':>12}{'objects/image':>16}{'categories/image':>19}{'categories':>13}")
+    ours = ("here", images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
+    for name, n, objects, categories, number in (ours, *more):
+        print(f"{name:10}{n:12,}{objects:16.2f}{categories:19.2f}{number:13,}")
+
+
+def print_stats(data, root, split, folder=None):
+    """Print Table 2's row of a data set's split (train | val) and what its proposals in `folder` look like: boxes an image,
+    the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
+    from torchvision.ops import box_iou
+    found = open_labelled(data, root, split)
+    sizes = np.diff(found.offsets)
+    print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels,
+                 *{("coco", "train"): [("paper", 118_000, 7.4, 2.95, 80)],
+                   ("openimages-mini", "train"): [("paper", 146_000, 9.1, 3.2, 569)]}.get((data, split), []))
+    folder = Path(folder or proposals_folder(data, root, folder_of(data, split)))
+    if not (folder / "settings.json").exists():
+        options = f"--data {data}" + (f" --root {root}" if root else "") + f" --split {folder_of(data, split)}"
+        return print(f"no proposals in {folder}: python data.py proposals {options}")
+    proposals = Proposals(folder)
+    row, boxes, without, met, truth = {name: i for i, name in enumerate(proposals.names.tolist())}, 0, 0, 0, 0
+    for i, name in enumerate(found.images.names.tolist()):
+        own = slice(found.offsets[i], found.offsets[i + 1])
+        real = found.boxes[own][~found.crowd[own]]
+        some = proposals[row[name]] if name in row else np.empty((0, 4), np.float32)
+        boxes, without, truth = boxes + len(some), without + (not len(some)), truth + len(real)
+        if len(some) and len(real):
+            met += int((box_iou(torch.tensor(real), torch.tensor(some)).amax(1) >= 0.5).sum())
+    print(f"proposals: {boxes / max(len(sizes), 1):.1f} boxes an image, recall at IoU 0.5 {met / max(truth, 1):.1%} of "
+          f"{truth:,} objects, {without:,} images without any ({folder})")
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 def part_of(text):
@@ -808,12 +1134,23 @@ def main():
     scenes.add_argument("--n", type=int, default=800, help="train images; a quarter as many val images come with them")
     scenes.add_argument("--seed", type=int, default=0)
     search = commands.add_parser("proposals", help="selective search over a data set")
-    search.add_argument("--data", choices=("scenes", "coco", "folder"), required=True)
+    labelled_data = ("scenes", "coco", "voc", "openimages", "openimages-mini")
+    search.add_argument("--data", choices=(*labelled_data, "folder"), required=True)
     search.add_argument("--root")
     search.add_argument("--split")
     search.add_argument("--workers", type=int, help="processes (default: all cores)")
     search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share the folder")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
+    mini = commands.add_parser("openimages-mini", help="choose the images of the paper's OpenImage-MINI")
+    mini.add_argument("--annotations", required=True, help="folder of OpenImages' two CSVs (README, section Data)")
+    mini.add_argument("--coco", required=True, help="COCO's instances_train2017.json")
+    mini.add_argument("--out", default="openimages-mini.txt")
+    mini.add_argument("--seed", type=int, default=0)
+    stats = commands.add_parser("stats", help="Table 2's row of a data set, and its proposals")
+    stats.add_argument("--data", choices=labelled_data, required=True)
+    stats.add_argument("--root")
+    stats.add_argument("--split", choices=("train", "val"), default="train")
+    stats.add_argument("--proposals", help="the folder they are kept in (default: under the root)")
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n, args.seed)
@@ -821,6 +1158,10 @@ def main():
     elif args.command == "proposals":
         folder = args.proposals or proposals_folder(args.data, args.root, args.split)
         compute_proposals(open_images(args.data, args.root, args.split), folder, args.workers, args.part)
+    elif args.command == "openimages-mini":
+        write_mini(args.annotations, args.coco, args.out, args.seed)
+    elif args.command == "stats":
+        print_stats(args.data, args.root, args.split, args.proposals)
 
 
 if __name__ == "__main__":
