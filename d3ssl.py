@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
 from augment import make_views, parse_augs
 from data import (Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration, error_exit,
@@ -224,7 +225,7 @@ class D3SSL(nn.Module):
     def forward(self, views):
         """views: augment.Views. Returns Losses; enqueue its `keys` after the backward pass."""
         v = views
-        with torch.autocast(v.x2.device.type, self.amp, enabled=self.amp is not None):
+        with self.autocast(v.x2):
             zs1 = self.predict(self.student(v.x1_hat, v.rois1))                                # Eq. 3
             zs2 = self.predict(self.student(v.x2s_hat, v.rois2 / 2))
             zs3 = None if v.x3 is None else self.predict(self.student(v.x3, v.rois3))          # Eq. 8
@@ -237,6 +238,9 @@ class D3SSL(nn.Module):
             (a, hit_a), (b, hit_b) = self.compare(zs3, zt2), self.compare(zs3, zt1)
             loss_dp, hits = a + b, hits + [hit_a, hit_b]                                       # Eq. 9
         return Losses(loss_dp + loss_dc, loss_dc, loss_dp, torch.stack(hits).mean(), torch.cat([zt1, zt2]))  # Eq. 10
+
+    def autocast(self, x):
+        return torch.autocast(x.device.type, self.amp, enabled=self.amp is not None)
 
     def predict(self, z):
         """SoCo's and BYOL's predictor on the student's features; nothing with InfoNCE."""
@@ -541,6 +545,158 @@ def open_views(config, ranks):
     return views
 
 
+# -------------------------------------------------------------------------------------------------- where a step's time goes
+
+class Stopwatch:
+    """Charges the time between marks to the label of the earlier one; with events on a GPU, so nothing waits for it."""
+
+    def __init__(self, device):
+        self.device, self.marks = device, []
+
+    def mark(self, label):
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((label, now))
+
+    def charge(self, totals):
+        """Add the seconds since the first mark to `totals` {label: seconds} and begin again."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        for (label, start), (_, end) in zip(self.marks, self.marks[1:]):
+            seconds = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
+            totals[label] = totals.get(label, 0.0) + seconds
+        self.marks = []
+
+
+class TimedEncoder(Encoder):
+    """An Encoder that marks its stages, in the backward pass too, where a stage begins with its output's gradient."""
+    watch, who = None, None
+
+    def stage(self, label, compute, *inputs):
+        self.watch.mark(label)
+        out = compute(*inputs)
+        if out.requires_grad:
+            out.register_hook(lambda grad: self.watch.mark(label))
+        self.watch.mark("loss and queue")
+        return out
+
+    def c4(self, x):
+        return self.stage(f"{self.who} backbone", super().c4, x)
+
+    def pool(self, maps, boxes):
+        return self.stage("RoIAlign", super().pool, maps, boxes)
+
+    def head(self, regions):
+        return self.stage("RoI heads", super().head, regions)
+
+
+class Floor:
+    """The least a step can do: E and H, 3 student passes forward and backward and 2 teacher passes forward, on ready-made
+    inputs and RoI maps, in the step's dtype and layout; no RoIAlign, loss or optimiser."""
+
+    def __init__(self, model, views):
+        v, self.model = views, model
+        self.student = [self.ready(v.x1_hat, v.rois1), self.ready(v.x2s_hat, v.rois2 / 2)]
+        self.student += [self.ready(v.x3, v.rois3)] if v.x3 is not None else []
+        self.teacher = [self.ready(v.x1_hat, v.rois1), self.ready(v.x2, v.rois2)]
+
+    def ready(self, x, boxes):
+        """Image, its RoI maps and the gradients that E and H get back."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), self.model.autocast(x):
+            c4 = self.model.student.c4(x)
+            regions = self.model.student.pool(c4, boxes)
+            z = self.model.student.head(regions)
+        return x, regions.detach().requires_grad_(), [torch.randn_like(c4), torch.randn_like(z)]
+
+    def __call__(self):
+        student, teacher, outputs, grads = self.model.student, self.model.teacher, [], []
+        with self.model.autocast(self.student[0][0]):
+            for x, regions, grad in self.student:
+                outputs += [student.c4(x), student.head(regions)]
+                grads += grad
+            with torch.no_grad():
+                for x, regions, _ in self.teacher:
+                    teacher.c4(x), teacher.head(regions)
+        torch.autograd.backward(outputs, grads)
+        self.model.zero_grad(set_to_none=True)
+
+
+def profile(run, pairs=20, warmup=4):
+    """Print where a training step's time goes, images/s of its parts and the ratio of a step to its floor: the median over
+    `pairs` of whole steps, loader included, alternated with floors."""
+    watch, device, model = Stopwatch(run.ranks.device), run.ranks.device, run.model
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = lambda work: (sync(), time.perf_counter(), work(), sync(), time.perf_counter())
+    for name in ("student", "teacher"):
+        encoder = getattr(model, name)
+        encoder.__class__, encoder.watch, encoder.who = TimedEncoder, watch, name
+    run.optimizer.register_step_pre_hook(lambda *_: watch.mark("optimiser and EMA"))
+    run.optimizer.register_step_post_hook(lambda *_: watch.mark("loss and queue"))
+    batches, totals, steps, floors = iter(run.batches()), {}, [], []
+
+    def whole():
+        watch.mark("waiting for data")
+        batch = next(batches)
+        watch.mark("augmentation")
+        views = run.prepare(batch)
+        watch.mark("optimiser and EMA")
+        run.update(views)
+        watch.mark("end")
+        return batch, views
+    for i in range(warmup + pairs):
+        _, start, (batch, views), _, end = seconds(whole)
+        if i == 0:
+            floor = Floor(model, views)
+        watch.charge(totals if i >= warmup else {})
+        _, floor_start, _, _, floor_end = seconds(floor)
+        watch.marks = []
+        steps, floors = steps + [end - start], floors + [floor_end - floor_start]
+    steps, floors = np.array(steps[warmup:]), np.array(floors[warmup:])
+    print_profile(run, totals, steps, floors, floor, batch, batches, seconds)
+
+
+def print_profile(run, totals, steps, floors, floor, batch, batches, seconds):
+    """The tables of `profile`."""
+    images, step = run.config.batch_size // run.ranks.ranks, sum(totals.values()) / len(steps)
+    print(f"\n{'where a step goes':26}{'ms':>10}{'share':>9}")
+    for label in sorted(totals, key=totals.get, reverse=True):
+        print(f"{label:26}{1e3 * totals[label] / len(steps):10.1f}{totals[label] / len(steps) / step:9.1%}")
+    with FlopCounterMode(display=False) as counter:
+        floor()
+    peak, flops = matmul_peak(run.ranks.device, run.model.amp or torch.float32), counter.get_total_flops()
+    alone = [end - start for _, start, _, _, end in (seconds(lambda: run.update(run.prepare(batch))) for _ in range(5))]
+    del batches
+    loading = iter(make_loader(run.views, Schedule(len(run.views), images, 1, 0, 10**6), 1))
+    next(loading)
+    load = [end - start for _, start, _, _, end in (seconds(lambda: next(loading)) for _ in range(12))][4:]
+    rows = [("whole step", np.median(steps)), ("step alone, data ready", np.median(alone)), ("floor", np.median(floors)),
+            (f"the floor's {flops / 1e9:,.0f} GFLOP at {peak / 1e12:.2f} TFLOP/s", flops / peak), ("loader alone, one worker", np.mean(load))]
+    print(f"\n{'':48}{'ms':>10}{'images/s':>11}")
+    for label, duration_ in rows:
+        print(f"{label:48}{1e3 * duration_:10.1f}{images / duration_:11.1f}")
+    if run.ranks.device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB for {images} images")
+    print(f"step / floor {np.median(steps / floors):.3f}")
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large matrix product."""
+    n, times = 8192 if device.type == "cuda" else 2048, []
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(6):
+        watch, totals = Stopwatch(device), {}
+        watch.mark("product")
+        a @ b
+        watch.mark("end")
+        watch.charge(totals)
+        times.append(totals["product"])
+    return 2 * n ** 3 / min(times)
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 FLAGS = {"batch_size": "--batch-size", "depositioning": "--no-dp", **{key: f"--{key}" for key in (
@@ -569,9 +725,10 @@ def parse_config(arguments=None):
     add("--max-steps", type=positive, help="stop this schedule early")
     add("--proposals", help="folder of proposals (default: under the root)")
     add("--out", help="where the run's files go (default runs/DATA)")
+    add("--profile", action="store_true", help="print where a step's time goes and train nothing")
     add("--resume", choices=("auto", "never"), default="auto")
     args = parser.parse_args(arguments)
-    return configure({key: value for key, value in vars(args).items() if value is not None and key != "resume"}), args
+    return configure({key: value for key, value in vars(args).items() if value is not None and key not in ("resume", "profile")}), args
 
 
 def configure(given):
@@ -599,7 +756,10 @@ def positive(text):
 def main():
     config, args = parse_config()
     ranks = Ranks()
-    run = Run(config, ranks, args.resume)
+    run = Run(config, ranks, "never" if args.profile else args.resume)
+    if args.profile:
+        run.last = 10**9
+        return profile(run)
     following = f"python evaluate.py --ckpt {run.out}/last.pt" + (
         f" --data {config.data} --root {config.root}" if config.data != "scenes" else "")
     if run.step >= run.last:
