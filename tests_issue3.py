@@ -484,12 +484,17 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], lines
 
 
-def test_a_trained_checkpoint_beats_the_untrained_network(tmp_path):
-    """The default scenes run, its first epochs on a folder of proposals made for it: O-KNN at least 1.3 times random's."""
-    done = run("d3ssl.py", "--max-steps", 200, "--out", tmp_path / "run", "--root", tmp_path / "scenes")
+@pytest.fixture(scope="session")
+def scenes_run(tmp_path_factory):
+    """The folder of the default run on the scenes; its proposals are kept under data/scenes for the next time."""
+    out = tmp_path_factory.mktemp("scenes_run")
+    done = run("d3ssl.py", "--out", out)
     assert done.returncode == 0, done.stderr
-    done = run("evaluate.py", "--ckpt", tmp_path / "run" / "last.pt", "random", "--arch", "resnet18", "--json", tmp_path / "o.json",
-               "--limit-images", 400)
+    return out
+
+
+def test_a_trained_checkpoint_beats_the_untrained_network(scenes_run, tmp_path):
+    done = run("evaluate.py", "--ckpt", scenes_run / "last.pt", "random", "--arch", "resnet18", "--json", tmp_path / "o.json")
     assert done.returncode == 0, done.stderr
     trained, random = json.loads((tmp_path / "o.json").read_text())
     assert trained["arch"] == random["arch"] == "resnet18" and trained["queries"] > 500
@@ -600,7 +605,7 @@ def test_probes_need_two_categories_of_some_size():
 
 
 def test_probes_command(tmp_path):
-    torch.save({k: v for k, v in small().items()}, tmp_path / "x.pth")
+    torch.save(small(), tmp_path / "x.pth")
     done = run("probes.py", "--ckpt", tmp_path / "x.pth", "random", "--arch", "resnet18", "--pairs", 4, "--plot", tmp_path / "c.png",
                "--picture", tmp_path / "p.png", "--json", tmp_path / "p.json")
     assert done.returncode == 0, done.stderr
