@@ -251,8 +251,8 @@ def _background(random, side):
                                        interpolation=cv2.INTER_CUBIC)
                 for cells, amplitude in ((3, 1.0), (9, 0.6), (20, 0.3)))
     share = 1 / (1 + np.exp(-1.5 * noise))[..., None]
-    one = random.uniform(40, 215, 3).astype(np.float32)
-    two = one + random.uniform(-35, 35, 3).astype(np.float32)
+    one = np.float32(random.uniform(60, 195) + random.uniform(-12, 12, 3))  # nearly grey: colour is the objects'
+    two = one + np.float32(random.uniform(25, 50) + random.uniform(-8, 8, 3))
     return one + share * (two - one)
 
 
@@ -280,7 +280,7 @@ def _object(random, label, x, y, side):
     right, bottom = np.minimum(np.ceil(corners.max(0)) + 1, Scenes.SIDE).astype(int)
     mask = np.zeros((bottom - top, right - left), np.uint8)
     cv2.fillPoly(mask, [np.round((corners - (left + 0.5, top + 0.5)) * 16).astype(np.int32)], 255, cv2.LINE_AA, shift=4)
-    hue = (label * 0.382 + random.uniform(-0.08, 0.08)) % 1  # loose: categories overlap in colour
+    hue = (label * 0.382 + random.uniform(-0.06, 0.06)) % 1  # loose: categories overlap in colour
     light, dark = (cv2.cvtColor(np.float32([[[hue * 360, s, v]]]), cv2.COLOR_HSV2RGB)[0, 0] * 255
                    for s, v in ((random.uniform(0.35, 0.7), random.uniform(0.8, 1.0)),
                                 (random.uniform(0.6, 0.95), random.uniform(0.35, 0.55))))
