@@ -70,8 +70,8 @@ PRESETS = {
     "folder": dict(data="folder"),
     "openimages-mini": dict(data="openimages-mini"),
     # Not in the paper: sized so that a laptop's CPU sees learning in minutes.
-    "scenes": dict(data="scenes", arch="resnet18", size=112, roi=7, queue=1024, projector_norm=True, ema=0.99, epochs=8, batch_size=32, lr=0.48,
-                   workers=2),
+    "scenes": dict(data="scenes", arch="resnet18", size=112, roi=6, projector_norm=True, queue=1024, ema=0.99, epochs=4, warmup=1,
+                   batch_size=32, lr=0.48, workers=2),
 }
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
 COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, lr=1.0, weight_decay=1e-5, warmup=10)

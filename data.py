@@ -204,7 +204,7 @@ class Scenes(Images):
     masks are there for evaluation (`render`); `read` returns the picture alone, which is all that training sees."""
 
     SIDE = 112
-    NUMBER = {"train": 640, "val": 200}
+    NUMBER = {"train": 512, "val": 200}
 
     def __init__(self, split="train", root=None, number=None, seed=0):
         if split not in self.NUMBER:
