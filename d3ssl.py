@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import signal
 import time
 from copy import deepcopy
@@ -678,8 +679,9 @@ def print_profile(run, totals, steps, floors, floor, batch, batches, seconds):
     print(f"\n{'':48}{'ms':>10}{'images/s':>11}")
     for label, duration_ in rows:
         print(f"{label:48}{1e3 * duration_:10.1f}{images / duration_:11.1f}")
-    if run.ranks.device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB for {images} images")
+    memory = torch.cuda.max_memory_allocated() if run.ranks.device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory {memory / 2**30:.1f} GiB with {images} images")
     print(f"step / floor {np.median(steps / floors):.3f}")
 
 

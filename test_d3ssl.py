@@ -587,11 +587,11 @@ def test_a_finished_run_says_so(scenes_run):
 KILLER = """
 import os, signal, sys
 import d3ssl, data
-saves, real = [], os.fsync
+saves, real, nth = [], os.fsync, int(sys.argv.pop(1))
 def fsync(number):  # the n-th time that last.pt is being written, die in the middle of it
     if os.readlink(f"/proc/self/fd/{number}").endswith("last.pt.tmp"):
         saves.append(1)
-        if len(saves) == int(sys.argv.pop(1) if not saves[1:] else 1):
+        if len(saves) == nth:
             os.ftruncate(number, 1000)
             os.kill(os.getpid(), signal.SIGKILL)
     real(number)
@@ -659,6 +659,27 @@ def test_training_reads_no_annotation(tmp_path):
         command(*words, "--out", tmp_path / name, *more)
         row = read_metrics(tmp_path / name)[-1]
         assert math.isfinite(row["loss"]) and (row["loss_dp"] == 0) == (name != "hide")
+
+
+def learning_curve(root, out, seed, steps, **settings):
+    """(steps, 2): loss and acc of each step of a small run."""
+    run = d3ssl.Run(d3ssl.configure({"data": "scenes", "root": str(root), "out": str(out), "size": 64, "batch_size": 16, "epochs": 2,
+                                     "seed": seed, **settings}), d3ssl.Ranks(), "never")
+    batches, curve = iter(run.batches()), []
+    for _ in range(steps):
+        losses = run.update(run.prepare(next(batches)))
+        curve.append([float(losses.loss), float(losses.acc)])
+    return np.array(curve)
+
+
+def test_loss_falls_and_acc_rises_and_without_learning_neither_does(scenes_run, tmp_path):
+    """From the first full queue (128 features a step: step 8 of 1,024) to the end, ten steps averaged at both ends."""
+    _, root, *_ = scenes_run
+    for seed, steps, settings in ((0, 50, {}), (1, 50, {}), (0, 34, {"lr": 0.0})):
+        curve = learning_curve(root, tmp_path, seed, steps, **settings)
+        (loss, acc), (last_loss, last_acc) = curve[8:18].mean(0), curve[-10:].mean(0)
+        print(f"seed {seed} {settings}: loss {loss:.2f} -> {last_loss:.2f}, acc {acc:.4f} -> {last_acc:.4f}")
+        assert (last_loss < 0.95 * loss) == (not settings) and (last_acc > 1.5 * acc) == (not settings)
 
 
 def test_mistakes_are_one_line_that_names_the_cure(scenes_run, tmp_path):
@@ -761,9 +782,9 @@ data.error_exit(d3ssl.main)
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 def test_memory_is_flat(tmp_path):
-    write_pictures(tmp_path / "pictures", 16)
+    write_pictures(tmp_path / "pictures", 8)
     done = command("-c", MEMORY, "--data", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "run", "--arch", "resnet18",
-                   "--size", 64, "--boxes", 2, "--batch-size", 8, "--epochs", 50, "--workers", 2)
+                   "--size", 64, "--boxes", 1, "--batch-size", 4, "--epochs", 50, "--workers", 2)
     sizes = {int(line.split()[1]): int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("PSS")}
     assert sizes[5] > 200_000 and abs(sizes[50] / sizes[5] - 1) < 0.02, sizes
 
@@ -808,6 +829,22 @@ def test_loader_is_faster_than_the_usual_way(tmp_path):
         rates[name] = max(rates.get(name, 0), sum(len(batch[0]) for batch in batches) / (time.perf_counter() - began))
     print(f"loader: {rates['ours']:.0f} images/s a core, the usual way {rates['usual']:.0f}, {rates['ours'] / rates['usual']:.1f} times")
     assert rates["ours"] > 2.5 * rates["usual"]
+
+
+def test_nearest_neighbours_grow_as_bank_times_queries():
+    """Doubling the bank about doubles the time of O-KNN's search; its memory stays a chunk's."""
+    def seconds(bank, queries=512, width=256):
+        a, b = (F.normalize(torch.randn(n, width, generator=seeded(n)), dim=1).half() for n in (queries, bank))
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            evaluate.nearest(a, b, 20)
+            times.append(time.perf_counter() - began)
+        return min(times)
+    seconds(1000)
+    times = [seconds(n) for n in (32_768, 65_536, 131_072)]
+    print("bank 32,768 65,536 131,072 x 512 queries of 256: " + ", ".join(f"{t:.2f} s" for t in times))
+    assert times[2] < 2 * 2.0 * times[0] * 1.35
 
 
 # ------------------------------------------------------------------------------------- evaluate.py: any ResNet checkpoint
