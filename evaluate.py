@@ -577,7 +577,8 @@ class FineTuning:
         saved = self.load() if resume == "auto" else None
         ranks.connect()
         torch.manual_seed(c.seed)
-        self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois).to(ranks.device)
+        self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois).to(
+            ranks.device, memory_format=torch.channels_last)
         if ranks.ranks > 1 and ranks.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         norms = [p for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()]
