@@ -622,7 +622,14 @@ class FineTuning:
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()}
         return {**plain, "ranks": self.ranks.ranks, "images": len(self.trained), "masks": self.masks}
 
+    def diverged(self):
+        kept = f"{self.out}/last.pt is the last good one" if (self.out / "last.pt").exists() else "nothing was saved yet"
+        return UserError(f"the loss is not finite at step {self.step + 1:,}: lower --lr; {kept}")
+
     def save(self):
+        """Write last.pt by rename, unless a parameter is not finite. Rank 0 only."""
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise self.diverged()
         if self.ranks.rank == 0:
             with atomic(self.out / "last.pt") as file:
                 torch.save({"transfer": self.settings(), "categories": self.categories, "step": self.step,
@@ -653,8 +660,7 @@ class FineTuning:
             losses = self.parallel(images, targets)
             loss = sum(losses.values())
             if any(self.ranks.maximum(not math.isfinite(loss.item()))):
-                raise UserError(f"the loss is not finite at step {self.step + 1:,}: lower --lr; " + (
-                    f"{self.out}/last.pt is the last good one" if (self.out / "last.pt").exists() else "nothing was saved yet"))
+                raise self.diverged()
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()

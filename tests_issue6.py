@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -67,7 +68,8 @@ def test_transfer_is_of_the_pretrained_object_feature():
     torch.manual_seed(0)
     encoder = Encoder("resnet18").eval()
     randomise_norms(encoder)
-    image, boxes = torch.rand(3, 96, 128), torch.tensor([[3.5, 8.2, 60.1, 70.9], [40.0, 0.0, 128.0, 96.0], [70.3, 33.3, 90.6, 41.7]])
+    image = torch.rand(3, 96, 128)
+    boxes = torch.tensor([[3.5, 8.2, 60.1, 70.9], [40.0, 0.0, 128.0, 96.0], [70.3, 33.3, 90.6, 41.7]])
     with torch.no_grad():
         expected = encoder.backbone.layer4(encoder.pool(encoder.c4(normalise(image[None])), boxes[None])).mean((2, 3))
         model = e.c4_detector(encoder.backbone, 5, sides=(96,)).eval()
@@ -96,7 +98,8 @@ def test_masks_train_on_the_box_head_s_own_map():
     model.roi_heads.mask_predictor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     masks = torch.zeros(1, 64, 80, dtype=torch.uint8)
     masks[0, 10:50, 10:50] = 1
-    losses = model([torch.rand(3, 64, 80)], [dict(boxes=torch.tensor([[10.0, 10, 50, 50]]), labels=torch.tensor([2]), masks=masks)])
+    target = dict(boxes=torch.tensor([[10.0, 10, 50, 50]]), labels=torch.tensor([2]), masks=masks)
+    losses = model([torch.rand(3, 64, 80)], [target])
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg", "loss_mask"}
     head, objects = model.roi_heads.box_head, model.roi_heads.objects
     assert head.norm.num_batches_tracked == 1 and head.layer4[0].bn1.num_batches_tracked == 1
@@ -116,8 +119,8 @@ def split_of(truth):
 def answers(images, detections):
     """What FineTuning.detect returns, of [(image, box, label, score)]."""
     of = [[row[1:] for row in detections if row[0] == i] for i in range(images)]
-    return [(i, np.float32([r[0] for r in rows]).reshape(-1, 4), np.int64([r[1] for r in rows]), np.float32([r[2] for r in rows]), None)
-            for i, rows in enumerate(of)]
+    return [(i, np.float32([b for b, _, _ in rows]).reshape(-1, 4), np.int64([label for _, label, _ in rows]),
+             np.float32([score for *_, score in rows]), None) for i, rows in enumerate(of)]
 
 
 def test_voc_ap_by_hand():
@@ -219,7 +222,8 @@ def config_of(*arguments):
 
 
 def test_transfer_schedule():
-    voc, coco, half = config_of("--transfer", "voc"), config_of("--transfer", "coco"), config_of("--transfer", "voc", "--batch-size", "8")
+    voc, coco = config_of("--transfer", "voc"), config_of("--transfer", "coco")
+    half = config_of("--transfer", "voc", "--batch-size", "8")
     assert (voc.steps, voc.drops, voc.warmup, voc.lr, voc.precise) == (24000, (18000, 22000), 100, 0.02, 200)
     assert (coco.steps, coco.drops, coco.warmup, coco.lr) == (90000, (60000, 80000), 1000, 0.02)
     assert (voc.sides[0], voc.sides[-1], coco.sides[0], coco.sides[-1], coco.long_side) == (480, 800, 640, 800, 1333)
@@ -236,8 +240,9 @@ def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path):
     run.precise_norm()
     norm = run.model.backbone.bn1
     assert len(seen) == run.config.precise == 2 and norm.momentum == 0.1
-    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(norm.running_var, torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in seen]).mean(0), rtol=1e-4, atol=1e-6)
+    mean, variance = (torch.stack([of(x.transpose(0, 1).flatten(1), 1) for x in seen]).mean(0) for of in (torch.mean, torch.var))
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, variance, rtol=1e-4, atol=1e-6)
 
 
 # ---- runs
@@ -284,10 +289,40 @@ def test_transfer_on_two_ranks(scenes, tmp_path):
     assert results["ranks"] == 2 and results["tested"] == 2 and done.stdout.count("box AP50") == 1
 
 
+def test_transfer_voc(tmp_path, capfd):
+    """The whole of --transfer voc on a VOCdevkit: trainval of two years trains, test2007 is tested, boxes alone."""
+    scenes = d.Scenes("train")
+    for year, lists in ((2007, dict(trainval=[0], test=[1, 3])), (2012, dict(trainval=[2]))):
+        base = tmp_path / f"VOCdevkit/VOC{year}"
+        for part in ("ImageSets/Main", "JPEGImages", "Annotations"):
+            (base / part).mkdir(parents=True)
+        for name, numbers in lists.items():
+            (base / f"ImageSets/Main/{name}.txt").write_text("".join(f"{i:06d}\n" for i in numbers))
+            for i in numbers:
+                image, boxes, labels, _ = scenes.render(i)
+                cv2.imwrite(str(base / f"JPEGImages/{i:06d}.jpg"), image[..., ::-1])
+                things = "".join(
+                    f"<object><name>{d.VOC_CATEGORIES[label]}</name><difficult>{n % 2}</difficult><bndbox><xmin>{x1 + 1}</xmin>"
+                    f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                    for n, (label, (x1, y1, x2, y2)) in enumerate(zip(labels, boxes.tolist())))
+                (base / f"Annotations/{i:06d}.xml").write_text(
+                    f"<annotation><size><width>112</width><height>112</height></size>{things}</annotation>")
+    more = ["--transfer", "voc", "--root", tmp_path / "VOCdevkit", "--steps", 1, "--out"]
+    code, said, error = detection_run(capfd, *more, tmp_path / "out")
+    assert code == 0, error
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["images"], results["tested"]) == (2, 2) and set(results["box"]) == {"AP", "AP50", "AP75"}
+    assert "mask" not in results and "box AP75" in said
+    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000001.jpg").unlink()
+    code, _, error = detection_run(capfd, *more, tmp_path / "new")
+    assert code == 2 and error.count("\n") == 1 and "absent" in error and "000001" in error
+
+
 def test_not_finite_loss_keeps_the_checkpoint(scenes, tmp_path, capfd):
     code, _, error = detection_run(capfd, "--root", scenes, "--steps", 40, "--save-steps", 1, "--lr", 1e20, "--out", tmp_path)
     assert code == 2 and error.count("\n") == 1 and "not finite at step" in error and str(tmp_path / "last.pt") in error
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 1
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["step"] >= 1 and all(value.isfinite().all() for key, value in saved["model"].items() if "running" not in key)
 
 
 def test_transfer_mistakes(scenes, tmp_path, capfd):
