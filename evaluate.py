@@ -1,7 +1,9 @@
-"""Any ResNet checkpoint's object features: O-KNN and disturbed O-KNN (the paper's section 5.3, Table 4); export.
+"""Any ResNet checkpoint's object features: O-KNN and disturbed O-KNN (the paper's section 5.3, Table 4); transfer to
+detection and segmentation (section 5.2, Tables 1 and 3); export.
 
     python evaluate.py --ckpt runs/scenes/last.pt random --arch resnet18         ours beside the untrained network
     python evaluate.py --ckpt A.pth.tar B.pth --data coco --root data/coco       anybody's, a row each
+    torchrun --nproc_per_node 8 evaluate.py --ckpt X --transfer voc --root VOCdevkit        or coco; last.pt is resumed
     python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                for detectron2; torchvision: a state dict
 
 O-KNN: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins. The bank holds
@@ -13,25 +15,40 @@ Images are RGB with ImageNet's mean and deviation, as all these releases expect 
 want BGR, are not among them).
 """
 import argparse
+import io
 import json
+import math
 import os
 import pickle
 import re
+import sys
+import time
 import zipfile
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import MultiScaleRoIAlign
 
 from augment import COLOURS, normalise, to_float
-from d3ssl import positive, roi_align
-from data import Parser, Progress, UserError, atomic, error_exit, make_loader, open_labelled, resize, rng
+from d3ssl import Ranks, positive, roi_align
+from data import (Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader, open_labelled, resize,
+                  rng)
 
 SIZE = {"scenes": 224, "coco": 448}  # side of the input in pixels; not in the paper
 TEMPERATURE = 0.07                   # of a vote; not in the paper: instance discrimination's and DINO's
@@ -369,6 +386,469 @@ def evaluate(network, bank, queries, k=20, workers=0, device="cpu"):
     return torch.cat(hits), labels, len(stored_labels)
 
 
+# ------------------------------------------------------------------------ transfer to detection (section 5.2, Tables 1, 3)
+
+@dataclass
+class Transfer:
+    """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs ("moco") and
+    the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the learning rate by batch/16,
+    the steps, drops and warm-up by 16/batch; --steps replaces that number of steps, drops and warm-up staying in proportion."""
+    task: str                     # section 5.2. voc: Faster R-CNN, trainval of 2007 and 2012, test2007;
+                                  # coco: Mask R-CNN, train2017, val2017
+    root: str
+    ckpt: str
+    arch: str                     # of the backbone; section 5.2: resnet50
+    steps: int                    # moco: 24 k (VOC); d2: 90 k, the "1x schedule" of section 5.2 (COCO)
+    drops: tuple                  # of the learning rate, to a tenth; moco and d2's 1x
+    warmup: int                   # steps of linear warm-up from a thousandth; moco: 100 (VOC), d2: 1,000 (COCO)
+    sides: tuple                  # short sides drawn in training, in pixels; moco; the last, 800, is the test's
+    long_side: int = 1333         # at most; d2
+    batch_size: int = 16          # of all ranks together; moco
+    lr: float = 0.02              # for 16 images; moco
+    momentum: float = 0.9         # d2
+    weight_decay: float = 1e-4    # d2; norms have none
+    rois: int = 512               # boxes an image that train the RoI head, at most a quarter of them objects; d2
+    precise: int = 200            # batches whose statistics batch norm is tested with; d2. At most a tenth of the steps
+    seed: int = 0
+    limit_images: int = None
+    test_on: str = "val"
+
+
+RECIPES = {"voc": dict(steps=24_000, drops=(18_000, 22_000), warmup=100, sides=tuple(range(480, 801, 32))),
+           "coco": dict(steps=90_000, drops=(60_000, 80_000), warmup=1_000, sides=tuple(range(640, 801, 32)))}
+
+
+def transfer_config(args, arch="resnet50"):
+    """Transfer from the command line, scaled by its rule."""
+    c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, **RECIPES[args.transfer],
+                 seed=args.seed, limit_images=args.limit_images, test_on=args.test_on)
+    c = replace(c, **{key: value for key in ("batch_size", "lr", "rois") if (value := getattr(args, key)) is not None})
+    steps = args.steps or max(1, round(c.steps * 16 / c.batch_size))
+    drops = tuple(round(drop * steps / c.steps) for drop in c.drops)
+    c = replace(c, steps=steps, drops=drops, warmup=c.warmup * steps / c.steps, lr=c.lr * c.batch_size / 16,
+                precise=max(1, min(c.precise, steps // 10)))
+    return replace(c, sides=(args.short_side,), long_side=round(args.short_side * 5 / 3)) if args.short_side else c
+
+
+class AlignedRoI(MultiScaleRoIAlign):
+    """RoIAlign 14x14 on C4 as the encoder pools (torchvision's own MultiScaleRoIAlign is not aligned)."""
+
+    def __init__(self):
+        super().__init__(["0"], output_size=14, sampling_ratio=2)
+
+    def forward(self, maps, boxes, sizes):
+        """{"0": (B, C, H/16, W/16)}, B lists of boxes (n, 4) in pixels -> (sum of n, C, 14, 14)."""
+        return torchvision.ops.roi_align(maps["0"], boxes, 14, 1 / 16, self.sampling_ratio, aligned=True)
+
+
+class Res5(nn.Module):
+    """The box head: res5, MoCo's extra norm, the mean; regions (N, 1024, 14, 14) -> (N, 2048). `map` is what is averaged."""
+
+    def __init__(self, layer4, width):
+        super().__init__()
+        self.layer4, self.norm, self.map = layer4, nn.BatchNorm2d(width), None
+
+    def forward(self, regions):
+        self.map = self.norm(self.layer4(regions))
+        return self.map.mean((2, 3))
+
+
+class C4Heads(RoIHeads):
+    """torchvision's heads, which remember which of the boxes they train on are objects."""
+
+    def select_training_samples(self, proposals, targets):
+        chosen = super().select_training_samples(proposals, targets)
+        self.objects = torch.cat(chosen[2]) > 0
+        return chosen
+
+
+class SharedMap(AlignedRoI):
+    """What the mask predictor reads: res5's map (N, 2048, 7, 7), as in detectron2's Res5ROIHeads. In training the box head's
+    own map of the objects (in a second pass batch norm would see objects alone), in test that of the boxes found."""
+
+    def forward(self, maps, boxes, sizes):
+        heads = self.heads[0]
+        if self.training:
+            return heads.box_head.map[heads.objects]
+        heads.box_head(super().forward(maps, boxes, sizes))
+        return heads.box_head.map
+
+
+def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
+    """torchvision's Faster R-CNN, with masks=True Mask R-CNN, on C4 of its ResNet, whose layers it takes over, none frozen;
+    detectron2's C4 settings where torchvision's differ. categories: their number; sides, long_side: in pixels."""
+    stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+    backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in stages))
+    backbone.out_channels = network.layer4[0].conv1.in_channels
+    width = norms_of(network.layer4)[-1].num_features
+    box = FastRCNNPredictor(width, categories + 1)
+    nn.init.normal_(box.cls_score.weight, std=0.01)
+    nn.init.normal_(box.bbox_pred.weight, std=0.001)
+    for bias in (box.cls_score.bias, box.bbox_pred.bias):
+        nn.init.zeros_(bias)
+    more, kind = {}, FasterRCNN
+    if masks:
+        predictor, kind = MaskRCNNPredictor(width, 256, categories + 1), MaskRCNN
+        nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
+        more = dict(mask_roi_pool=SharedMap(), mask_head=nn.Identity(), mask_predictor=predictor)
+    anchors = AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
+    model = kind(backbone, None, sides, long_side, rpn_anchor_generator=anchors, rpn_pre_nms_top_n_train=12000,
+                 rpn_pre_nms_top_n_test=6000, box_roi_pool=AlignedRoI(), box_head=Res5(network.layer4, width),
+                 box_predictor=box, box_batch_size_per_image=rois, **more)
+    model.roi_heads.__class__ = C4Heads
+    if masks:
+        model.roi_heads.mask_roi_pool.heads = [model.roi_heads]  # in a list, so that it is no submodule of its own child
+    return model
+
+
+def norms_of(module):
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+class Detection(torch.utils.data.Dataset):
+    """Images and targets of a split for torchvision's detectors, by keys (epoch, index), which alone decide the flip.
+
+    train: crowds are left out (VOC's difficult objects stay), and so are images without boxes; items are (image (3, H, W)
+    uint8, {boxes (n, 4), labels (n,) from 1, masks (n, H, W) uint8}); an object without a mask gets its box. Otherwise every
+    image, not flipped, without a target. An image that cannot be read has None in its place."""
+
+    def __init__(self, found, train, difficult, masks, limit=None, seed=0):
+        self.found, self.train, self.masks, self.seed = found, train, masks, seed
+        kept = np.full(len(found.labels), difficult) | ~found.crowd
+        n = min(len(found.images), limit or len(found.images))
+        rows = [np.flatnonzero(kept[a:b]) + a for a, b in zip(found.offsets[:n], found.offsets[1:n + 1])]
+        self.index = [i for i in range(n) if len(rows[i]) or not train]
+        self.rows = [rows[i] for i in self.index]
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, key):
+        epoch, j = key
+        rows, found = self.rows[j], self.found
+        try:
+            image = found.images.read(self.index[j])
+        except OSError:
+            return j, None, None
+        if not self.train:
+            return j, torch.from_numpy(image).permute(2, 0, 1), None
+        height, width = image.shape[:2]
+        target = dict(boxes=found.boxes[rows].copy(), labels=found.labels[rows] + 1)
+        if self.masks:
+            target["masks"] = np.stack([self.mask(row, height, width) for row in rows])
+        if rng(self.seed, epoch, self.index[j]).random() < 0.5:
+            image = image[:, ::-1].copy()
+            target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
+            target.update({"masks": target["masks"][..., ::-1].copy()} if self.masks else {})
+        return j, torch.from_numpy(image).permute(2, 0, 1), {key: torch.as_tensor(value) for key, value in target.items()}
+
+    def mask(self, row, height, width):
+        mask = self.found.mask(row)
+        if mask is None:
+            x1, y1, x2, y2 = self.found.boxes[row].round().astype(int)
+            mask = np.zeros((height, width), bool)
+            mask[y1:y2, x1:x2] = True
+        return mask.astype(np.uint8)
+
+
+def open_whole(data, root, split):
+    """open_labelled, but an image that is listed and absent is a UserError: a benchmark is of all of its images."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        found = open_labelled(data, root, split)
+    for line in said.getvalue().splitlines():
+        if "listed but absent" in line:
+            raise UserError(f"{line.removeprefix('left out, ')}: the tables are of all images, download them again")
+    sys.stderr.write(said.getvalue())
+    return found
+
+
+class FineTuning:
+    """One fine-tuning: data, detector, optimiser, files. `train` is the loop, `test` the metric; last.pt is resumed."""
+
+    def __init__(self, config, network, ranks, out, resume="auto", workers=0, save_steps=500):
+        c = self.config = config
+        self.ranks, self.out, self.workers, self.save_steps, self.step = ranks, Path(out), workers, save_steps, 0
+        if c.batch_size % ranks.ranks:
+            raise UserError(f"--batch-size {c.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple")
+        found, tested = (open_whole(c.task, c.root, split) for split in ("train", c.test_on))
+        self.same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}")
+        self.categories = found.categories
+        self.masks = c.task == "coco" and found.mask is not None and found.mask(0) is not None
+        self.trained = Detection(found, True, c.task == "voc", self.masks, c.limit_images, c.seed)
+        self.tested = Detection(tested, False, True, self.masks, c.limit_images)
+        if len(self.trained) < c.batch_size:
+            raise UserError(f"{c.root} has {len(self.trained):,} images with objects: lower --batch-size {c.batch_size}")
+        saved = self.load() if resume == "auto" else None
+        ranks.connect()
+        torch.manual_seed(c.seed)
+        self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois).to(
+            ranks.device, memory_format=torch.channels_last)
+        if ranks.ranks > 1 and ranks.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        norms = {p: None for norm in norms_of(self.model) for p in norm.parameters()}
+        others = [p for p in self.model.parameters() if p not in norms]
+        groups = [dict(params=others, weight_decay=c.weight_decay), dict(params=list(norms), weight_decay=0.0)]
+        self.optimizer = torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum)
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
+        self.parallel = self.model if ranks.ranks == 1 else nn.parallel.DistributedDataParallel(self.model)
+
+    def load(self):
+        """What last.pt holds, None if there is none. Raises UserError if it is broken or of another run."""
+        path, advice = self.out / "last.pt", "name another --out, or begin anew with --resume never"
+        if not path.exists():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            theirs, ours = saved["transfer"], self.settings()
+        except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
+            raise UserError(f"{path} cannot be read as a transfer's checkpoint ({type(error).__name__}): {advice}") from None
+        self.same_classes(saved["categories"], self.categories, f"--root {self.config.root}", f"{path}", advice)
+        differences = [f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
+        if differences:
+            raise UserError(f"{path} is of another run ({'; '.join(differences)}): {advice}")
+        return saved
+
+    def same_classes(self, ours, theirs, where, whose="the train split", cure="give both one list"):
+        if ours != theirs:
+            odd = ", ".join(sorted({*ours} ^ {*theirs})[:3]) or "their order"
+            raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: {cure}")
+
+    def settings(self):
+        """What a resumed run must share with the first one, as plain values."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()}
+        return {**plain, "ranks": self.ranks.ranks, "images": len(self.trained), "masks": self.masks}
+
+    def diverged(self):
+        kept = f"{self.out}/last.pt is the last good one" if (self.out / "last.pt").exists() else "nothing was saved yet"
+        return UserError(f"the loss is not finite at step {self.step + 1:,}: lower --lr; {kept}")
+
+    def save(self):
+        """Write last.pt by rename, unless a parameter is not finite. Rank 0 only."""
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise self.diverged()
+        if self.ranks.rank == 0:
+            with atomic(self.out / "last.pt") as file:
+                torch.save({"transfer": self.settings(), "categories": self.categories, "step": self.step,
+                            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+
+    def batches(self, first, last):
+        """(images, targets) of this rank's share of steps first to last, on the device. The random state, which the model's
+        sampling uses, is set before each: a function of (seed, step, rank)."""
+        c, ranks, device = self.config, self.ranks, self.ranks.device
+        schedule = Schedule(len(self.trained), c.batch_size, c.seed, first, last, ranks.rank, ranks.ranks)
+        for step, batch in enumerate(load_lists(self.trained, schedule, self.workers), first):
+            torch.manual_seed(int(rng(c.seed, step, ranks.rank).integers(2**62)))
+            images = [readable(self.trained, j, image, device) for j, image, _ in batch]
+            yield images, [{key: value.to(device) for key, value in target.items()} for _, _, target in batch]
+
+    def learning_rate(self):
+        c = self.config
+        rise = min(1.0, self.step / c.warmup) if c.warmup else 1.0
+        return c.lr * (0.001 + 0.999 * rise) * 0.1 ** sum(self.step >= drop for drop in c.drops)
+
+    def train(self):
+        """From self.step to the last: log every 20 steps, save every `save_steps` and at the end."""
+        c, began, first = self.config, time.monotonic(), self.step
+        self.parallel.train()
+        for images, targets in self.batches(self.step, c.steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            losses = self.parallel(images, targets)
+            loss = sum(losses.values())
+            if any(self.ranks.maximum(not math.isfinite(loss.item()))):
+                raise self.diverged()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            ends = self.step == c.steps
+            if self.step % 20 == 0 or ends:
+                rate = (self.step - first) / (time.monotonic() - began)
+                parts = "  ".join(f"{key.removeprefix('loss_')} {value.item():.3f}" for key, value in losses.items())
+                self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {loss.item():.3f}  {parts}  "
+                                 f"{rate * c.batch_size:.1f} images/s  {duration((c.steps - self.step) / rate)} left")
+            if self.step % self.save_steps == 0 or ends:
+                self.save()
+
+    @torch.no_grad()
+    def precise_norm(self):
+        """Precise batch norm (Wu and Johnson 2021): running statistics become the plain mean over `precise` batches of
+        training, and over ranks, with the final weights."""
+        norms = norms_of(self.model)
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's cumulative mean
+        self.model.train()
+        for images, targets in self.batches(self.config.steps, self.config.steps + self.config.precise):
+            self.model(images, targets)
+        for norm in norms:
+            norm.momentum = 0.1
+            for statistic in (norm.running_mean, norm.running_var) if self.ranks.ranks > 1 else ():
+                dist.all_reduce(statistic)
+                statistic /= self.ranks.ranks
+
+    @torch.inference_mode()
+    def detect(self):
+        """[(index of the image in its split, boxes (n, 4), labels (n,) from 0, scores (n,), masks in RLE or None)], sorted,
+        the same on all ranks; boxes and masks in pixels of the image."""
+        self.model.eval()
+        mine = range(self.ranks.rank, len(self.tested), self.ranks.ranks)
+        found, progress = [], Progress("test", len(self.tested))
+        for (j, image, _), in load_lists(self.tested, [[(0, j)] for j in mine], self.workers):
+            out = self.model([readable(self.tested, j, image, self.ranks.device)])[0]
+            masks = run_lengths(out["masks"]) if self.masks else None
+            found.append((self.tested.index[j], *(out[key].cpu().numpy() for key in ("boxes", "labels", "scores")), masks))
+            if self.ranks.rank == 0:
+                progress.update(j + 1)
+        if self.ranks.ranks > 1:
+            everyone = [None] * self.ranks.ranks
+            dist.all_gather_object(everyone, found)
+            found = sum(everyone, [])
+        found.sort(key=lambda one: one[0])
+        return [(i, boxes, labels - 1, scores, masks) for i, boxes, labels, scores, masks in found]
+
+    def test(self):
+        """{box: {AP, AP50, AP75}, mask: the same, where there are masks} in percent on the test split."""
+        self.precise_norm()
+        found, split = self.detect(), self.tested.found
+        if self.config.task == "voc":
+            return {"box": voc_ap(split, self.tested.index, found)}
+        path = Path(self.config.root) / "annotations" / f"instances_{self.config.test_on}2017.json"
+        return coco_ap(path, [split.images.name(i) for i in range(len(split.images))], self.tested.index, found, self.masks)
+
+
+def load_lists(views, schedule, workers):
+    """make_loader, whose batches stay lists of items: images have their own sizes."""
+    loader = make_loader(views, schedule, workers)
+    loader.collate_fn = list
+    return loader
+
+
+def readable(views, j, image, device):
+    """The image (3, H, W) float32 in [0, 1] on the device. Raises UserError if it could not be read."""
+    if image is None:
+        images = views.found.images
+        raise UserError(f"{images.root / images.name(views.index[j])} cannot be read: download it again")
+    return image.to(device).float() / 255
+
+
+# ------------------------------------------------------------------------------------------------- average precision
+
+def average_precision(overlap, best, difficult, threshold):
+    """VOC2007's 11-point AP of one category, as detectron2 computes it: a detection hits if its IoU is over `threshold` and
+    its object has no earlier hit; a difficult object's detections count neither way.
+
+    Args: overlap, best (D,): largest IoU of each detection with an object of its image and that object's index, by falling
+    score; difficult (G,) bool. Returns AP in [0, 1], NaN if no object counts."""
+    over = overlap > threshold
+    ignored = over & np.append(difficult, False)[best]
+    counted, hit = np.flatnonzero(over & ~ignored), np.zeros(len(over), bool)
+    hit[counted[np.unique(best[counted], return_index=True)[1]]] = True
+    right, wrong = np.cumsum(hit), np.cumsum(~hit & ~ignored)
+    if difficult.all():
+        return math.nan
+    recall, precision = right / (~difficult).sum(), right / np.maximum(right + wrong, 1)
+    return float(np.mean([precision[recall >= t].max(initial=0.0) for t in np.arange(0, 1.1, 0.1)]))
+
+
+def voc_ap(truth, index, found):
+    """detectron2's VOC2007 AP, AP50 and AP75 in percent: means over categories, AP over IoU 0.5:0.95 too. (It rounds scores
+    to 0.001 and boxes to 0.1 pixels on the way; not here. Categories without an object in these images are left out.)
+
+    Args: truth: Labelled, its crowd VOC's difficult; index: its images that were tested; found: FineTuning.detect's."""
+    thresholds, table = np.arange(50, 100, 5) / 100, []
+    detections = {i: rest for i, *rest in found}
+    for label in range(len(truth.categories)):
+        scores, overlaps, bests, difficult = [np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], []
+        for i in index:
+            rows = np.arange(truth.offsets[i], truth.offsets[i + 1])
+            rows = rows[truth.labels[rows] == label]
+            boxes, labels, confidence, _ = detections[i]
+            boxes, confidence = boxes[labels == label], confidence[labels == label]
+            iou = torchvision.ops.box_iou(*(torch.as_tensor(b).double() for b in (boxes, truth.boxes[rows]))).numpy()
+            scores.append(confidence)
+            overlaps.append(iou.max(1, initial=0.0))
+            bests.append(len(difficult) + iou.argmax(1) if len(rows) else np.full(len(boxes), -1))
+            difficult += truth.crowd[rows].tolist()
+        order = np.argsort(-np.concatenate(scores), kind="stable")
+        matched = np.concatenate(overlaps)[order], np.concatenate(bests)[order], np.array(difficult, bool)
+        table.append([average_precision(*matched, threshold) for threshold in thresholds])
+    percent = 100 * np.array(table)[~np.isnan(np.array(table)[:, 0])].mean(0)
+    return {"AP": float(percent.mean()), "AP50": float(percent[0]), "AP75": float(percent[5])}
+
+
+def coco_tools():
+    """pycocotools' COCO, COCOeval and mask; only COCO AP needs that package."""
+    try:
+        from pycocotools import coco, cocoeval, mask
+    except ImportError:
+        raise UserError("COCO AP needs pycocotools: pip install pycocotools") from None
+    return coco.COCO, cocoeval.COCOeval, mask
+
+
+def run_lengths(masks):
+    """COCO's compressed RLE of probabilities (n, 1, H, W), cut at 0.5 as detectron2 does."""
+    binary = (masks[:, 0] >= 0.5).to(torch.uint8).cpu().numpy()
+    return [coco_tools()[2].encode(np.asfortranarray(mask)) for mask in binary]
+
+
+def coco_ap(path, names, index, found, masks):
+    """COCO's {box: {AP, AP50, AP75}, mask: the same if `masks`} in percent, by pycocotools, on images `index` of `names`;
+    found: FineTuning.detect's; path: the annotations."""
+    COCO, COCOeval, _ = coco_tools()
+    with redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+    truth.dataset.setdefault("info", {})  # which some versions ask for
+    ids, categories = {im["file_name"]: im["id"] for im in truth.dataset["images"]}, sorted(truth.getCatIds())
+    results = {}
+    for kind, name in (("bbox", "box"), ("segm", "mask"))[:1 + masks]:
+        rows = []
+        for i, boxes, labels, scores, shapes in found:
+            for n, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+                what = {"bbox": [x1, y1, x2 - x1, y2 - y1]} if kind == "bbox" else {"segmentation": shapes[n]}
+                rows.append(dict(image_id=ids[names[i]], category_id=categories[labels[n]], score=float(scores[n]), **what))
+        percent = [0.0] * 3
+        if rows:  # pycocotools cannot take an empty list
+            with redirect_stdout(io.StringIO()):
+                judge = COCOeval(truth, truth.loadRes(rows), kind)
+                judge.params.imgIds = [ids[names[i]] for i in index]
+                judge.evaluate(), judge.accumulate(), judge.summarize()
+            percent = [100 * max(0.0, float(value)) for value in judge.stats[:3]]
+        results[name] = dict(zip(("AP", "AP50", "AP75"), percent))
+    return results
+
+
+def transfer(args):
+    """--transfer: fine-tune, test, print the table's columns, write OUT/results.json."""
+    if args.transfer == "coco":
+        coco_tools()  # that it is missing should not show after a day of training
+    network, arch = load_from(args, args.ckpt[0])
+    config, ranks = transfer_config(args, arch), Ranks()
+    out = args.out or f"runs/{config.task}-" + "-".join(Path(config.ckpt).with_suffix("").parts[-2:])
+    torch.set_float32_matmul_precision("high")
+    workers = min(args.workers, max(1, (os.cpu_count() or 1) // ranks.on_machine))
+    run = FineTuning(config, network, ranks, out, args.resume, workers, args.save_steps)
+    ranks.print(f"{arch}-C4 of {config.ckpt} on {len(run.trained):,} images of {config.root}"
+                f"{' (boxes alone, no masks)' if config.task == 'coco' and not run.masks else ''}, {ranks.ranks} x "
+                f"{ranks.device.type}, steps {run.step:,} to {config.steps:,}; test on {len(run.tested):,} images")
+    try:
+        run.train()
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"{config.batch_size // ranks.ranks} images do not fit a GPU's memory: lower --batch-size "
+                        f"{config.batch_size}, or use more GPUs") from None
+    results = run.test()
+    ranks.print("".join(f"{kind + ' ' + name:>11}" for kind in results for name in results[kind]) + "\n"
+                + "".join(f"{value:11.1f}" for kind in results for value in results[kind].values()))
+    if ranks.rank == 0:
+        save({**results, **run.settings(), "tested": len(run.tested)}, args.json or Path(out) / "results.json")
+    if ranks.ranks > 1:
+        dist.destroy_process_group()
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 def picture(objects, columns=6, tile=224):
@@ -430,11 +910,23 @@ def parse_arguments(arguments=None):
     add("--objects", type=positive, default=3, help="N, objects of a train image in the bank")
     add("--limit-images", type=positive, help="only the first so many images of each split")
     add("--per-category", action="store_true", help="print the top-1 accuracy of each category too")
+    add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint and test it (Tables 1 and 3)")
+    add("--out", help="of --transfer: last.pt, which is resumed, and results.json (default runs/TASK-CKPT)")
+    add("--resume", choices=("auto", "never"), default="auto")
+    add("--save-steps", type=positive, default=500, help="of --transfer: steps between checkpoints")
+    add("--batch-size", type=positive, help="of --transfer, all ranks together (16); rate and steps scale with it")
+    add("--steps", type=positive, help="of --transfer, instead of the schedule's; drops and warm-up stay in proportion")
+    add("--short-side", type=positive, help="of --transfer, one for training and test, instead of 480-800 (voc), 640-800 (coco)")
+    add("--lr", type=float, help="of --transfer, for 16 images (0.02)")
+    add("--rois", type=positive, help="of --transfer, boxes an image that train the RoI head (512)")
+    add("--test-on", choices=("train", "val"), default="val", help="of --transfer; train: does it fit what it saw?")
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
     if args.size % 32:
         raise UserError(f"--size {args.size}: a multiple of 32, so that C5's cells are 32 pixels")
+    if args.transfer and len(args.ckpt) > 1:
+        raise UserError(f"--transfer {args.transfer} fine-tunes one network: name one --ckpt, and run it once for each")
     if args.export and (args.export[0] not in ("detectron2", "torchvision") or len(args.ckpt) > 1):
         raise UserError("--export FORMAT FILE: the format is detectron2 or torchvision, and --ckpt names one checkpoint")
     return args
@@ -452,6 +944,8 @@ def print_categories(categories, hits, labels):
 
 def main():
     args = parse_arguments()
+    if args.transfer:
+        return transfer(args)
     networks = [(path, *load_from(args, path)) for path in args.ckpt]  # mistakes show before minutes have passed
     if args.export:
         export(networks[0][1], *args.export)
