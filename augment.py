@@ -158,7 +158,7 @@ def shift_boxes(boxes, size, generator=None):
 
 def shift_pixels(images, offset):
     """Images (B, C, H, W) moved by offset (B, 2) integer (dx, dy); 0 comes in from outside."""
-    (batch, channels, height, width), device = images.shape, images.device
+    (_, channels, height, width), device = images.shape, images.device
     y = torch.arange(height, device=device) - offset[:, 1:]
     x = torch.arange(width, device=device) - offset[:, :1]
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
@@ -202,7 +202,6 @@ def colour_augment(images, colour=Colour(), generator=None):
     the mean colour. One final clamp. Blur is one product with a band matrix along each axis.
 
     Args: images (B, 3, H, W) in [0, 1]. Returns the same shape, in [0, 1]."""
-    batch = images.shape[0]
     matrix, offset = colour_transform(images.mean((2, 3)), colour, generator)
     pixels = torch.baddbmm(offset[..., None], matrix, images.flatten(2)).clamp_(0, 1).view(images.shape)
     return blur(pixels, colour, generator)
