@@ -534,13 +534,15 @@ def open_views(config, ranks):
     if share < 2:
         raise UserError(f"--batch-size {config.batch_size} leaves {share} image on each of {ranks.ranks} ranks: batch norm and "
                         "the background image need at least 2")
+    if len(images) < config.batch_size:
+        raise UserError(f"{images.root} has {len(images):,} images: lower --batch-size {config.batch_size} to that at most")
     if config.regions == "proposals":
         folder = config.proposals or proposals_folder(config.data, config.root)
         compute_proposals(images, folder, max(1, (os.cpu_count() or 1) // ranks.on_machine), (ranks.rank, ranks.ranks), wait=True)
         proposals = Proposals(folder)
     views = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
     if len(views) < config.batch_size:
-        raise UserError(f"{images.root} has {len(views):,} images to train on: lower --batch-size {config.batch_size} to that at most")
+        raise UserError(f"{images.root} has {len(views):,} images with proposals: lower --batch-size {config.batch_size} to that at most")
     if len(views) < len(images):
         ranks.print(f"{len(images) - len(views):,} of {len(images):,} images have no proposals and are left out")
     return views

@@ -42,6 +42,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+cv2.setNumThreads(1)  # processes are our parallelism, and OpenCV's own threads do not survive a fork
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
 
 
@@ -679,7 +681,6 @@ def compare_sizes(found, sizes=(160, 200, 240, 320, 0)):
     """Print what selective search costs and finds at each long side (0: full size) on a Labelled: seconds an image on this
     one core, boxes an image after the filter, recall at IoU 0.5 of the ground truth that passes the filter."""
     from torchvision.ops import box_iou
-    cv2.setNumThreads(1)
     images = [found.images.read(i) for i in range(len(found.images))]
     print(f"{'long side':>10}{'s/image':>10}{'boxes':>8}{'recall':>8}")
     for size in sizes:
@@ -791,7 +792,6 @@ _searched = None  # the images of this worker process
 def _start_searcher(images, parent):
     global _searched
     _searched = images
-    cv2.setNumThreads(1)
 
     def leave_with_parent():  # a killed parent must not leave workers that wait for its tasks for ever
         while os.getppid() == parent:
@@ -991,7 +991,6 @@ class Schedule(torch.utils.data.Sampler):
 
 
 def _start_loader(_):
-    cv2.setNumThreads(0)  # as many processes as the machine has cores: threads of their own would only fight
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides when a run stops ...
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # ... its workers outlive it by no more than this
 

@@ -669,18 +669,19 @@ def learning_curve(root, out, seed, steps, **settings):
     batches, curve = iter(run.batches()), []
     for _ in range(steps):
         losses = run.update(run.prepare(next(batches)))
-        curve.append([float(losses.loss), float(losses.acc)])
+        curve.append([losses.loss.item(), losses.acc.item()])
     return np.array(curve)
 
 
 def test_loss_falls_and_acc_rises_and_without_learning_neither_does(scenes_run, tmp_path):
-    """From the first full queue (128 features a step, so 1,024 after step 8) to the end, averaged over 5 and 10 steps."""
+    """From the first full queue (128 features a step, so 1,024 after step 8) to the end, averaged over 5 and 10
+    steps; acc must rise by 0.012, two and a half standard errors of its estimate (some 1,280 and 2,560 comparisons at 0.02)."""
     _, root, *_ = scenes_run
     for seed, steps, settings in ((0, 50, {}), (1, 50, {}), (0, 34, {"lr": 0.0})):
         curve = learning_curve(root, tmp_path, seed, steps, **settings)
         (loss, acc), (last_loss, last_acc) = curve[8:13].mean(0), curve[-10:].mean(0)
         print(f"seed {seed} {settings}: loss {loss:.2f} -> {last_loss:.2f}, acc {acc:.4f} -> {last_acc:.4f}")
-        assert (last_loss < 0.95 * loss) == (not settings) and (last_acc > 1.5 * acc) == (not settings)
+        assert (last_loss < 0.95 * loss) == (not settings) and (last_acc > acc + 0.012) == (not settings)
 
 
 def test_mistakes_are_one_line_that_names_the_cure(scenes_run, tmp_path):
