@@ -395,8 +395,8 @@ def read_scenes(root, split):
 
 
 def read_coco(root, split):
-    """COCO's layout: ROOT/{split}2017 and ROOT/annotations/instances_{split}2017.json; masks where they are annotated.
-    The whole of train2017 (860,000 boxes) takes about 4 GB while it is read."""
+    """COCO's layout: ROOT/{split}2017 and ROOT/annotations/instances_{split}2017.json; masks where they are annotated. The
+    whole file is in memory while it is read."""
     path = root / "annotations" / f"instances_{split}2017.json"
     found = read_json(path, "annotations", "images", "categories")
     faults, folder = Faults(path), root / f"{split}2017"
