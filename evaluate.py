@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -48,6 +48,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 from augment import COLOURS, normalise, to_float
 from d3ssl import Ranks, positive, roi_align
@@ -449,8 +450,8 @@ def select_objects(labels, crowd, number=None):
 class Objects(torch.utils.data.Dataset):
     """The images of a split that have objects, with the selected ones.
 
-    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels and labels (K,) int64,
-    padded with zeros and -1 to the same K for all (labels of an unreadable image are all -1). `disturbed` is the
+    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels and their rows in `labelled`
+    (K,) int64, padded with zeros and -1 to the same K for all (rows of an unreadable image are all -1). `disturbed` is the
     picture where an object's box touches a pixel, else another image of the split, drawn by (seed, index of the image).
 
     Args: labelled: data.Labelled; size: pixels; number: objects an image, None: all; limit: only the first so many images.
@@ -474,19 +475,20 @@ class Objects(torch.utils.data.Dataset):
 
     def __getitem__(self, j):
         i, side = self.filled[j], self.size
-        rows, images = self.rows[i], self.labelled.images
-        boxes, labels, nothing = np.zeros((self.k, 4), np.float32), np.full(self.k, -1), np.zeros((side, side, 3), np.uint8)
+        images, own = self.labelled.images, self.rows[i]
+        boxes, rows = np.zeros((self.k, 4), np.float32), np.full(self.k, -1)
         try:
             image, background = images.read(i), self.background(i)
         except OSError:
             print(f"left out, cannot be read: {images.name(i)}", flush=True)
-            return nothing, nothing, boxes, labels
+            nothing = np.zeros((side, side, 3), np.uint8)
+            return nothing, nothing, boxes, rows
         picture, disturbed = resize(image, side, side), resize(background, side, side)
-        boxes[:len(rows)] = self.labelled.boxes[rows] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
-        labels[:len(rows)] = self.labelled.labels[rows]
+        boxes[:len(own)] = self.labelled.boxes[own] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
+        rows[:len(own)] = own
         for x1, y1, x2, y2 in np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).astype(int):
             disturbed[y1:y2, x1:x2] = picture[y1:y2, x1:x2]
-        return picture, disturbed, boxes, labels
+        return picture, disturbed, boxes, rows
 
     def background(self, i):
         """Another image than i, by (seed, i); the next one if it cannot be read. Raises OSError if none can be."""
@@ -500,6 +502,10 @@ class Objects(torch.utils.data.Dataset):
 
     def batches(self):
         return [list(range(j, min(j + BATCH, len(self)))) for j in range(0, len(self), BATCH)]
+
+    def image_of(self, rows):
+        """The index of the image that each of the rows (...,) belongs to."""
+        return np.searchsorted(self.labelled.offsets, rows, side="right") - 1
 
 
 # ---------------------------------------------------------------------------------------------------- object features
@@ -575,69 +581,82 @@ class Clean:
         return torch.from_numpy(np.concatenate([corner, corner + sides], 1)).float()
 
 
-@torch.inference_mode()
-def extract(network, objects, what="objects", workers=0, device="cpu"):
-    """The features of all objects, clean and disturbed, in half precision on the CPU, and their labels (M,).
+def median_colours(inputs):
+    """(B * K, 3): no network at all, the median colour of each box, against which a benchmark has to be held."""
+    images, boxes = inputs
+    corners = torch.cat([boxes[..., :2].floor(), boxes[..., 2:].ceil()], -1).long()
+    crops = [image[:, y1:y2, x1:x2] for image, own in zip(images, corners) for x1, y1, x2, y2 in own.tolist()]
+    return torch.stack([crop.flatten(1).median(1).values if crop.numel() else images.new_zeros(3) for crop in crops])
 
-    Args: network: normalised images (B, 3, H, W) -> a map (B, C, h, w), on `device`; objects: Objects.
-    Returns features (2, M, C) float16: [0] clean, [1] disturbed, and labels (M,) int64. Images stream: memory is that of the
-    features, 2 * M * C * 2 bytes (7 GB for COCO's 860,000 boxes at C = 2,048), and some batches. Raises UserError if
-    a feature is not finite."""
-    features, labels, filled, done, progress = None, [], 0, 0, Progress(what, len(objects))
-    for *pictures, boxes, marks in make_loader(objects, objects.batches(), workers):
-        some = max(1, int((marks >= 0).sum(1).max()))
-        marks, boxes = marks[:, :some].flatten(), boxes[:, :some].to(device)
-        kept = marks >= 0
-        for which, pixels in enumerate(pictures):
-            images = normalise(to_float(pixels.to(device)))
-            maps = network(images)
-            rows = object_features(maps, boxes, maps.shape[-1] / images.shape[-1]).half().cpu()[kept]
-            if features is None:
-                features = torch.empty(2, objects.count, rows.shape[1], dtype=torch.float16)
-            if not rows.isfinite().all():
+
+@torch.inference_mode()
+def extract(features, objects, what="objects", workers=0, device="cpu"):
+    """The L2-normalised features of all objects, clean and disturbed, in half precision on the CPU, and their rows.
+
+    Args: features: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`; objects: Objects.
+    Returns features (2, M, C) float16, [0] clean, [1] disturbed, and rows (M,) int64 of objects.labelled. Images stream:
+    memory is that of the features, 2 * M * C * 2 bytes (7 GB for COCO's 860,000 boxes at C = 2,048), and some batches.
+    Raises UserError if a feature is not finite."""
+    found, rows, filled, done, progress = None, [], 0, 0, Progress(what, len(objects))
+    for *pictures, boxes, own in make_loader(objects, objects.batches(), workers):
+        some = max(1, int((own >= 0).sum(1).max()))
+        own, boxes = own[:, :some].flatten(), boxes[:, :some].to(device)
+        kept = own >= 0
+        for which, pixels in enumerate(pictures if kept.any() else ()):
+            values = features((normalise(to_float(pixels.to(device))), boxes))
+            values = F.normalize(values.float(), dim=1).half().cpu()[kept]
+            if found is None:
+                found = torch.empty(2, objects.count, values.shape[1], dtype=torch.float16)
+            if not values.isfinite().all():
                 raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
-            features[which, filled:filled + len(rows)] = rows
-        filled, done = filled + len(rows), done + len(pixels)
-        labels.append(marks[kept])
+            found[which, filled:filled + len(values)] = values
+        filled, done = filled + int(kept.sum()), done + len(own) // some
+        rows.append(own[kept])
         progress.update(done)
     if not filled:
         raise UserError(f"none of the {len(objects):,} images in {objects.labelled.images.root} can be read")
-    return features[:, :filled], torch.cat(labels)
+    return found[:, :filled], torch.cat(rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- O-KNN
 
 @torch.inference_mode()
-def nearest(queries, bank, k, device="cpu", rows=4096, columns=16384, slack=12):
+def nearest(queries, bank, k, device="cpu", slack=12, rows=4096, columns=16384):
     """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine; ties to the lower index.
 
-    Chunks of the product Q x M in float32 on `device` (half precision times half precision is exact in TF32) keep a running
-    k + slack, which are scored again in float64, so that rounding decides nothing; queries with more near-ties than the
-    slack go again with a larger one (up to 6,144). Beyond the features it takes rows * columns * 4 bytes a few times (0.3 GB
-    each) and 0.15 GB for the scoring at D = 2,048, whatever Q and M.
-
+    k + slack candidates are found in float32 and scored again in float64, so that rounding decides nothing; queries with
+    more near-ties than the slack go again with eight times as many (up to 6,144).
     Returns cosines (Q, k) float64, descending, and indices (Q, k). Raises UserError if k > M."""
     if k > len(bank):
         raise UserError(f"--k {k} is larger than the bank of {len(bank):,} objects: lower --k, or take more images")
-    keep, found, close = min(k + slack, len(bank)), [], []
+    number = min(k + slack, len(bank))
+    index, unclear = candidates(queries, bank, k, number, device, rows, columns)
+    parts = [tensor.split(max(1, 8192 // number)) for tensor in (queries, index)]
+    exact = torch.cat([(some.double()[:, None] * bank[i].double()).sum(2) for some, i in zip(*parts)])
+    exact, order = exact.sort(dim=1, descending=True, stable=True)
+    exact, index = exact[:, :k].contiguous(), index.gather(1, order)[:, :k]
+    if unclear.any() and slack < 6000:
+        exact[unclear], index[unclear] = nearest(queries[unclear], bank, k, device, 8 * slack, rows, columns)
+    return exact, index
+
+
+def candidates(queries, bank, k, number, device="cpu", rows=4096, columns=16384):
+    """The indices (Q, number), ascending, of each query's largest cosines in float32, and whether others may belong to its
+    first k (Q,): the smallest of them is as near as rounding to the k-th. (Half precision times half precision is exact in TF32.)
+
+    The product Q x M is made in chunks on `device`: it takes rows * columns * 4 bytes a few times (0.3 GB), whatever Q and M."""
+    found, unclear = [], []
     for some in queries.split(rows):
         some = some.to(device).float()
         best, index = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long, device=device)
         for start in range(0, len(bank), columns):
             similarity = some @ bank[start:start + columns].to(device).float().T
-            value, place = similarity.topk(min(keep, similarity.shape[1]), 1)
+            value, place = similarity.topk(min(number, similarity.shape[1]), 1)
             best, order = torch.cat([best, value], 1).sort(1, descending=True)
-            best, index = best[:, :keep], torch.cat([index, place + start], 1).gather(1, order)[:, :keep]
-        found.append(index.cpu())
-        close.append((best[:, -1] > best[:, k - 1] - 4e-6).cpu())
-    index, close, chunk = torch.cat(found).sort(1).values, torch.cat(close), max(1, 8192 // keep)
-    parts = zip(queries.split(chunk), index.split(chunk))
-    exact = torch.cat([(some.double()[:, None] * bank[i].double()).sum(2) for some, i in parts])
-    exact, order = exact.sort(dim=1, descending=True, stable=True)
-    exact, index = exact[:, :k].contiguous(), index.gather(1, order)[:, :k]
-    if keep < len(bank) and slack < 6000 and close.any():
-        exact[close], index[close] = nearest(queries[close], bank, k, device, rows, columns, 8 * slack)
-    return exact, index
+            best, index = best[:, :number], torch.cat([index, place + start], 1).gather(1, order)[:, :number]
+        found.append(index.sort(1).values.cpu())
+        unclear.append((best[:, -1] > best[:, k - 1] - 4e-6).cpu() & (number < len(bank)))
+    return torch.cat(found), torch.cat(unclear)
 
 
 def vote(cosines, labels, categories):
@@ -657,14 +676,63 @@ def o_knn(queries, query_labels, bank, bank_labels, categories, k=20, device="cp
     return torch.stack([hits[:, 0], hits.any(1)], 1)
 
 
-def evaluate(network, bank, queries, k=20, workers=0, device="cpu"):
-    """Section 5.3 for one network (images -> map): hits (4, Q) bool of O-KNN's top-1 and top-5 and disturbed O-KNN's, the
-    queries' labels (Q,) and the number of objects in the bank."""
-    stored, stored_labels = extract(network, bank, "bank", workers, device)
-    asked, labels = extract(network, queries, "queries", workers, device)
+MEASURES = ("oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5", "lost")
+
+
+class Answers(NamedTuple):
+    """Section 5.3 for one network: points (5, Q) float64, a row a measure of MEASURES, 100 or 0 a query, of which `lost` is
+    O-KNN's top-1 less the disturbed one's; the queries' and the bank's features (2, ..., C) and rows."""
+    points: torch.Tensor
+    asked: torch.Tensor
+    rows: torch.Tensor
+    bank: torch.Tensor
+    bank_rows: torch.Tensor
+
+
+def evaluate(features, bank, queries, k=20, workers=0, device="cpu"):
+    """Answers of (images, boxes) -> features to O-KNN and disturbed O-KNN; bank, queries: Objects."""
+    stored, stored_rows = extract(features, bank, "bank", workers, device)
+    asked, rows = extract(features, queries, "queries", workers, device)
+    labels, stored_labels = (torch.from_numpy(objects.labelled.labels)[some]
+                             for objects, some in ((queries, rows), (bank, stored_rows)))
     categories = len(bank.labelled.categories)
-    hits = [o_knn(asked[i], labels, stored[i], stored_labels, categories, k, device).T for i in (0, 1)]
-    return torch.cat(hits), labels, len(stored_labels)
+    hits = torch.cat([o_knn(asked[i], labels, stored[i], stored_labels, categories, k, device).T for i in (0, 1)])
+    points = 100 * hits.double()
+    return Answers(torch.cat([points, points[:1] - points[2:3]]), asked, rows, stored, stored_rows)
+
+
+# ------------------------------------------------------------------------------------------------- means and their errors
+
+def over_images(values, images):
+    """Means (...,) of values (..., Q) and their standard errors, where the queries of one image (images: (Q,) int64) go
+    together: that of the bootstrap over images, to first order (the sandwich formula)."""
+    mean = values.mean(-1)
+    number = len(images.unique())
+    sums = torch.zeros(*values.shape[:-1], int(images.max()) + 1, dtype=values.dtype)
+    sums.index_add_(-1, images, values - mean[..., None])
+    return mean, (sums.square().sum(-1) * number / max(number - 1, 1)).sqrt() / values.shape[-1]
+
+
+def over_seeds(values):
+    """Means (...,) of values (R, ...) and their standard errors."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
+
+
+def arm_mean(points, images):
+    """Means and standard errors of an arm's points (R, ..., Q): over its files, of one alone over images."""
+    return over_seeds(points.mean(-1)) if len(points) > 1 else over_images(points[0], images)
+
+
+def difference(points, seeds, first, first_seeds, images):
+    """An arm less the first one, its standard error, and what is paired: "seed" where two or more seeds are in both (the same
+    initialisation and order of data), else "image" (the same queries; this leaves the seeds' part of the error out).
+
+    Args: points (R, ..., Q) and first (R', ..., Q), seeds (R,) and (R',) or None; images (Q,)."""
+    both = sorted({seed for seed in seeds if seed is not None} & {*first_seeds})
+    if len(both) > 1:
+        mine, theirs = ([known.index(seed) for seed in both] for known in (seeds, first_seeds))
+        return *over_seeds(points[mine].mean(-1) - first[theirs].mean(-1)), "seed"
+    return *over_images(points.mean(0) - first.mean(0), images), "image"
 
 
 # ------------------------------------------------------------------------ transfer to detection (section 5.2, Tables 1, 3)
@@ -1134,24 +1202,106 @@ def transfer(args):
 
 def picture(objects, columns=6, tile=224):
     """A PIL picture of what is evaluated: images on top, below them disturbed, with the selected boxes."""
-    columns, gap, head = min(columns, len(objects)), 4, 18
-    sheet = Image.new("RGB", (columns * (tile + gap) + gap, 2 * (tile + gap + head)), "#303030")
-    draw = ImageDraw.Draw(sheet)
-    for c in range(columns):
-        *pictures, boxes, labels = objects[c]
-        for r, (title, pixels) in enumerate(zip(("as it is", "disturbed: another image outside the boxes"), pictures)):
-            left, top = gap + c * (tile + gap), head + r * (tile + gap + head)
-            sheet.paste(Image.fromarray(cv2.resize(pixels, (tile, tile), interpolation=cv2.INTER_AREA)), (left, top))
-            if c == 0:
-                draw.text((left + 2, top - head + 3), title, fill="white")
-            for number, (box, label) in enumerate(zip(boxes * tile / objects.size, labels.tolist())):
-                if label >= 0:
-                    x1, y1, x2, y2 = (box + (left, top) * 2).tolist()
-                    ink = COLOURS[number % len(COLOURS)]
-                    draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=ink, width=2)
-                    draw.text((x1 + 4, min(y1 + 2, top + tile - 14)), objects.labelled.categories[label], fill="white",
-                              stroke_width=1, stroke_fill="black")
-    return sheet
+    tiles = ([], [])
+    for j in range(min(columns, len(objects))):
+        *pictures, boxes, rows = objects[j]
+        names = [objects.labelled.categories[label] for label in objects.labelled.labels[rows[rows >= 0]]]
+        boxes = torch.from_numpy(boxes[rows >= 0]) * tile / objects.size
+        colours = [COLOURS[n % len(COLOURS)] for n in range(len(boxes))]
+        for line, pixels in zip(tiles, pictures):
+            image = torch.from_numpy(resize(pixels, tile, tile)).permute(2, 0, 1)
+            line.append(draw_bounding_boxes(image, boxes, names, colours, width=2))
+    return as_picture(make_grid(tiles[0] + tiles[1], nrow=len(tiles[0]), padding=4, pad_value=48))
+
+
+def as_picture(pixels):
+    """(3, H, W) uint8 -> PIL."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
+    """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query, framed white, then its
+    nearest objects of the bank by falling cosine, framed green where they have its category, red where not."""
+    chosen = sorted(rng(seed).choice(len(answers.rows), min(number, len(answers.rows)), replace=False).tolist())
+    neighbours, tiles = min(neighbours, len(answers.bank_rows)), []
+    for which in (0, 1):
+        index = nearest(answers.asked[which][chosen], answers.bank[which], neighbours)[1]
+        for query, nearby in zip(answers.rows[chosen].tolist(), answers.bank_rows[index].tolist()):
+            label = queries.labelled.labels[query]
+            line = [object_tile(queries, query, which, "white")]
+            line += [object_tile(bank, row, which, "#3fcf5f" if bank.labelled.labels[row] == label else "#ff4d4d")
+                     for row in nearby]
+            tiles.append(line)
+    lines = [tile for clean, disturbed in zip(tiles[:len(chosen)], tiles[len(chosen):]) for tile in clean + disturbed]
+    return as_picture(make_grid(lines, nrow=neighbours + 1, padding=5, pad_value=32))
+
+
+def object_tile(objects, row, which, colour, side=104, below=17):
+    """(3, 121, 104) uint8: the object of `row` with some of its surroundings, as it is (which 0) or disturbed (1), framed,
+    over the name of its category."""
+    item = objects[objects.filled.index(objects.image_of(row))]
+    x1, y1, x2, y2 = item[2][item[3] == row][0]
+    half = min(0.65 * max(x2 - x1, y2 - y1), objects.size / 2)
+    x, y = (int(min(max((low + high) / 2, half), objects.size - half) - half) for low, high in ((x1, x2), (y1, y2)))
+    wide = max(1, int(2 * half))
+    canvas = Image.new("RGB", (side, side + below), "#202020")
+    canvas.paste(Image.fromarray(item[which][y:y + wide, x:x + wide]).resize((side, side), Image.BICUBIC))
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle([0, 0, side - 1, side - 1], outline=colour, width=4)
+    name = objects.labelled.categories[objects.labelled.labels[row]]
+    draw.text((side / 2, side + below / 2), name, fill=colour, anchor="mm", font=ImageFont.load_default(12))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def draw_curves(panels, path):
+    """The figure of learning: each measure over images seen, a PNG.
+
+    panels: a list of (title, curves, levels); curves {arm: (images, means, errors)}, lists of one length, drawn as a line with
+    a band of one error to both sides; levels {name: value}, horizontal lines."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    names = list(dict.fromkeys(name for _, curves, _ in panels for name in curves))
+    inks = dict(zip(names, CURVE_COLOURS * (1 + len(names) // len(CURVE_COLOURS))))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.3), layout="constrained", squeeze=False)
+    for axis, (title, curves, levels) in zip(axes[0], panels):
+        for name, (images, means, errors) in curves.items():
+            means, errors = np.array(means), np.nan_to_num(errors)
+            axis.plot(images, means, color=inks[name], marker="o", markersize=4, linewidth=2, label=name, zorder=3)
+            axis.fill_between(images, means - errors, means + errors, color=inks[name], alpha=0.18, linewidth=0)
+        for n, (name, value) in enumerate(levels.items()):
+            axis.axhline(value, color="#666666", linewidth=1.2, linestyle=(0, (4, 1.5 + 2 * n)), zorder=1)
+            axis.annotate(name, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+                          va="bottom", fontsize=9, color="#444444")
+        ticks = sorted({int(n) for images, *_ in curves.values() for n in images})
+        if ticks:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks[::1 + len(ticks) // 8], [short(n) for n in ticks[::1 + len(ticks) // 8]])
+        axis.minorticks_off()
+        axis.set_title(title, fontsize=11, loc="left")
+        axis.set_xlabel("images seen")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names) or 1, 5), frameon=False)
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+
+
+def short(number):
+    """2,048 -> 2k, 1,048,576 -> 1M, as an axis says it."""
+    for unit, letter in ((2**20, "M"), (2**10, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{letter}"
+    return str(number)
 
 
 def save(what, path):
@@ -1191,10 +1341,13 @@ def parse_arguments(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_arguments(parser)
     add = parser.add_argument
-    add("--size", type=positive, help="side of the input in pixels, a multiple of 32 (default: scenes 224, coco 448)")
+    add("--size", type=positive, help="side of the input in pixels, a multiple of 16 (default: scenes 112, voc 224, else 448)")
+    add("--head", choices=("map", "roi"), help="RoIAlign on C5 of the whole image, or C5 on RoIs of C4 (default: scenes roi)")
     add("--k", type=positive, default=20, help="neighbours that vote")
     add("--objects", type=positive, default=3, help="N, objects of a train image in the bank")
     add("--limit-images", type=positive, help="only the first so many images of each split")
+    add("--neighbours", metavar="FILE", help="write a PNG of eight queries and their nearest objects, of the first network")
+    add("--plot", metavar="FILE", help="write a PNG of every arm over images seen (needs matplotlib)")
     add("--per-category", action="store_true", help="print the top-1 accuracy of each category too")
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint and test it (Tables 1 and 3)")
     add("--out", help="of --transfer: last.pt, which is resumed, and results.json (default runs/TASK-CKPT)")
@@ -1209,58 +1362,162 @@ def parse_arguments(arguments=None):
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
-    if args.size % 32:
-        raise UserError(f"--size {args.size}: a multiple of 32, so that C5's cells are 32 pixels")
+    args.head = args.head or ("roi" if args.data == "scenes" else "map")
+    if args.size % 16:
+        raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
     if args.transfer and len(args.ckpt) > 1:
         raise UserError(f"--transfer {args.transfer} fine-tunes one network: name one --ckpt, and run it once for each")
+    if not args.transfer and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("evaluate.py without --transfer is one process: start it with python, without torchrun")
     if args.export and (args.export[0] not in ("detectron2", "torchvision") or len(args.ckpt) > 1):
         raise UserError("--export FORMAT FILE: the format is detectron2 or torchvision, and --ckpt names one checkpoint")
     return args
 
 
-def print_categories(categories, hits, labels):
-    """Top-1 of each category that has queries, clean and disturbed."""
-    width = max(len(name) for name in categories)
-    print(f"{'category':{width}}  queries  O-KNN  disturbed")
+def print_categories(name, categories, points, labels):
+    """Top-1 of each category that has queries, clean and disturbed, of an arm's mean points (5, Q)."""
+    width = max(len(category) for category in categories)
+    print(f"\n{name}\n{'category':{width}}  queries  O-KNN  disturbed")
     for label in labels.unique().tolist():
-        of = labels == label
-        clean, disturbed = (100 * hits[i, of].double().mean() for i in (0, 2))
-        print(f"{categories[label]:{width}}  {int(of.sum()):7,}  {clean:5.1f}  {disturbed:9.1f}")
+        clean, disturbed = points[0, labels == label].mean(), points[2, labels == label].mean()
+        print(f"{categories[label]:{width}}  {int((labels == label).sum()):7,}  {clean:5.1f}  {disturbed:9.1f}")
+
+
+def column_names(names, means, errors):
+    """{name: mean, name_se: its error}; an error that cannot be told is None."""
+    return {key: None if math.isnan(number) else number for name, mean, error in zip(names, means.tolist(), errors.tolist())
+            for key, number in ((name, mean), (f"{name}_se", error))}
+
+
+def compare(args, arms, bank, queries, clean, device):
+    """Evaluate every network of the arms. Returns the arms' and the files' results, lists of dictionaries, and each arm's
+    mean points (5, Q) with the queries' rows."""
+    answered, files, means = {}, [], []
+    for arm in arms:
+        some = []
+        for row in arm.rows:
+            network = None if row.path == "colour" else ObjectFeatures(row.load(clean).to(device), args.head, row.bins)
+            answers = evaluate(network or median_colours, bank, queries, args.k, args.workers, device)
+            if args.neighbours and not files:
+                save(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
+            some.append(answers.points)
+            images = torch.from_numpy(queries.image_of(answers.rows))
+            files.append({"arm": arm.name, **asdict(row), **column_names(MEASURES, *over_images(answers.points, images)),
+                          "bank": len(answers.bank_rows), "queries": len(answers.rows)})
+        answered[arm.name, arm.images] = torch.stack(some)
+    areas = size_classes(queries, answers.rows) if args.data != "scenes" else {}
+    results = []
+    for arm in arms:
+        points, seeds = answered[arm.name, arm.images], [row.seed for row in arm.rows]
+        result = {"arm": arm.name, "images": arm.images, "files": len(arm.rows),
+                  **column_names(MEASURES, *arm_mean(points, images))}
+        for name, here in areas.items():
+            result[f"oknn_top1_{name}"] = points[:, 0, here].mean().item() if here.any() else None
+        first = reference(arm, arms)
+        if first is not arm:
+            *values, paired = difference(points, seeds, answered[first.name, first.images],
+                                         [row.seed for row in first.rows], images)
+            result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired,
+                                    **column_names(MEASURES, *values)}
+        results.append(result)
+        means.append(points.mean(0))
+    return results, files, means, answers.rows
+
+
+def size_classes(queries, rows):
+    """COCO's small, medium and large, by the area of the box in pixels of the photograph: under 32 x 32, under 96 x 96, more.
+    {name: (Q,) bool}."""
+    sides = queries.labelled.boxes[rows][:, 2:] - queries.labelled.boxes[rows][:, :2]
+    area = torch.from_numpy(sides.prod(1))
+    return {"small": area < 32**2, "medium": (area >= 32**2) & (area < 96**2), "large": area >= 96**2}
+
+
+def label_of(result):
+    return result["arm"] + (f", {result['images']:,} images" if result["images"] else "")
+
+
+def print_table(results):
+    """A line an arm: means, standard errors, differences against the first arm."""
+    sizes = [name for name in ("small", "medium", "large") if f"oknn_top1_{name}" in results[0]]
+    width = max(len("arm"), *(len(label_of(result)) for result in results))
+    print(f"\n{'arm':{width}}  files   O-KNN top-1  top-5   disturbed  top-5         lost  "
+          + "".join(f"{name:>8}" for name in sizes) + "   against the first: O-KNN, disturbed")
+    for result in results:
+        top1, disturbed, lost = (f"{result[name]:.1f} +-{result[name + '_se'] or math.nan:4.1f}"
+                                 for name in ("oknn_top1", "disturbed_top1", "lost"))
+        cells = [result[f"oknn_top1_{name}"] for name in sizes]
+        by_size = "".join(f"{'-':>8}" if cell is None else f"{cell:8.1f}" for cell in cells)
+        versus, against = result.get("difference"), ""
+        if versus:
+            clean, other = (f"{versus[name]:+.1f} +-{versus[name + '_se'] or math.nan:4.1f}"
+                            for name in ("oknn_top1", "disturbed_top1"))
+            against = f"{clean:>14} {other:>14}  by {versus['paired_by']}"
+        print(f"{label_of(result):{width}}  {result['files']:5}  {top1:>12}  {result['oknn_top5']:5.1f}{disturbed:>12}  "
+              f"{result['disturbed_top5']:5.1f} {lost:>12}  {by_size}   {against}")
+
+
+def curves_of(results, chance):
+    """draw_curves' panels: arms by name over images seen; what has seen none, or does not know, is a level."""
+    panels = []
+    titles = {"oknn_top1": "O-KNN, top-1 in %", "disturbed_top1": "Disturbed O-KNN, top-1 in %",
+              "lost": "Lost when disturbed, points"}
+    for measure, title in titles.items():
+        curves, levels = defaultdict(lambda: ([], [], [])), {} if measure == "lost" else {"chance": chance}
+        for result in results:
+            if result["images"]:
+                point = (result["images"], result[measure], result[f"{measure}_se"] or math.nan)
+                for values, value in zip(curves[result["arm"]], point):
+                    values.append(value)
+            else:
+                levels["untrained" if result["arm"] == "random" else result["arm"]] = result[measure]
+        panels.append((title, curves, levels))
+    return panels
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "opencv": cv2.__version__}
 
 
 def main():
     args = parse_arguments()
     if args.transfer:
         return transfer(args)
-    networks = [(path, *load_from(args, path)) for path in args.ckpt]  # mistakes show before minutes have passed
     if args.export:
-        export(networks[0][1], *args.export)
-        return print(f"wrote {args.export[1]}: {networks[0][2]} of {args.ckpt[0]} for {args.export[0]}")
-    bank = Objects(open_labelled(args.data, args.root, "train"), args.size, args.objects, args.limit_images, args.seed)
-    queries = Objects(open_labelled(args.data, args.root, "val"), args.size, None, args.limit_images, args.seed)
+        network, arch = load_from(args, args.ckpt[0])
+        export(network, *args.export)
+        return print(f"wrote {args.export[1]}: {arch} of {args.ckpt[0]} for {args.export[0]}")
+    arms = open_arms(args)
+    stored, asked = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
+    bank = Objects(stored, args.size, args.objects, args.limit_images, args.seed)
+    queries = Objects(asked, args.size, None, args.limit_images, args.seed)
     if args.k > bank.count:
         raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower --k, or take more images")
     if args.picture:
         save(picture(queries), args.picture)
-    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    for path, network, arch in networks:
-        hits, labels, stored = evaluate(c5(network.to(device)), bank, queries, args.k, args.workers, device)
-        names = ("oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5")
-        percent = (100 * hits.double().mean(1)).tolist()
-        rows.append(dict(ckpt=path, arch=arch, **dict(zip(names, percent)), bank=stored, queries=len(labels)))
-        if args.per_category:
-            print(f"\n{path}")
-            print_categories(bank.labelled.categories, hits, labels)
-    width = max(len("checkpoint"), *(len(row["ckpt"]) for row in rows))
-    print(f"\n{'checkpoint':{width}}  arch       O-KNN top-1  top-5   disturbed top-1  top-5")
-    for row in rows:
-        print(f"{row['ckpt']:{width}}  {row['arch']:9}  {row['oknn_top1']:11.1f}  {row['oknn_top5']:5.1f}   "
-              f"{row['disturbed_top1']:15.1f}  {row['disturbed_top5']:5.1f}")
-    print(f"bank: {rows[0]['bank']:,} objects of {len(bank):,} images, queries: {rows[0]['queries']:,} of {len(queries):,}; "
-          f"k {args.k}, {args.size} x {args.size} pixels")
+    clean = Clean(stored.images, args.size, args.head, seed=args.seed, device=device)
+    results, files, means, rows = compare(args, arms, bank, queries, clean, device)
+    labels = torch.from_numpy(asked.labels)[rows]
+    if args.per_category:
+        for result, points in zip(results, means):
+            print_categories(label_of(result), asked.categories, points, labels)
+    print_table(results)
+    used = {kind: ", ".join(dict.fromkeys(file["arm"] for file in files if file["statistics"] == kind))
+            for kind in ("saved", "clean", "clean (training run)")}
+    print("statistics: " + "; ".join(f"{kind}: {names}" for kind, names in used.items() if names))
+    commonest = torch.from_numpy(stored.labels[np.concatenate(bank.rows)]).mode().values
+    chance = 100 * (labels == commonest).double().mean().item()
+    print(f"bank: {files[0]['bank']:,} objects of {len(bank):,} images, queries: {files[0]['queries']:,} of {len(queries):,}; "
+          f"k {args.k}, {args.size} x {args.size} pixels, head {args.head}; always the bank's commonest category: {chance:.1f}")
     if args.json:
-        save(rows, args.json)
+        options = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
+        settings = {**{key: getattr(args, key) for key in options}, "root": str(stored.images.root), "split": ["train", "val"],
+                    "clean_images": len(clean.chosen), "chance": chance, "versions": versions()}
+        save({"settings": settings, "arms": results, "files": files}, args.json)
+    if args.plot:
+        draw_curves(curves_of(results, chance), args.plot)
 
 
 if __name__ == "__main__":
