@@ -121,6 +121,11 @@ class Progress:
         print(f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, {left}   ", end=end, flush=True)
 
 
+def usable_cores():
+    """The cores that this process may use: an affinity mask or a batch system can leave it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def rng(*key):
     """A numpy generator that is a function of the integers `key`."""
     return np.random.default_rng(key)
@@ -950,6 +955,10 @@ class TwoViews(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.images) if self.pairs is None else len(self.pairs)
+
+    def names(self):
+        """The samples' names, bytes, in their order."""
+        return (self.images.names if self.pairs is None else self.images.names[self.pairs[:, 0]]).tolist()
 
     def __getitem__(self, item):
         epoch, index = item
