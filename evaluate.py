@@ -240,9 +240,8 @@ def to_detectron2(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-# A tensor of a stage; what an optimiser keeps under such a name ends otherwise.
-STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.(?:conv\d|bn\d|downsample\.\d)\."
-                   r"(?:weight|bias|running_mean|running_var|num_batches_tracked)")
+# A stage is where its convolutions are: an optimiser's state by name ends otherwise, clean statistics are of norms alone.
+STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.conv\d\.weight")
 # Of nn.Sequential(*children), as lightly and others keep it.
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
@@ -397,7 +396,8 @@ def open_arms(args):
 
 def parse_entry(entry, args):
     """An entry of --ckpt -> its name and its rows, of which only path, teacher and prefix are known."""
-    name, files = entry.split("=", 1) if "=" in entry and not Path(entry).exists() else (entry, entry)
+    named = "=" in entry and not Path(split_selector(entry)[0]).exists()
+    name, files = entry.split("=", 1) if named else (entry, entry)
     if files in ("random", "colour"):
         return name, [Row(files, statistics="none")]
     path, teacher, prefix = split_selector(files, args.teacher, args.prefix)
