@@ -2,8 +2,6 @@
 
     python data.py scenes --out DIR --n 800                      the embedded data set as files, in COCO's layout
     python data.py proposals --data coco --root data/coco        selective search, parallel and resumable
-    python data.py stats --data coco --root data/coco            Table 2's row, and what the proposals find
-    python data.py openimages-mini --annotations DIR --coco JSON the paper's OpenImage-MINI
     python data.py openimages-mini --annotations DIR --coco instances_train2017.json --out openimages-mini.txt
     python data.py stats --data coco --root data/coco            Table 2's row and what the proposals look like
 
@@ -119,6 +117,11 @@ class Progress:
             f"done in {duration(now - self.start)}"
         end = "\r" if self.terminal and done < self.total else "\n"
         print(f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, {left}   ", end=end, flush=True)
+
+
+def usable_cores():
+    """The number of cores that this process may use: its affinity's where the system knows one, else the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rng(*key):
@@ -762,7 +765,7 @@ def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
     except OSError as error:
         raise UserError(f"cannot write proposals to {folder} ({error.strerror}): name a folder with --proposals") from None
     mine = [c for c in range(part[0], len(chunk_files), part[1]) if not chunk_files[c].exists()]
-    workers = min(workers or max(1, (os.cpu_count() or 1) // (part[1] if wait else 1)), max(1, len(mine)))
+    workers = min(workers or usable_cores(), max(1, len(mine)))
     if talk:
         print(f"selective search: {len(images):,} images, {len(mine):,} of {len(chunk_files):,} chunks to do here, "
               f"{workers} processes, kept in {folder}", flush=True)
@@ -999,7 +1002,7 @@ def make_loader(views, schedule, workers, pin=False):
     """A DataLoader over `views` (TwoViews) in the order of `schedule`: batches of four tensors, images first (B, size,
     size, 3) uint8, boxes (B, K, 4). `workers` changes nothing but speed."""
     return torch.utils.data.DataLoader(views, batch_sampler=schedule, num_workers=workers, pin_memory=pin,
-                                       worker_init_fn=_start_loader, prefetch_factor=4 if workers else None)
+                                       worker_init_fn=_start_loader, prefetch_factor=2 if workers else None)
 
 
 # ------------------------------------------------------------------------------ OpenImage-MINI and Table 2 (section 5.1)
