@@ -73,10 +73,12 @@ def error_exit(main):
         message = loader_fault(str(error))
         if message is None:
             raise
-    # Out of the except clause, so that the frames of `main` are gone and their loaders' workers with them.
     if int(os.environ.get("RANK", 0)):  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for what is killed here
+    for process in multiprocessing.active_children():  # the loaders': some would stay for half a minute
+        process.kill()
     sys.exit(2)
 
 
