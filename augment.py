@@ -2,6 +2,7 @@
 
     python augment.py --data coco --root data/coco --out views.png      a contact sheet: look before you train
 
+It stands on torch alone, to be lifted into other projects; the contact sheet and the command line import the rest.
 Everything is batched and runs on the device of its inputs, without a loop over images and without reading a value
 back. Images are (B, 3, H, W), normalised, so that 0 is the data set's mean colour; boxes (B, K, 4) float32 xyxy in pixels
 of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visible: an augmented view is image * mask.
@@ -9,18 +10,20 @@ of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visible: an a
 """
 import argparse
 import math
-import tempfile
+from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-
-from data import (Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals, error_exit, make_loader,
-                  open_images)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in every checkpoint that we compare with
+
+
+@lru_cache(maxsize=None)
+def constant(values, device):
+    """A tuple of numbers, or of rows, as a float32 tensor on `device`: copied there once, as a copy makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 # --------------------------------------------------------------------------------------------------- rectangles, masks
@@ -33,8 +36,9 @@ def uniform(shape, low, high, like, generator=None):
 def whole_pixels(boxes, size):
     """R_i: boxes (..., 4) rounded to whole pixels and clipped to the image; float32 that holds integers."""
     height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
-    return torch.minimum((boxes + 0.5).floor().clamp(min=0), limit)  # not round(): half to even would not commute with a shift
+    limit = constant((width, height, width, height), boxes.device)
+    rounded = (boxes + 0.5).floor()  # not round(): half to even would not commute with a shift
+    return torch.minimum(rounded.clamp(min=0), limit)
 
 
 def rectangle_mask(rectangles, size):
@@ -110,23 +114,24 @@ def proposal_random_mask(boxes, size, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3), re
 def restricted_box_jitter(boxes, size, generator=None):
     """RBJ, section 4.1: jittered boxes (B, K, 4) that are never larger than the original: width and height x U(0.8, 1),
     centre shifted by U(-0.1, 0.1) of the side, clipped to the view `size` (H, W)."""
-    low, high = boxes.new_tensor([0.8, 0.8, -0.1, -0.1]), boxes.new_tensor([1.0, 1.0, 0.1, 0.1])
-    return _jitter(boxes, size, uniform(boxes.shape, low, high, boxes, generator))
+    low, high = constant((0.8, 0.8, -0.1, -0.1), boxes.device), constant((1.0, 1.0, 0.1, 0.1), boxes.device)
+    return scale_and_move(boxes, size, uniform(boxes.shape, low, high, boxes, generator))
 
 
 def box_jitter(boxes, size, generator=None, p=0.5):
     """Not in the paper: SoCo's box jitter, for Table 5. With probability p a box (B, K, 4) has its centre shifted and its
     sides scaled by up to 10 % of the side; clipped to the view `size` (H, W)."""
-    low, high = boxes.new_tensor([0.9, 0.9, -0.1, -0.1]), boxes.new_tensor([1.1, 1.1, 0.1, 0.1])
+    low, high = constant((0.9, 0.9, -0.1, -0.1), boxes.device), constant((1.1, 1.1, 0.1, 0.1), boxes.device)
     chosen = torch.rand(boxes.shape[:2] + (1,), generator=generator, device=boxes.device) < p
-    return torch.where(chosen, _jitter(boxes, size, uniform(boxes.shape, low, high, boxes, generator)), boxes)
+    return torch.where(chosen, scale_and_move(boxes, size, uniform(boxes.shape, low, high, boxes, generator)), boxes)
 
 
-def _jitter(boxes, size, draws):
-    """Boxes with sides scaled by draws[..., :2] and centres moved by draws[..., 2:] of the side, clipped."""
+def scale_and_move(boxes, size, draws):
+    """Boxes (B, K, 4) with width and height scaled by draws[..., :2] and centres moved by draws[..., 2:] of width and
+    height, clipped to `size` (H, W)."""
     extent, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., 2:] + boxes[..., :2]) / 2
     half, centre = extent * draws[..., :2] / 2, centre + extent * draws[..., 2:]
-    limit = boxes.new_tensor([size[1], size[0]] * 2)
+    limit = constant((size[1], size[0], size[1], size[0]), boxes.device)
     return torch.minimum(torch.cat([centre - half, centre + half], -1).clamp(min=0), limit)
 
 
@@ -150,7 +155,7 @@ def shift_boxes(boxes, size, generator=None):
     """b^ = b + t: all boxes (B, K, 4) of an image move by one integer offset t, uniform over those that keep every box
     inside the view `size` (H, W). Returns the shifted boxes (B, K, 4) and t (B, 2) int64, (dx, dy)."""
     low = -boxes[..., :2].amin(1).floor()
-    high = boxes.new_tensor([size[1], size[0]]) - boxes[..., 2:].amax(1).ceil()
+    high = constant((size[1], size[0]), boxes.device) - boxes[..., 2:].amax(1).ceil()
     draw = torch.rand(low.shape, generator=generator, device=boxes.device)
     offset = low + (draw * (high - low + 1)).floor().minimum(high - low).clamp(min=0)
     return boxes + offset.repeat(1, 2)[:, None], offset.long()
@@ -191,15 +196,16 @@ class Colour(NamedTuple):
 
 
 LUMA = (0.299, 0.587, 0.114)
-RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+RGB_TO_YIQ = (LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+YIQ_TO_RGB = tuple(map(tuple, torch.tensor(RGB_TO_YIQ, dtype=torch.float64).inverse().tolist()))
 
 
 def colour_augment(images, colour=Colour(), generator=None):
     """Colour jitter, random grey and Gaussian blur, each sample with its own draws.
 
     Brightness, contrast, saturation, hue (a rotation in YIQ) and grey, in this fixed order, are affine in a pixel's colour:
-    one 3x3 matrix and offset a sample, one product; contrast's pivot, the mean grey after brightness, is known beforehand from
-    the mean colour. One final clamp. Blur is one product with a band matrix along each axis.
+    one 3x3 matrix and offset a sample, one product; contrast's pivot, the mean grey after brightness, is known beforehand
+    from the mean colour. One final clamp. Blur is one product with a band matrix along each axis.
 
     Args: images (B, 3, H, W) in [0, 1]. Returns the same shape, in [0, 1]."""
     matrix, offset = colour_transform(images.mean((2, 3)), colour, generator)
@@ -208,31 +214,32 @@ def colour_augment(images, colour=Colour(), generator=None):
 
 
 def colour_transform(mean, colour=Colour(), generator=None):
-    """Matrix (B, 3, 3) and offset (B, 3) of each sample's colour jitter; `mean` (B, 3) is its mean colour."""
-    batch = mean.shape[0]
-    u = torch.rand((6, batch), generator=generator, device=mean.device)
-    jitter = u[4] < colour.p_jitter
-    brightness, contrast, saturation = (torch.where(jitter, 1 + strength * (2 * u[i] - 1), 1.0)
-                                        for i, strength in enumerate(colour[:3]))
-    angle = torch.where(jitter, 2 * math.pi * colour.hue * (2 * u[3] - 1), 0.0)
-    saturation = saturation.masked_fill(u[5] < colour.p_grey, 0.0)
-    luma, identity = mean.new_tensor(LUMA), torch.eye(3, device=mean.device)
-    to_yiq = mean.new_tensor(RGB_TO_YIQ)
+    """Matrix (B, 3, 3) and offset (B, 3) of each sample's colour change; `mean` (B, 3) is its mean colour."""
+    batch, device = len(mean), mean.device
+    draws = torch.rand((6, batch), generator=generator, device=device)
+    signed, (u_jitter, u_grey) = 2 * draws[:4] - 1, draws[4:]  # U(-1, 1) for each of the four strengths
+    jittered, grey = u_jitter < colour.p_jitter, u_grey < colour.p_grey
+    brightness = torch.where(jittered, 1 + colour.brightness * signed[0], 1.0)
+    contrast = torch.where(jittered, 1 + colour.contrast * signed[1], 1.0)
+    saturation = torch.where(jittered, 1 + colour.saturation * signed[2], 1.0).masked_fill(grey, 0.0)
+    angle = torch.where(jittered, 2 * math.pi * colour.hue * signed[3], 0.0)
+
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     turn = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], -1).view(batch, 3, 3)
-    hue = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    hue = constant(YIQ_TO_RGB, device) @ turn @ constant(RGB_TO_YIQ, device)
+    luma, identity = constant(LUMA, device), torch.eye(3, device=device)
     saturate = saturation.view(-1, 1, 1) * identity + (1 - saturation).view(-1, 1, 1) * luma.expand(3, 3)
-    grey = (mean @ luma) * brightness * (1 - contrast)  # the pivot's share, the same in all three channels
     recolour = hue @ saturate
-    return recolour * (brightness * contrast).view(-1, 1, 1), (recolour @ grey.view(-1, 1, 1).expand(-1, 3, 1))[..., 0]
+    pivot = (mean @ luma) * brightness * (1 - contrast)  # contrast's share of the mean grey, the same in all channels
+    return recolour * (brightness * contrast).view(-1, 1, 1), recolour.sum(2) * pivot[:, None]
 
 
 def blur(images, colour=Colour(), generator=None):
     """Gaussian blur of images (B, C, H, W) with probability colour.p_blur, sigma uniform in colour.sigma."""
     batch, _, height, width = images.shape
-    u = torch.rand((2, batch), generator=generator, device=images.device)
-    sigma = (colour.sigma[0] + (colour.sigma[1] - colour.sigma[0]) * u[0]) * width / 224
-    sigma = torch.where(u[1] < colour.p_blur, sigma, 1e-3).view(-1, 1, 1)  # so narrow that it is the identity
+    u_sigma, u_blur = torch.rand((2, batch), generator=generator, device=images.device)
+    sigma = (colour.sigma[0] + (colour.sigma[1] - colour.sigma[0]) * u_sigma) * width / 224
+    sigma = torch.where(u_blur < colour.p_blur, sigma, 1e-3).view(-1, 1, 1)  # so narrow that it is the identity
 
     def band(n):  # (B, 1, n, n): row i holds the weights of output pixel i, at the border renormalised
         i = torch.arange(n, device=images.device, dtype=torch.float32)
@@ -248,13 +255,14 @@ def to_float(pixels):
 
 def normalise(images):
     """[0, 1] RGB (B, 3, H, W) -> zero mean, unit variance a channel."""
-    return (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
+    mean, std = (constant(values, images.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (images - mean) / std
 
 
 # ---------------------------------------------------------------------------------------------------------- the views
 
 class Views(NamedTuple):
-    """What D3SSL.forward reads and a contact sheet shows. `boxes` made the masks; `rois`, jittered, are what RoIAlign reads.
+    """What D3SSL.forward reads and a contact sheet shows. `boxes` made the masks; RoIAlign reads the jittered `rois`.
     What de-positioning makes (m_hat, x3, boxes3, rois3) is None without it."""
     x1: torch.Tensor         # (B, 3, H, W) view 1
     x2: torch.Tensor         # (B, 3, H, W) view 2; the teacher sees it as it is
@@ -264,34 +272,44 @@ class Views(NamedTuple):
     x3: torch.Tensor         # (B, 3, H, W) Eq. 8
     boxes1: torch.Tensor     # (B, K, 4) b_i in x1
     boxes2: torch.Tensor     # (B, K, 4) b_i in x2; halved, in x2s
-    boxes3: torch.Tensor     # (B, K, 4) b^_i in x3
+    boxes3: torch.Tensor     # (B, dp_boxes, 4) b^_i in x3, of the first dp_boxes of the K
     rois1: torch.Tensor      # (B, K, 4)
     rois2: torch.Tensor      # (B, K, 4)
-    rois3: torch.Tensor      # (B, K, 4)
+    rois3: torch.Tensor      # (B, dp_boxes, 4)
 
 
 AUGS = ("prc", "prm", "rbj", "cutout", "jitter")
 
 
-def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", depositioning=True, generator=None, colour=Colour()):
+def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, generator=None, colour=Colour()):
     """Section 4: from what the loader brings to what the encoders see, on the batch's device.
 
-    Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); augs: any of AUGS; prm: reveal | hide.
-    Returns Views."""
+    Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); augs: any of AUGS; prm: reveal | hide;
+    dp_boxes: how many of the K boxes de-positioning moves, 0: without it. Returns Views."""
     view1, view2, boxes1, boxes2 = batch
     size = view1.shape[1:3]
     x1, x2 = (normalise(colour_augment(to_float(view), colour, generator)) for view in (view1, view2))
     x2s = F.avg_pool2d(x2, 2)
     x1_hat = x1 * region_mask(boxes1, size, augs, prm, generator)                                      # Eq. 2
     x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, generator, second=True)
-    m_hat = x3 = boxes3 = None
-    if depositioning:
-        m = boxes_mask(boxes2, size)                                                                   # Eq. 6
-        boxes3, offset = shift_boxes(boxes2, size, generator)
-        m_hat = proposal_random_cutout(shift_pixels(m, offset), boxes3, generator=generator)           # Eq. 7
-        x3 = composite(x2, m, x2.roll(-1, 0), m_hat, offset)                                           # Eq. 8
-    rois = (None if boxes is None else jitter(boxes, size, augs, generator) for boxes in (boxes1, boxes2, boxes3))
-    return Views(x1, x2, x1_hat, x2s_hat, m_hat, x3, boxes1, boxes2, boxes3, *rois)
+    m_hat = x3 = boxes3 = rois3 = None
+    if dp_boxes:
+        m_hat, x3, boxes3 = deposition(x2, boxes2[:, :dp_boxes], generator)
+    rois1 = jitter_rois(boxes1, size, augs, generator)
+    rois2 = jitter_rois(boxes2, size, augs, generator)
+    if dp_boxes:
+        rois3 = jitter_rois(boxes3, size, augs, generator)
+    return Views(x1, x2, x1_hat, x2s_hat, m_hat, x3, boxes1, boxes2, boxes3, rois1, rois2, rois3)
+
+
+def deposition(x2, boxes, generator=None):
+    """Eqs. 6-8 for boxes (B, k, 4) of x2 (B, 3, H, W), on view 2 of the next image of the batch as background.
+    Returns m^ (B, 1, H, W), x3 (B, 3, H, W) and b^ (B, k, 4)."""
+    size = x2.shape[2:]
+    m = boxes_mask(boxes, size)                                                                        # Eq. 6
+    moved, offset = shift_boxes(boxes, size, generator)
+    m_hat = proposal_random_cutout(shift_pixels(m, offset), moved, generator=generator)                # Eq. 7
+    return m_hat, composite(x2, m, x2.roll(-1, 0), m_hat, offset), moved                               # Eq. 8
 
 
 def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):
@@ -307,7 +325,7 @@ def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):
     return mask
 
 
-def jitter(boxes, size, augs, generator=None):
+def jitter_rois(boxes, size, augs, generator=None):
     """RBJ or SoCo's jitter, whichever `augs` names, or the boxes as they are."""
     if "rbj" in augs:
         return restricted_box_jitter(boxes, size, generator)
@@ -315,13 +333,13 @@ def jitter(boxes, size, augs, generator=None):
 
 
 def parse_augs(text):
-    """'prc,prm,rbj' -> a tuple of names out of AUGS, in their order; 'none' -> (). Raises UserError."""
+    """'prc,prm,rbj' -> a tuple of names out of AUGS, in their order; 'none' -> (). Raises argparse.ArgumentTypeError."""
     names = [] if text == "none" else text.split(",")
     for name in names:
         if name not in AUGS:
-            raise UserError(f"--augs {text}: {name or 'an empty name'} is none of {', '.join(AUGS)}, none")
+            raise argparse.ArgumentTypeError(f"{name or 'an empty name'} is none of {', '.join(AUGS)}, none")
     if {"rbj", "jitter"} <= set(names):
-        raise UserError("--augs: rbj and jitter are two jitters of the same boxes, name one of them")
+        raise argparse.ArgumentTypeError("rbj and jitter are two jitters of the same boxes, name one of them")
     return tuple(name for name in AUGS if name in names)
 
 
@@ -332,44 +350,53 @@ COLOURS = ("#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f", "#ff8c1a", "#b18cff", "#f
 
 def contact_sheet(views, tile=224):
     """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^, x3, with the boxes drawn and numbered."""
-    std, mean = (torch.tensor(v).view(3, 1, 1) for v in (STD, MEAN))
-    columns = [("x1", views.x1, views.boxes1), ("x2", views.x2, views.boxes2), ("x1^ (Eq. 2)", views.x1_hat, views.boxes1),
-               ("x2s^ (Eq. 2)", views.x2s_hat, views.boxes2 / 2), ("m^ (Eq. 7)", views.m_hat, views.boxes3),
-               ("x3 (Eq. 8)", views.x3, views.boxes3)]
-    gap, head, rows = 4, 18, len(views.x1)
-    sheet = Image.new("RGB", (len(columns) * (tile + gap) + gap, rows * (tile + gap) + head), "#303030")
+    from PIL import ImageDraw
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import draw_bounding_boxes, make_grid
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    columns = [("x1", views.x1, views.boxes1), ("x2", views.x2, views.boxes2),
+               ("x1^ (Eq. 2)", views.x1_hat, views.boxes1), ("x2s^ (Eq. 2)", views.x2s_hat, views.boxes2 / 2)]
+    if views.x3 is not None:
+        columns += [("m^ (Eq. 7)", views.m_hat, views.boxes3), ("x3 (Eq. 8)", views.x3, views.boxes3)]
+    tiles, gap = [], 4
+    for row in range(len(views.x1)):
+        for _, images, boxes in columns:
+            image = images[row].expand(3, -1, -1) if images.shape[1] == 1 else images[row] * std + mean
+            image = F.interpolate(image.clamp(0, 1)[None], size=(tile, tile), mode="nearest")[0]
+            numbers = [str(k + 1) for k in range(boxes.shape[1])]
+            colours = [COLOURS[k % len(COLOURS)] for k in range(boxes.shape[1])]
+            pixels = (image * 255).round().byte()
+            tiles.append(draw_bounding_boxes(pixels, boxes[row] * tile / images.shape[-1], numbers, colours, width=2))
+    sheet = to_pil_image(make_grid(tiles, nrow=len(columns), padding=gap, pad_value=48))
     draw = ImageDraw.Draw(sheet)
-    for c, (title, images, boxes) in enumerate(columns):
-        left = gap + c * (tile + gap)
-        draw.text((left + 2, 3), title, fill="white")
-        pixels = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images * std + mean
-        scale = tile / images.shape[-1]
-        for r in range(rows):
-            top = head + r * (tile + gap)
-            array = (pixels[r].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
-            sheet.paste(Image.fromarray(array).resize((tile, tile), Image.NEAREST), (left, top))
-            for k, (x1, y1, x2, y2) in enumerate((boxes[r] * scale).tolist()):
-                ink = COLOURS[k % len(COLOURS)]
-                draw.rectangle([left + x1, top + y1, left + x2 - 1, top + y2 - 1], outline=ink, width=2)
-                draw.rectangle([left + x1, top + y1, left + x1 + 10, top + y1 + 12], fill=ink)
-                draw.text((left + x1 + 3, top + y1), str(k + 1), fill="black")
+    for column, (title, *_) in enumerate(columns):
+        left = gap + column * (tile + gap)
+        draw.rectangle([left, gap, left + 7 * len(title) + 6, gap + 15], fill="#303030")
+        draw.text((left + 3, gap + 2), title, fill="white")
     return sheet
 
 
 def main():
+    import tempfile
+
+    import numpy as np
+
+    from data import (Images, Parser, Proposals, Scenes, TwoViews, atomic, compute_proposals, make_loader, open_images,
+                      SCENES)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("scenes", "coco", "folder"), default="scenes")
+    parser.add_argument("--data", choices=(*SCENES, "coco", "voc", "openimages-mini", "folder"), default="scenes")
     parser.add_argument("--root", help="the data set's folder (default data/DATA)")
     parser.add_argument("--out", default="views.png")
     parser.add_argument("--rows", type=int, default=6, help="images to show")
     parser.add_argument("--boxes", type=int, default=4, help="K, boxes an image")
+    parser.add_argument("--dp-boxes", type=int, default=1, help="how many of them de-positioning moves")
     parser.add_argument("--augs", type=parse_augs, default=AUGS[:3], help="as in d3ssl.py")
     parser.add_argument("--prm", choices=("reveal", "hide"), default="reveal")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     images = open_images(args.data, args.root)
-    if args.data == "scenes":
-        some = Scenes(number=args.rows)
+    if args.data in SCENES:
+        some = Scenes(number=args.rows, **SCENES[args.data])
     else:
         chosen = np.random.default_rng(args.seed).permutation(len(images))[:args.rows]
         some = Images(images.root, images.names[chosen])
@@ -378,11 +405,12 @@ def main():
         views = TwoViews(some, Proposals(folder), some.size, args.boxes, seed=args.seed)
         batch = next(iter(make_loader(views, [[(0, i) for i in range(len(views))]], workers=0)))
     generator = torch.Generator().manual_seed(args.seed)
-    sheet = contact_sheet(make_views(batch, args.augs, args.prm, generator=generator))
+    sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator))
     with atomic(args.out) as file:
         sheet.save(file, "PNG")
     print(f"wrote {args.out}: {len(views)} images, {sheet.width} x {sheet.height} pixels")
 
 
 if __name__ == "__main__":
+    from data import error_exit
     error_exit(main)

@@ -5,17 +5,18 @@
     torchrun --nproc_per_node 8 d3ssl.py --data coco                 COCO, eight GPUs
     python d3ssl.py --data folder --root DIR                         your own images
 
-A run writes last.pt, backbone.pth and metrics.jsonl into --out and resumes from last.pt by itself.
+A run writes last.pt, backbone.pth, metrics.jsonl and curves.png into --out and resumes from last.pt by itself.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
-import resource
+import platform
 import signal
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,94 +27,66 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
 
-from augment import make_views, parse_augs
-from data import (Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration, error_exit,
-                  make_loader, open_images, proposals_folder)
+from augment import make_views, normalise, parse_augs, to_float
+from data import (SCENES, Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration, error_exit,
+                  make_loader, open_images, proposals_folder, rng, usable_cores)
+
+
+def setting(default, about, choices=None):
+    """A field of Config that is a flag of the same name: its default, and what --help says of it with its source."""
+    return field(default=default, metadata=dict(help=about, choices=choices))
 
 
 @dataclass
 class Config:
-    """Every setting of a run. A preset, then the objective, then the command line replace these defaults (COCO's)."""
-    data: str = "coco"
-    root: str = None
-    proposals: str = None        # folder of proposals; default: under the root
-    out: str = None              # default: runs/DATA
-    arch: str = "resnet50"       # paper section 4
-    size: int = 224              # paper section 4; view 2-s has half of it
-    boxes: int = 4               # K; not in the paper: from SoCo
-    regions: str = "proposals"   # paper section 4.1; image | grid: the baselines of section 3
-    augs: tuple = ("prc", "prm", "rbj")  # paper section 4.1
-    prm: str = "reveal"          # paper section 4.1, the literal reading of "add partial background"
-    depositioning: bool = True   # paper section 4.2, L_dp
-    roi: int = 14                # RoIAlign's output on C4; not in the paper: from detectron2's C4 head
-    objective: str = "nce"       # paper Eq. 5; cosine: SoCo's, for Table 6
-    hidden: int = None           # of the projector, None: C5's width; not in the paper: from MoCo v2
-    projector_norm: bool = False  # batch norm in the projector; SoCo has it, and short runs start faster with it (SimCLR's)
-    dim: int = 128               # of z; not in the paper: from MoCo v2
-    temperature: float = 0.2     # tau; not in the paper: from MoCo v2
-    queue: int = 65536           # not in the paper: from MoCo v2
-    ema: float = 0.999           # not in the paper: from MoCo v2
-    epochs: int = 800            # paper section 5
-    batch_size: int = 256        # of all ranks together; not in the paper: from DenseCL
-    lr: float = 0.3              # for 256 images, scaled with the batch; not in the paper: from DenseCL's COCO recipe
-    warmup: int = 0              # epochs; not in the paper: from DenseCL
-    momentum: float = 0.9        # not in the paper: from DenseCL
-    weight_decay: float = 1e-4   # not in the paper: from DenseCL
-    workers: int = 8             # processes that load images, a rank; at most the cores there are
-    seed: int = 0
-    max_steps: int = None        # stop this schedule early
+    """Every setting of a run and its flag. A preset, then the objective, then the command line replace these defaults,
+    which are COCO's; "of X": the paper is silent, X has it."""
+    data: str = setting("scenes", "the preset and the data set")
+    root: str = setting(None, "the data set's folder (default data/DATA)")
+    proposals: str = setting(None, "folder of proposals (default: under the root)")
+    out: str = setting(None, "where the run's files go (default runs/DATA)")
+    arch: str = setting("resnet50", "section 4", ("resnet18", "resnet34", "resnet50", "resnet101"))
+    size: int = setting(224, "side of views 1 and 2 in pixels, view 2-s has half (section 4)")
+    boxes: int = setting(4, "K, boxes an image; of SoCo")
+    regions: str = setting("proposals", "section 4.1; image and grid: section 3's baselines", ("proposals", "image", "grid"))
+    augs: tuple = setting(("prc", "prm", "rbj"), "any of prc,prm,rbj (section 4.1), cutout,jitter (SoCo's), or none")
+    prm: str = setting("reveal", "section 4.1, two readings; reveal: the literal one", ("reveal", "hide"))
+    dp: bool = setting(True, "L_dp, the de-positioning loss (section 4.2)")
+    dp_boxes: int = setting(1, "how many of the K boxes it moves; ours: the union of four leaves no room (README)")
+    roi: int = setting(14, "side of RoIAlign's output on C4; of detectron2's C4 head")
+    objective: str = setting("nce", "Eq. 5; cosine: SoCo's, for Table 6", ("nce", "cosine"))
+    hidden: int = setting(None, "width of the projector (default: C5's); of MoCo v2")
+    projector_norm: bool = setting(False, "batch norm in the projector; SoCo and SimCLR have it, MoCo v2 has not")
+    dim: int = setting(128, "of z; of MoCo v2")
+    temperature: float = setting(0.2, "tau of Eq. 5; of MoCo v2")
+    queue: int = setting(65536, "features in the memory bank; of MoCo v2, but at most a quarter of what an epoch enqueues")
+    ema: float = setting(0.999, "momentum of the teacher; of MoCo v2")
+    epochs: int = setting(800, "section 5")
+    batch_size: int = setting(256, "of all ranks together; of DenseCL")
+    optimizer: str = setting("sgd", "of DenseCL; lars: SoCo's", ("sgd", "adamw", "lars"))
+    lr: float = setting(0.3, "for 256 images, scaled with the batch, adamw's as it is; of DenseCL's COCO recipe")
+    warmup: int = setting(10, "epochs; of SoCo: DenseCL weights its two terms by 0.5 and has none, Eq. 10 sums four")
+    momentum: float = setting(0.9, "of DenseCL")
+    weight_decay: float = setting(1e-4, "of DenseCL")
+    amp: str = setting("auto", "autocast; auto: bf16 where that is faster", ("auto", "bf16", "off"))
+    workers: int = setting(8, "processes that load images, a rank; at most the cores there are")
+    seed: int = setting(0, "of the initialisation, the order of the data and the augmentations")
+    max_steps: int = setting(None, "stop this schedule early")
+    snapshots: bool = setting(False, "keep backbone-IMAGES.pth at powers of two of images seen")
 
 
-PRESETS = {
-    "coco": dict(data="coco"),
-    "folder": dict(data="folder"),
-    "openimages-mini": dict(data="openimages-mini"),
-    # Not in the paper: sized so that a laptop's CPU sees learning in minutes.
-    "scenes": dict(data="scenes", arch="resnet18", size=112, roi=6, projector_norm=True, queue=1024, ema=0.99, epochs=4, warmup=1,
-                   batch_size=32, lr=0.48, workers=2),
-}
+# Not in the paper: sized so that a laptop's CPU sees learning in minutes. AdamW, the low temperature and the short memory of
+# the teacher (its horizon of 20 steps is well below the run's 512) are what learns within 8,192 images; SGD does not.
+QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.95, epochs=8,
+             batch_size=16, optimizer="adamw", lr=1e-3, warmup=1, workers=2)
+PRESETS = {"coco": {}, "folder": {}, "voc": {}, "openimages-mini": {}, **dict.fromkeys(SCENES, QUICK)}
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
-COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, lr=1.0, weight_decay=1e-5, warmup=10)
-FREE_ON_RESUME = {"workers", "max_steps", "proposals", "out"}  # whatever else differs is another run
+COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5, warmup=10)
+FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots"}  # whatever else differs is another run
 
 
-# ------------------------------------------------------------------------------------------------- encoder (Eqs. 1 and 3)
-
-def interpolation(low, high, scale, bins, cells, ratio):
-    """RoIAlign along one axis: (..., bins, cells) weights that average `ratio` linear samples a bin of the interval
-    [low, high) (...), given in pixels, over a map of `cells` cells."""
-    start, step = low * scale - 0.5, (high - low) * scale / (bins * ratio)
-    sample = torch.arange(bins * ratio, device=low.device) + 0.5
-    point = start[..., None] + step[..., None] * sample
-    inside = (point >= -1) & (point <= cells)  # as the library: farther out a sample counts as zero, nearer it is clamped
-    hat = (1 - (point.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=low.device)).abs()).clamp(min=0)
-    return (hat * inside[..., None]).unflatten(-2, (bins, ratio)).mean(-2)
-
-
-def roi_align(maps, boxes, bins, scale, ratio=2):
-    """RoIAlign (He et al. 2017) with aligned=True and a fixed sampling ratio, as two matrix products a box: its
-    interpolation is separable. Equal to torchvision.ops.roi_align; on a CPU its backward is over ten times faster, on a
-    GPU it is deterministic. Boxes get no gradient.
-
-    Args: maps (B, C, H, W); boxes (B, K, 4) in pixels of the view; bins: output side; scale: map cells a pixel.
-    Returns (B * K, C, bins, bins), channels_last."""
-    batch, channels, height, width = maps.shape
-    k = boxes.shape[1]
-    with torch.no_grad():
-        rows = interpolation(boxes[..., 1], boxes[..., 3], scale, bins, height, ratio).to(maps.dtype)
-        columns = interpolation(boxes[..., 0], boxes[..., 2], scale, bins, width, ratio).to(maps.dtype)
-    maps = maps.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
-    maps = (rows.flatten(1, 2) @ maps).view(batch, k, bins, width, channels)
-    return (columns[:, :, None] @ maps).flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def perceptron(width, hidden, dim, norm=False):
-    """A two-layer MLP: MoCo v2's projector; with norm=True BYOL's and SoCo's, batch norm after the first layer."""
-    return nn.Sequential(nn.Linear(width, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.ReLU(inplace=True),
-                         nn.Linear(hidden, dim))
-
+# ------------------------------------------------------------------------------------------ the encoder f (Eqs. 1 and 3)
 
 class Encoder(nn.Module):
     """f: z = H(RoIAlign(E(x), b)), Eq. 1. E is a ResNet up to C4; H is C5, average pooling and the projector.
@@ -134,42 +107,62 @@ class Encoder(nn.Module):
         x = net.maxpool(net.relu(net.bn1(net.conv1(x.contiguous(memory_format=torch.channels_last)))))
         return net.layer3(net.layer2(net.layer1(x)))
 
-    def pool(self, maps, boxes):
-        """RoIAlign on C4: (B * K, 1024, roi, roi)."""
-        return roi_align(maps, boxes, self.roi, 1 / 16)
-
-    def head(self, regions):
-        """H: C4 regions (N, 1024, roi, roi) -> z (N, D), L2-normalised, float32."""
-        return self.project(self.backbone.layer4(regions).mean((2, 3)))
-
-    def project(self, features):
-        return F.normalize(self.projector(features).float(), dim=1)
-
-    def forward(self, x, boxes):
-        """Images (B, 3, H, W), boxes (B, K, 4) -> z (B * K, D)."""
+    def features(self, x, boxes):
+        """What H projects: images (B, 3, H, W), boxes (B, K, 4) -> (B * K, 2048) at ResNet-50."""
         if self.grid:
-            return self.project(roi_align(self.backbone.layer4(self.c4(x)), boxes, 1, 1 / 32).flatten(1))
-        return self.head(self.pool(self.c4(x), boxes))
+            return roi_align(self.backbone.layer4(self.c4(x)), boxes, 1, 1 / 32).flatten(1)
+        regions = roi_align(self.c4(x), boxes, self.roi, 1 / 16)
+        return self.backbone.layer4(regions).mean((2, 3))
+
+    def forward(self, x, boxes, predictor=None):
+        """Images (B, 3, H, W), boxes (B, K, 4) -> z (B * K, D), L2-normalised, float32. SoCo's and BYOL's `predictor` reads
+        the projection before it is normalised."""
+        z = self.projector(self.features(x, boxes))
+        if predictor is not None:
+            z = predictor(z)
+        return F.normalize(z.float(), dim=1)
 
 
-# --------------------------------------------------------------------------------------- losses and queue (Eqs. 4, 5, 9, 10)
-
-def contrast(z, z_pos, negatives, temperature):
-    """Eq. 5 for each row of z (N, D) with its positive z_pos (N, D) against negatives (Q, D), all L2-normalised.
-    Returns the losses (N,) and whether each positive outranks every negative (N,)."""
-    positive = (z * z_pos).sum(1) / temperature
-    others = z @ negatives.T / temperature
-    return torch.logaddexp(positive, others.logsumexp(1)) - positive, positive > others.amax(1)
+def perceptron(width, hidden, dim, norm=False):
+    """A two-layer MLP: MoCo v2's projector; with norm=True BYOL's and SoCo's, batch norm after the first layer."""
+    middle = [nn.BatchNorm1d(hidden)] if norm else []
+    return nn.Sequential(nn.Linear(width, hidden), *middle, nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
 
-def info_nce(z, z_pos, negatives, temperature):
-    """Eq. 5, mean over rows: -log exp(z.z+/T) / sum over {z+} and the negatives of exp(z.zj/T); shapes as `contrast`."""
-    return contrast(z, z_pos, negatives, temperature)[0].mean()
+def roi_align(maps, boxes, bins, scale, ratio=2):
+    """RoIAlign (He et al. 2017) with aligned=True and a fixed sampling ratio, as two matrix products a box: its
+    interpolation is separable. Equal to torchvision.ops.roi_align; on a CPU its backward is over ten times faster, on a
+    GPU it is deterministic. Boxes get no gradient.
 
+    Args: maps (B, C, H, W); boxes (B, K, 4) in pixels of the view; bins: output side; scale: map cells a pixel.
+    Returns (B * K, C, bins, bins), channels_last."""
+    batch, channels, height, width = maps.shape
+    k = boxes.shape[1]
+    with torch.no_grad():
+        rows = interpolation(boxes[..., 1], boxes[..., 3], scale, bins, height, ratio).to(maps.dtype)
+        columns = interpolation(boxes[..., 0], boxes[..., 2], scale, bins, width, ratio).to(maps.dtype)
+    maps = maps.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+    maps = (rows.flatten(1, 2) @ maps).view(batch, k, bins, width, channels)
+    return (columns[:, :, None] @ maps).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def interpolation(low, high, scale, bins, cells, ratio):
+    """RoIAlign along one axis: (..., bins, cells) weights that average `ratio` linear samples a bin of the interval
+    [low, high) (...), given in pixels, over a map of `cells` cells."""
+    start, step = low * scale - 0.5, (high - low) * scale / (bins * ratio)
+    sample = torch.arange(bins * ratio, device=low.device) + 0.5
+    point = start[..., None] + step[..., None] * sample
+    inside = (point >= -1) & (point <= cells)  # as the library: farther out a sample counts as zero, nearer it is clamped
+    distance = point.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=low.device)
+    hat = (1 - distance.abs()).clamp(min=0)
+    return (hat * inside[..., None]).unflatten(-2, (bins, ratio)).mean(-2)
+
+
+# ---------------------------------------------------------------------------------------- queue and losses (Eqs. 2 to 10)
 
 class Queue(nn.Module):
-    """The memory bank of Eq. 5: the last `size` teacher features (size, D), first in, first out. It starts as random
-    unit vectors by `seed`."""
+    """The memory bank of Eq. 5: the last `size` teacher features (size, D), first in, first out. `Run.fill_queue` fills it
+    before step 1; until then it holds random unit vectors by `seed`."""
 
     def __init__(self, size, dim, seed=0):
         super().__init__()
@@ -195,12 +188,42 @@ def gather(z):
     return torch.cat(everyone)
 
 
+class Query(NamedTuple):
+    """Student features beside the negatives of the queue; the products with them are made once for all positives."""
+    z: torch.Tensor          # (N, D), L2-normalised
+    negatives: torch.Tensor  # (N,) log of the sum of exp(z.zj / T) over the queue
+    hardest: torch.Tensor    # (N,) the largest z.zj / T
+    temperature: float
+
+
+def make_query(z, queue, temperature):
+    """The Query of z (N, D) against `queue` (Q, D), both L2-normalised."""
+    similarity = z @ queue.T / temperature
+    return Query(z, similarity.logsumexp(1), similarity.detach().amax(1), temperature)
+
+
+def info_nce(query, z_pos):
+    """Eq. 5, mean over rows: -log exp(z.z+ / T) / sum over {z+} and the queue of exp(z.zj / T); z_pos (N, D)."""
+    positive = (query.z * z_pos).sum(1) / query.temperature
+    return (torch.logaddexp(positive, query.negatives) - positive).mean()
+
+
+def cosine_loss(query, z_pos):
+    """BYOL's and SoCo's loss, mean over rows, without negatives: 2 - 2 z.z+; z_pos (N, D)."""
+    return (2 - 2 * (query.z * z_pos).sum(1)).mean()
+
+
+def top1(query, z_pos):
+    """(N,) float: whether the positive is nearer than every negative of the queue."""
+    return ((query.z * z_pos).sum(1) / query.temperature > query.hardest).float()
+
+
 class Losses(NamedTuple):
     """What a forward pass returns: scalars, and the teacher's features (2 * B * K, D) for the queue."""
     loss: torch.Tensor
     loss_dc: torch.Tensor
     loss_dp: torch.Tensor
-    acc: torch.Tensor
+    top1: torch.Tensor
     keys: torch.Tensor
 
 
@@ -211,11 +234,11 @@ class D3SSL(nn.Module):
 
     def __init__(self, config, amp=None):
         super().__init__()
-        c, byol = config, config.objective == "cosine"
+        c = config
         self.config, self.amp = config, amp
         self.student = Encoder(c.arch, c.hidden, c.dim, c.roi, c.projector_norm, grid=c.regions == "grid")
         self.teacher = deepcopy(self.student).requires_grad_(False)  # in training mode too, with its own buffers
-        self.predictor = perceptron(c.dim, c.hidden, c.dim, norm=True) if byol else None
+        self.predictor = perceptron(c.dim, c.hidden, c.dim, norm=True) if c.objective == "cosine" else None
         self.queue = Queue(c.queue, c.dim, c.seed)
 
     @torch.no_grad()
@@ -223,37 +246,41 @@ class D3SSL(nn.Module):
         """theta_k <- momentum theta_k + (1 - momentum) theta_q, parameters only (MoCo); before each forward pass."""
         get_ema_multi_avg_fn(momentum)(list(self.teacher.parameters()), list(self.student.parameters()), None)
 
-    def forward(self, views):
-        """views: augment.Views. Returns Losses; enqueue its `keys` after the backward pass."""
-        v = views
-        with self.autocast(v.x2):
-            zs1 = self.predict(self.student(v.x1_hat, v.rois1))                                # Eq. 3
-            zs2 = self.predict(self.student(v.x2s_hat, v.rois2 / 2))
-            zs3 = None if v.x3 is None else self.predict(self.student(v.x3, v.rois3))          # Eq. 8
-            with torch.no_grad():
-                zt1, zt2 = self.teacher(v.x1_hat, v.rois1), self.teacher(v.x2, v.rois2)        # Eq. 3
-        (a, hit_a), (b, hit_b) = self.compare(zs1, zt2), self.compare(zs2, zt1)
-        loss_dc, hits = a + b, [hit_a, hit_b]                                                  # Eq. 4
-        loss_dp = torch.zeros_like(loss_dc)
-        if zs3 is not None:
-            (a, hit_a), (b, hit_b) = self.compare(zs3, zt2), self.compare(zs3, zt1)
-            loss_dp, hits = a + b, hits + [hit_a, hit_b]                                       # Eq. 9
-        return Losses(loss_dp + loss_dc, loss_dc, loss_dp, torch.stack(hits).mean(), torch.cat([zt1, zt2]))  # Eq. 10
-
     def autocast(self, x):
         return torch.autocast(x.device.type, self.amp, enabled=self.amp is not None)
 
-    def predict(self, z):
-        """SoCo's and BYOL's predictor on the student's features; nothing with InfoNCE."""
-        return z if self.predictor is None else F.normalize(self.predictor(z).float(), dim=1)
+    @torch.no_grad()
+    def teach(self, views):
+        """zt1 and zt2 (B * K, D) of Eq. 3."""
+        with self.autocast(views.x2):
+            return self.teacher(views.x1_hat, views.rois1), self.teacher(views.x2, views.rois2)
 
-    def compare(self, z, z_pos):
-        """Mean loss of z against z_pos and the share of rows whose positive outranks every negative. The cosine
-        objective has no negatives in its loss; there the queue only ranks."""
-        loss, hit = contrast(z, z_pos, self.queue.features, self.config.temperature)
-        if self.config.objective == "cosine":
-            loss = 2 - 2 * (z * z_pos).sum(1)  # BYOL's and SoCo's loss
-        return loss.mean(), hit.float().mean()
+    def forward(self, views):
+        """views: augment.Views. Returns Losses; enqueue its `keys` after the backward pass."""
+        nce = info_nce if self.config.objective == "nce" else cosine_loss
+        with self.autocast(views.x2):
+            zs1 = self.student(views.x1_hat, views.rois1, self.predictor)                      # Eq. 3
+            zs2 = self.student(views.x2s_hat, views.rois2 / 2, self.predictor)
+            zs3 = self.student(views.x3, views.rois3, self.predictor) if self.config.dp else None  # Eq. 8
+        zt1, zt2 = self.teach(views)
+        zs1, zs2 = self.query(zs1), self.query(zs2)
+        loss_dc = nce(zs1, zt2) + nce(zs2, zt1)                                                # Eq. 4
+        loss_dp = torch.zeros_like(loss_dc)
+        hits = [top1(zs1, zt2), top1(zs2, zt1)]
+        if self.config.dp:
+            zs3, zt1_moved, zt2_moved = self.query(zs3), self.moved(zt1, views), self.moved(zt2, views)
+            loss_dp = nce(zs3, zt2_moved) + nce(zs3, zt1_moved)                                # Eq. 9
+            hits += [top1(zs3, zt2_moved), top1(zs3, zt1_moved)]
+        loss = loss_dp + loss_dc                                                               # Eq. 10
+        return Losses(loss, loss_dc, loss_dp, torch.cat(hits).mean(), torch.cat([zt1, zt2]))
+
+    def query(self, z):
+        return make_query(z, self.queue.features, self.config.temperature)
+
+    def moved(self, z, views):
+        """Of features z (B * K, D) those of the boxes that de-positioning moved: (B * dp_boxes, D)."""
+        batch, number = views.rois3.shape[:2]
+        return z.unflatten(0, (batch, -1))[:, :number].flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- optimiser
@@ -282,15 +309,18 @@ class LARS(torch.optim.Optimizer):
 
 def make_optimizer(config, model):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    arguments = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    if config.objective == "cosine":
-        return LARS(parameters, **arguments)
-    return torch.optim.SGD(parameters, fused=True, **arguments)
+    arguments = dict(lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **arguments)
+    if config.optimizer == "lars":
+        return LARS(parameters, momentum=config.momentum, **arguments)
+    return torch.optim.SGD(parameters, momentum=config.momentum, fused=True, **arguments)
 
 
 def learning_rate(config, step, total):
-    """At `step` of `total`: linear scaling with the batch, linear warm-up, cosine to 0."""
-    peak, warmup = config.lr * config.batch_size / 256, config.warmup * total / config.epochs
+    """At `step` of `total`: linear scaling with the batch (not AdamW's), linear warm-up, cosine to 0."""
+    peak = config.lr * (1 if config.optimizer == "adamw" else config.batch_size / 256)
+    warmup = min(config.warmup, config.epochs / 4) * total / config.epochs
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
@@ -301,6 +331,25 @@ def teacher_momentum(config, step, total):
     if config.objective == "nce":
         return config.ema
     return 1 - (1 - config.ema) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+@torch.no_grad()
+def clean_statistics(network, batches):
+    """Estimate batch norm's running means and variances in place, as their plain means over `batches` ("precise batch
+    norm"; not in the paper: from Wu and Johnson 2021). Each batch is the tuple of arguments of a call of `network`, which
+    comes back in its own mode. The student's own statistics are of masked, composed and half-size views."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    modes, momenta = [m.training for m in network.modules()], [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all batches
+    network.train()
+    for arguments in batches:
+        network(*arguments)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    for module, mode in zip(network.modules(), modes):
+        module.training = mode
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
@@ -338,93 +387,139 @@ class Ranks:
             print(*text, flush=True)
 
 
-def amp_dtype(device):
-    """bfloat16 where the hardware multiplies it, else None (float32)."""
+def amp_dtype(amp, device):
+    """The dtype of autocast, None for float32. auto: bfloat16 where it is faster: GPUs that multiply it, CPUs with AMX,
+    AMD's with AVX512-bf16 (1.5-1.8 times; Intel's without AMX are slower with it). It never depends on a timing."""
+    if amp != "auto":
+        return torch.bfloat16 if amp == "bf16" else None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if fast else None
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    vectors = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if tiles or (vectors and "AMD" in cpu_vendor()) else None
+
+
+def cpu_vendor():
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return platform.processor()
 
 
 class Run:
     """One training run: its data, model, optimiser and files. `train` is the loop."""
 
     def __init__(self, config, ranks, resume="auto"):
-        self.config, self.ranks, self.step = config, ranks, 0
-        self.out = Path(config.out)
-        saved = load_last(self.out / "last.pt", config, ranks.ranks) if resume == "auto" else None
+        self.ranks, self.step, self.out, self.stop_asked = ranks, 0, Path(config.out), False
         self.views = open_views(config, ranks)
+        self.listing = hashlib.sha1(b"\n".join(self.views.names())).hexdigest()[:16]
+        self.config = fit_queue(config, len(self.views), ranks)
+        saved = load_last(self.out / "last.pt", self.settings(), ranks) if resume == "auto" else None
         self.per_epoch = len(self.views) // config.batch_size
         self.total = config.epochs * self.per_epoch
         self.last = min(self.total, config.max_steps or self.total)
         ranks.connect()
+        agree(ranks, self.out, saved["step"] if saved else 0, len(self.views), self.last)
+        self.build(saved)
+
+    def build(self, saved):
+        """Model and optimiser, as they were `saved` or from the seed."""
+        config, device = self.config, self.ranks.device
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
-        self.model = D3SSL(config, amp_dtype(ranks.device)).to(ranks.device, memory_format=torch.channels_last)
-        if ranks.ranks > 1 and ranks.device.type == "cuda":
+        amp = amp_dtype(saved["amp"] if saved else config.amp, device)  # a resumed run goes on as it began
+        self.model = D3SSL(config, amp).to(device, memory_format=torch.channels_last)
+        if self.ranks.ranks > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.optimizer = make_optimizer(config, self.model)
         if saved:
-            self.restore(saved)
-        self.parallel = self.model if ranks.ranks == 1 else nn.parallel.DistributedDataParallel(
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
+        self.parallel = self.model if self.ranks.ranks == 1 else nn.parallel.DistributedDataParallel(
             self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.stop_asked = False
 
     # -------------------------------------------------------------------------------------------------------- files
 
-    def restore(self, saved):
-        if saved["images"] != len(self.views):
-            raise UserError(f"{self.out}/last.pt was trained on {saved['images']:,} images, here are {len(self.views):,}: name "
-                            "another --out, or begin anew with --resume never")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
+    def settings(self):
+        """What a resumed run must share with the first one, as plain values: how it trains and, by name, on what."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()
+                  if key not in FREE_ON_RESUME}
+        return {**values, "listing": self.listing}
 
-    def save(self):
-        """Write backbone.pth, then last.pt, each by rename, unless a parameter is not finite. Rank 0 only."""
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
-        if not finite:
-            raise not_finite(self)
+    def save(self, clean=None):
+        """Write backbone.pth, then last.pt, each by rename, unless a parameter is not finite. Rank 0 only. `clean`: the
+        clean statistics of student and teacher, which a run that ends adds."""
+        ensure_finite(self.model, self.step, self.out)
         if self.ranks.rank == 0:
-            with atomic(self.out / "backbone.pth") as file:
-                torch.save(self.model.student.backbone.state_dict(), file)
-            with atomic(self.out / "last.pt") as file:
-                torch.save({"d3ssl": 1, "step": self.step, "config": settings_of(self.config), "ranks": self.ranks.ranks,
-                            "images": len(self.views), "model": self.model.state_dict(),
-                            "optimizer": self.optimizer.state_dict()}, file)
+            self.save_backbone("backbone.pth", clean)
+            save(self.out / "last.pt", {
+                "d3ssl": 2, "step": self.step, "config": self.settings(), "ranks": self.ranks.ranks,
+                "amp": "bf16" if self.model.amp else "off", "model": self.model.state_dict(), "clean": clean,
+                "optimizer": self.optimizer.state_dict()})
+
+    def save_backbone(self, name, clean=None):
+        """The student's ResNet as a state dict of torchvision's, with `clean` statistics where they are given."""
+        if self.ranks.rank == 0:
+            save(self.out / name, {**self.model.student.backbone.state_dict(), **(clean or {}).get("student", {})})
+
+    def clean(self, number=256, batch_size=64):
+        """{"student": ..., "teacher": ...}: the statistics of clean view-1 images and their boxes, by torchvision's names;
+        every rank estimates the same ones, from the same images."""
+        chosen = rng(self.config.seed).permutation(len(self.views))[:number].tolist()
+        batches = [[(0, i) for i in chosen[start:start + batch_size]] for start in range(0, len(chosen), batch_size)]
+        found = {}
+        for name in ("student", "teacher"):
+            encoder = deepcopy(getattr(self.model, name))
+            encoder.projector = nn.Identity()
+            with self.model.autocast(self.model.queue.features):
+                clean_statistics(encoder, map(self.clean_view, make_loader(self.views, batches, self.workers())))
+            found[name] = {key: value for key, value in encoder.backbone.state_dict().items() if "running_" in key}
+        return found
+
+    def clean_view(self, batch):
+        """Normalised view 1 (B, 3, H, W) of a loaded batch and its boxes (B, K, 4), on the device."""
+        view1, _, boxes1, _ = (tensor.to(self.ranks.device) for tensor in batch)
+        return normalise(to_float(view1)), boxes1
 
     def open_metrics(self):
         """metrics.jsonl, cut back to the step that this run starts from; None on other ranks than the first."""
         if self.ranks.rank:
             return None
-        path, kept = self.out / "metrics.jsonl", []
-        if path.exists() and self.step:
-            for line in path.read_text().splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= self.step else []
-                except ValueError:
-                    break  # the line that a kill cut
+        path = self.out / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= self.step] if self.step else []
         with atomic(path, "w") as file:
-            file.writelines(line + "\n" for line in kept)
+            file.writelines(json.dumps(row) + "\n" for row in kept)
         return open(path, "a", buffering=1)
 
     # --------------------------------------------------------------------------------------------------------- loop
 
-    def batches(self):
-        schedule = Schedule(len(self.views), self.config.batch_size, self.config.seed, self.step, self.last,
-                            self.ranks.rank, self.ranks.ranks)
-        workers = min(self.config.workers, max(1, (os.cpu_count() or 1) // self.ranks.on_machine))
-        return make_loader(self.views, schedule, workers, pin=self.ranks.device.type == "cuda")
+    def workers(self):
+        return min(self.config.workers, max(1, usable_cores() // self.ranks.on_machine))
 
-    def generator(self):
-        """This step's randomness: a function of (seed, step, rank)."""
-        seed = np.random.SeedSequence((self.config.seed, self.step, self.ranks.rank)).generate_state(2, np.uint32)
-        return torch.Generator(self.ranks.device).manual_seed(int(seed[0]) << 31 | int(seed[1]) >> 1)
+    def batches(self, first, last):
+        """The loaded batches of steps first to last - 1."""
+        schedule = Schedule(len(self.views), self.config.batch_size, self.config.seed, first, last, self.ranks.rank,
+                            self.ranks.ranks)
+        return make_loader(self.views, schedule, self.workers(), pin=self.ranks.device.type == "cuda")
 
-    def prepare(self, batch):
-        """Views of a loaded batch, on the device."""
+    def prepare(self, batch, step):
+        """Views of a loaded batch, on the device; their randomness is a function of (seed, step, rank)."""
+        seed = np.random.SeedSequence((self.config.seed, step, self.ranks.rank)).generate_state(2, np.uint32)
+        generator = torch.Generator(self.ranks.device).manual_seed(int(seed[0]) << 31 | int(seed[1]) >> 1)
         batch = [tensor.to(self.ranks.device, non_blocking=True) for tensor in batch]
-        return make_views(batch, self.config.augs, self.config.prm, self.config.depositioning, self.generator())
+        return make_views(batch, self.config.augs, self.config.prm, self.config.dp * self.config.dp_boxes, generator)
+
+    def fill_queue(self):
+        """Fill the queue with teacher features before step 1. Random unit vectors, MoCo's start, are trivial negatives: loss
+        and top-1 would begin at values that mean nothing. Its batches are those after the last step: training never
+        sees them."""
+        enqueued = 2 * self.config.batch_size * self.config.boxes
+        number = math.ceil(self.config.queue / enqueued)
+        self.ranks.print(f"the queue: {self.config.queue:,} teacher features of {number} batches, by forward passes alone")
+        steps = range(self.total, self.total + number)
+        for step, batch in zip(steps, self.batches(steps.start, steps.stop)):
+            self.model.queue.enqueue(torch.cat(self.model.teach(self.prepare(batch, step))))
 
     def update(self, views):
         """One step of training on prepared views: teacher, losses, student, queue. Nothing in it waits for the device."""
@@ -437,168 +532,227 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.queue.enqueue(losses.keys)
         self.step += 1
-        return losses
+        return torch.stack(losses[:4]).detach()
 
     def train(self):
-        """Train from self.step to self.last: log at step 1, every 20 steps and at the end; save every epoch, every 5
-        minutes and on SIGTERM, on all ranks at the same step."""
+        """Train from self.step to self.last: log at step 1, every 20 steps and at the end; save at the first epoch's end,
+        then when `Clock.save_due` says so, and on SIGTERM, on all ranks at the same step."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
-        metrics, batches = self.open_metrics(), iter(self.batches())
-        clock = Clock(self.step)
-        while self.step < self.last:
-            began = time.perf_counter()
-            batch = next(batches)
-            clock.waited += time.perf_counter() - began
-            losses = self.update(self.prepare(batch))
-            stop, save_due = self.ranks.maximum(self.stop_asked, clock.minutes_since_save() > 5)
-            ends = stop or self.step == self.last
-            save_due = save_due or ends or self.step % self.per_epoch == 0
-            log_due = self.step == 1 or self.step % 20 == 0 or ends
-            if log_due or save_due:
-                self.report(losses, clock, metrics if log_due else None)
-            if save_due:
+        metrics, clock = self.open_metrics(), Clock(self.step)
+        if self.step == 0:
+            self.fill_queue()
+            self.snapshot()
+        batches = iter(self.batches(self.step, self.last))
+        while self.step < self.last and not self.stop_asked:
+            batch = clock.wait(batches)
+            clock.add(self.update(self.prepare(batch, self.step)))
+            self.stop_asked, save_due = self.ranks.maximum(self.stop_asked, clock.save_due(self.step, self.per_epoch))
+            if self.step == 1 or self.step % 20 == 0 or self.stop_asked or save_due or self.step == self.last:
+                self.report(clock, metrics)
+            if (save_due or self.stop_asked) and self.step < self.last:
                 self.save()
                 clock.saved = time.monotonic()
-            if stop:
-                return self.ranks.print(f"stopped at step {self.step:,} and saved: the same command goes on from there")
+            self.snapshot()
+        if self.step < self.last:
+            return self.ranks.print(f"stopped at step {self.step:,} and saved: the same command goes on from there")
+        self.save(self.clean())
 
     def ask_to_stop(self, number, frame):
         self.stop_asked = True
 
-    def report(self, losses, clock, metrics):
-        """Read the losses, refuse to go on if they are not finite, and log them if it is time."""
-        values = self.ranks.mean(torch.stack(losses[:4]).detach())
+    def snapshot(self):
+        """With --snapshots, backbone-IMAGES.pth before step 1 and at powers of two of images seen."""
+        images = self.step * self.config.batch_size
+        if self.config.snapshots and (images == 0 or (images >= 512 and math.log2(images).is_integer())):
+            self.save_backbone(f"backbone-{images}.pth", self.clean())
+
+    def report(self, clock, metrics):
+        """Means since the last line: refuse to go on if they are not finite, and log them."""
+        values = self.ranks.mean(clock.losses / clock.steps)
         if not all(math.isfinite(value) for value in values):
-            raise not_finite(self)
-        if metrics is None or self.ranks.rank:
-            return
-        rate, wait = clock.lap(self.step, self.config.batch_size)
-        row = dict(step=self.step, epoch=self.step / self.per_epoch, **dict(zip(Losses._fields, values)),
-                   lr=learning_rate(self.config, self.step - 1, self.total), images_per_second=rate, wait=wait)
+            raise not_finite(self.step, self.out)
+        if self.ranks.rank:
+            return clock.lap()
+        images = clock.steps * self.config.batch_size
+        rate = images / clock.elapsed()
+        row = dict(step=self.step, images=self.step * self.config.batch_size, epoch=self.step / self.per_epoch,
+                   **dict(zip(Losses._fields, values)), lr=learning_rate(self.config, self.step - 1, self.total),
+                   images_per_second=rate, wait=clock.waited / clock.elapsed())
         metrics.write(json.dumps(row) + "\n")
         left = duration((self.last - self.step) * self.config.batch_size / rate)
-        print(f"step {self.step:,}/{self.last:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f}  acc {row['acc']:.3f}  "
-              f"{rate:.1f} images/s  {left} left", flush=True)
+        print(f"step {self.step:,}/{self.last:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} = dc {row['loss_dc']:.3f} "
+              f"+ dp {row['loss_dp']:.3f}  top-1 {row['top1']:.3f}  {rate:.1f} images/s  {left} left", flush=True)
+        clock.lap()
 
 
 class Clock:
-    """Images per second and the share of time spent waiting for data since the last lap."""
+    """Sums since the last line of the log, and when to save."""
 
     def __init__(self, step):
-        self.step, self.start, self.waited, self.saved = step, time.perf_counter(), 0.0, time.monotonic()
+        self.saved, self.first_step = time.monotonic(), step
+        self.lap()
 
-    def lap(self, step, batch_size):
-        elapsed = time.perf_counter() - self.start
-        rate, wait = (step - self.step) * batch_size / elapsed, self.waited / elapsed
-        self.step, self.start, self.waited = step, time.perf_counter(), 0.0
-        return rate, wait
+    def lap(self):
+        self.start, self.waited, self.steps, self.losses = time.perf_counter(), 0.0, 0, 0.0
 
-    def minutes_since_save(self):
-        return (time.monotonic() - self.saved) / 60
+    def elapsed(self):
+        return time.perf_counter() - self.start
+
+    def wait(self, batches):
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def add(self, losses):
+        self.losses, self.steps = self.losses + losses, self.steps + 1
+
+    def save_due(self, step, per_epoch):
+        """At the end of the first epoch, so that a full disk shows early; later at an epoch's end if the last save is a
+        minute old; every five minutes in any case."""
+        minutes, epoch_ends = (time.monotonic() - self.saved) / 60, step % per_epoch == 0
+        return minutes > 5 or (epoch_ends and (minutes > 1 or step == per_epoch))
 
 
-def not_finite(run):
-    return UserError(f"the loss is not finite at step {run.step:,}: lower --lr; {run.out}/last.pt is the last good one")
+# ------------------------------------------------------------------------------- what runs and fine-tunings have in common
+
+def save(path, content):
+    """torch.save that appears at `path` whole or not at all."""
+    with atomic(path) as file:
+        torch.save(content, file)
 
 
-def settings_of(config):
-    """What a resumed run must share with the first one, as plain values."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()
-            if key not in FREE_ON_RESUME}
+def not_finite(step, out):
+    return UserError(f"the loss is not finite at step {step:,}: lower --lr; {out}/last.pt is the last good one")
 
 
-def load_last(path, config, ranks):
-    """The checkpoint at `path`, None if there is none. Raises UserError if it is broken or of another run."""
+def ensure_finite(model, step, out):
+    """Raises UserError if a parameter is not finite: such a model is never saved."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise not_finite(step, out)
+
+
+def out_of_memory(config, ranks):
+    return UserError(f"a batch of {config.batch_size // ranks.ranks} images a GPU does not fit its memory: lower "
+                     f"--batch-size {config.batch_size} (or use more GPUs)")
+
+
+def load_last(path, settings, ranks):
+    """The checkpoint at `path`, None if there is none. Raises UserError if it is broken or of another run; another number
+    of ranks is none."""
     if not path.exists():
         return None
     advice = "name another --out, or begin anew with --resume never"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, ours = {**saved["config"], "ranks": saved["ranks"]}, {**settings_of(config), "ranks": ranks}
+        theirs = saved["config"]
     except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): {advice}") from None
-    differences = [f"{FLAGS.get(key, key)} {theirs.get(key)}, now {ours.get(key)}"
-                   for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    differences = [f"{flag(key)} {theirs.get(key)}, now {settings.get(key)}" for key in sorted({*theirs, *settings})
+                   if theirs.get(key) != settings.get(key)]
     if differences:
         raise UserError(f"{path} is of another run ({'; '.join(differences)}): {advice}")
+    if saved["ranks"] != ranks.ranks:
+        ranks.print(f"{path} is of {saved['ranks']} ranks, now {ranks.ranks}: it goes on, but not to the same bits")
     return saved
 
+
+def flag(key):
+    """How a setting is called where people set it."""
+    return "the images' names" if key == "listing" else "--" + key.replace("_", "-")
+
+
+def agree(ranks, out, *state):
+    """Raises UserError, on all ranks, if (step, images, last step) are not the same on all: another --out or --root."""
+    highest, lowest = ranks.maximum(*state), [-value for value in ranks.maximum(*(-value for value in state))]
+    if highest != lowest:
+        what = ("step", "images", "last step")
+        different = "; ".join(f"{name} {low:,.0f} to {high:,.0f}" for name, low, high in zip(what, lowest, highest) if low != high)
+        raise UserError(f"the ranks differ ({different}): share --out {out} and --root between the machines")
+
+
+# -------------------------------------------------------------------------------------------------------- data, queue
 
 def open_views(config, ranks):
     """The training set, its proposals computed first where they are missing, by all ranks together."""
     images, proposals = open_images(config.data, config.root), None
     share, rest = divmod(config.batch_size, ranks.ranks)
     if rest:
-        raise UserError(f"--batch-size {config.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple of them")
+        raise UserError(f"--batch-size {config.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple")
     if share < 2:
-        raise UserError(f"--batch-size {config.batch_size} leaves {share} image on each of {ranks.ranks} ranks: batch norm and "
-                        "the background image need at least 2")
-    if len(images) < config.batch_size:
-        raise UserError(f"{images.root} has {len(images):,} images: lower --batch-size {config.batch_size} to that at most")
+        raise UserError(f"--batch-size {config.batch_size} leaves {share} image on each of {ranks.ranks} ranks: batch norm "
+                        "and the background image need at least 2")
+    ensure_enough(images.root, len(images), "images", config)
     if config.regions == "proposals":
         folder = config.proposals or proposals_folder(config.data, config.root)
-        compute_proposals(images, folder, max(1, (os.cpu_count() or 1) // ranks.on_machine), (ranks.rank, ranks.ranks), wait=True)
+        workers = max(1, usable_cores() // ranks.on_machine)
+        compute_proposals(images, folder, workers, (ranks.rank, ranks.ranks), wait=True)
         proposals = Proposals(folder)
+    if config.data in SCENES:
+        images.keep()
     views = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
-    if len(views) < config.batch_size:
-        raise UserError(f"{images.root} has {len(views):,} images with proposals: lower --batch-size {config.batch_size} to that at most")
+    ensure_enough(images.root, len(views), "images with proposals", config)
     if len(views) < len(images):
         ranks.print(f"{len(images) - len(views):,} of {len(images):,} images have no proposals and are left out")
     return views
 
 
+def ensure_enough(root, number, what, config):
+    if number < config.batch_size:
+        raise UserError(f"{root} has {number:,} {what}: lower --batch-size {config.batch_size} to that at most")
+
+
+def fit_queue(config, images, ranks):
+    """config with its queue cut to a quarter of what an epoch enqueues: a longer one holds an image's own earlier features
+    as its negatives."""
+    most = max(1, 2 * config.boxes * images // 4)
+    if config.queue > most:
+        ranks.print(f"--queue {config.queue:,} is cut to {most:,}, a quarter of what an epoch of {images:,} images enqueues")
+    return replace(config, queue=min(config.queue, most))
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+def read_metrics(path):
+    """The rows of a metrics.jsonl, up to a line that a kill cut."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_curves(out):
+    """OUT/curves.png of OUT/metrics.jsonl: loss and its parts, top-1, learning rate. Returns its path, or None where
+    matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    rows, path = read_metrics(out / "metrics.jsonl"), out / "curves.png"
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    panels = (("loss (Eq. 10)", ("loss", "loss_dc", "loss_dp")), ("top-1: the positive before all negatives", ("top1",)),
+              ("learning rate", ("lr",)))
+    for axis, (title, keys) in zip(figure.subplots(1, 3), panels):
+        for key in keys:
+            axis.plot([row["images"] for row in rows], [row[key] for row in rows], label=key)
+        axis.set(title=title, xlabel="images seen")
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend()
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    return path
+
+
 # -------------------------------------------------------------------------------------------------- where a step's time goes
 
-class Stopwatch:
-    """Charges the time between marks to the label of the earlier one; with events on a GPU, so nothing waits for it."""
-
-    def __init__(self, device):
-        self.device, self.marks = device, []
-
-    def mark(self, label):
-        if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.perf_counter()
-        self.marks.append((label, now))
-
-    def charge(self, totals):
-        """Add the seconds since the first mark to `totals` {label: seconds} and begin again."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        for (label, start), (_, end) in zip(self.marks, self.marks[1:]):
-            seconds = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
-            totals[label] = totals.get(label, 0.0) + seconds
-        self.marks = []
-
-
-class TimedEncoder(Encoder):
-    """An Encoder that marks its stages, in the backward pass too, where a stage begins with its output's gradient."""
-    watch, who = None, None
-
-    def stage(self, label, compute, *inputs):
-        self.watch.mark(label)
-        out = compute(*inputs)
-        if out.requires_grad:
-            out.register_hook(lambda grad: self.watch.mark(label))
-        self.watch.mark("loss and queue")
-        return out
-
-    def c4(self, x):
-        return self.stage(f"{self.who} backbone", super().c4, x)
-
-    def pool(self, maps, boxes):
-        return self.stage("RoIAlign", super().pool, maps, boxes)
-
-    def head(self, regions):
-        return self.stage("RoI heads", super().head, regions)
-
-
 class Floor:
-    """The least a step can do: E and H, 3 student passes forward and backward and 2 teacher passes forward, on ready-made
-    inputs and RoI maps, in the step's dtype and layout; no RoIAlign, loss or optimiser."""
+    """The least a step can do: E and H, the student's passes forward and backward and the teacher's two forward, on
+    ready-made inputs and RoI maps, in the step's dtype and layout; no RoIAlign, loss or optimiser."""
 
     def __init__(self, model, views):
         v, self.model = views, model
@@ -607,132 +761,146 @@ class Floor:
         self.teacher = [self.ready(v.x1_hat, v.rois1), self.ready(v.x2, v.rois2)]
 
     def ready(self, x, boxes):
-        """Image, its RoI maps and the gradients that E and H get back."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        """Image, its RoI maps and the gradients that C4 and C5 get back."""
+        student, x = self.model.student, x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), self.model.autocast(x):
-            c4 = self.model.student.c4(x)
-            regions = self.model.student.pool(c4, boxes)
-            z = self.model.student.head(regions)
-        return x, regions.detach().requires_grad_(), [torch.randn_like(c4), torch.randn_like(z)]
+            c4 = student.c4(x)
+            regions = roi_align(c4, boxes, student.roi, 1 / 16)
+            z = self.head(student, regions)
+        return x, regions.requires_grad_(), [torch.randn_like(c4), torch.randn_like(z)]
+
+    def head(self, encoder, regions):
+        return encoder.projector(encoder.backbone.layer4(regions).mean((2, 3)))
 
     def __call__(self):
-        student, teacher, outputs, grads = self.model.student, self.model.teacher, [], []
+        student, teacher, outputs, gradients = self.model.student, self.model.teacher, [], []
         with self.model.autocast(self.student[0][0]):
-            for x, regions, grad in self.student:
-                outputs += [student.c4(x), student.head(regions)]
-                grads += grad
+            for x, regions, gradient in self.student:
+                outputs += [student.c4(x), self.head(student, regions)]
+                gradients += gradient
             with torch.no_grad():
                 for x, regions, _ in self.teacher:
-                    teacher.c4(x), teacher.head(regions)
-        torch.autograd.backward(outputs, grads)
+                    teacher.c4(x)
+                    self.head(teacher, regions)
+        torch.autograd.backward(outputs, gradients)
         self.model.zero_grad(set_to_none=True)
 
 
-def profile(run, pairs=20, warmup=4):
+def profile(run, seconds=50):
     """Print where a training step's time goes, images/s of its parts and the ratio of a step to its floor: the median over
-    `pairs` of whole steps, loader included, alternated with floors."""
-    watch, device, model = Stopwatch(run.ranks.device), run.ranks.device, run.model
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = lambda work: (sync(), time.perf_counter(), work(), sync(), time.perf_counter())
-    for name in ("student", "teacher"):
-        encoder = getattr(model, name)
-        encoder.__class__, encoder.watch, encoder.who = TimedEncoder, watch, name
-    run.optimizer.register_step_pre_hook(lambda *_: watch.mark("optimiser and EMA"))
-    run.optimizer.register_step_post_hook(lambda *_: watch.mark("loss and queue"))
-    batches, totals, steps, floors = iter(run.batches()), {}, [], []
+    whole steps, loader included, alternated with floors for `seconds` (two pairs at least), in two minutes or so."""
+    from torch.profiler import profile as recorder
+    from torch.utils.benchmark import Timer
+    images, batches = run.config.batch_size // run.ranks.ranks, iter(run.batches(0, 10**6))
 
-    def whole():
-        watch.mark("waiting for data")
-        batch = next(batches)
-        watch.mark("augmentation")
-        views = run.prepare(batch)
-        watch.mark("optimiser and EMA")
-        run.update(views)
-        watch.mark("end")
-        return batch, views
-    for i in range(warmup + pairs):
-        _, start, (batch, views), _, end = seconds(whole)
-        if i == 0:
-            floor = Floor(model, views)
-        watch.charge(totals if i >= warmup else {})
-        _, floor_start, _, _, floor_end = seconds(floor)
-        watch.marks = []
-        steps, floors = steps + [end - start], floors + [floor_end - floor_start]
-    steps, floors = np.array(steps[warmup:]), np.array(floors[warmup:])
-    print_profile(run, totals, steps, floors, floor, batch, batches, seconds)
+    def timed(work):
+        return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(1).median
 
-
-def print_profile(run, totals, steps, floors, floor, batch, batches, seconds):
-    """The tables of `profile`."""
-    images, step = run.config.batch_size // run.ranks.ranks, sum(totals.values()) / len(steps)
-    print(f"\n{'where a step goes':26}{'ms':>10}{'share':>9}")
-    for label in sorted(totals, key=totals.get, reverse=True):
-        print(f"{label:26}{1e3 * totals[label] / len(steps):10.1f}{totals[label] / len(steps) / step:9.1%}")
-    with FlopCounterMode(display=False) as counter:
-        floor()
-    peak, flops = matmul_peak(run.ranks.device, run.model.amp or torch.float32), counter.get_total_flops()
-    alone = [end - start for _, start, _, _, end in (seconds(lambda: run.update(run.prepare(batch))) for _ in range(5))]
-    del batches
+    def step():
+        views[0] = run.prepare(next(batches), run.step)
+        run.update(views[0])
+    views = [run.prepare(next(batches), 0)]
+    floor = Floor(run.model, views[0])
+    timed(step), timed(floor)  # warm up
+    print(f"whole steps and floors in turn, for {seconds} s", flush=True)
+    pairs, began = [], time.monotonic()
+    while len(pairs) < 2 or time.monotonic() - began < seconds:
+        pairs.append((timed(step), timed(floor)))
+    steps, floors = np.array(pairs).T
+    print(f"{len(pairs)} pairs; three steps under torch.profiler", flush=True)
+    labels = label_parts(run)
+    with recorder(acc_events=True) as recorded:
+        for _ in range(3):
+            step()
+    print_shares(recorded.key_averages(), labels, run.ranks.device, 3)
+    alone, batch = np.median([timed(lambda: run.update(run.prepare(first, run.step))) for first in [next(batches)] * 3]), images
     loading = iter(make_loader(run.views, Schedule(len(run.views), images, 1, 0, 10**6), 1))
     next(loading)
-    load = [end - start for _, start, _, _, end in (seconds(lambda: next(loading)) for _ in range(12))][4:]
-    rows = [("whole step", np.median(steps)), ("step alone, data ready", np.median(alone)), ("floor", np.median(floors)),
-            (f"the floor's {flops / 1e9:,.0f} GFLOP at {peak / 1e12:.2f} TFLOP/s", flops / peak), ("loader alone, one worker", np.mean(load))]
+    load = np.mean([timed(lambda: next(loading)) for _ in range(12)][4:])
+    flops, peak = count_flops(floor), matmul_peak(run.ranks.device, run.model.amp or torch.float32)
     print(f"\n{'':48}{'ms':>10}{'images/s':>11}")
-    for label, duration_ in rows:
-        print(f"{label:48}{1e3 * duration_:10.1f}{images / duration_:11.1f}")
-    memory = torch.cuda.max_memory_allocated() if run.ranks.device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory {memory / 2**30:.1f} GiB with {images} images")
+    for label, duration_ in (("whole step", np.median(steps)), ("step alone, data ready", alone), ("floor", np.median(floors)),
+                             (f"the floor's {flops / 1e9:,.0f} GFLOP at {peak / 1e12:.2f} TFLOP/s", flops / peak),
+                             ("loader alone, one worker", load)):
+        print(f"{label:48}{1e3 * duration_:10.1f}{batch / duration_:11.1f}")
+    print(f"peak memory {peak_memory(run.ranks.device) / 2**30:.1f} GiB with {images} images")
     print(f"step / floor {np.median(steps / floors):.3f}")
+
+
+def label_parts(run):
+    """Run the parts of a step under ranges of torch.profiler. Returns the ranges' names."""
+    model = run.model
+    parts = {"augmentation": (run, "prepare"), "student, forward": (model.student, "forward"),
+             "teacher, forward": (model, "teach"), "loss": (model, "query"), "EMA": (model, "update_teacher"),
+             "optimiser": (run.optimizer, "step"), "queue": (model.queue, "enqueue"), "backward": (torch.Tensor, "backward")}
+
+    def ranged(inner, name):
+        def work(*args, **kwargs):
+            with torch.profiler.record_function(name):
+                return inner(*args, **kwargs)
+        return work
+    for name, (owner, method) in parts.items():
+        setattr(owner, method, ranged(getattr(owner, method), name))
+    return list(parts)
+
+
+def print_shares(averages, labels, device, steps):
+    """The table of where a step goes, from a profiler's averages over `steps` steps."""
+    key = "device_time_total" if device.type == "cuda" else "cpu_time_total"
+    found = {row.key: getattr(row, key) / steps / 1e3 for row in averages if row.key in labels}
+    print(f"\n{'where a step goes':26}{'ms':>10}{'share':>9}")
+    for label in sorted(found, key=found.get, reverse=True):
+        print(f"{label:26}{found[label]:10.1f}{found[label] / sum(found.values()):9.1%}")
+
+
+def count_flops(work):
+    """Floating-point operations of one call of `work`."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def matmul_peak(device, dtype):
     """FLOP/s of a large matrix product."""
-    n, times = 8192 if device.type == "cuda" else 2048, []
+    from torch.utils.benchmark import Timer
+    n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(6):
-        watch, totals = Stopwatch(device), {}
-        watch.mark("product")
-        a @ b
-        watch.mark("end")
-        watch.charge(totals)
-        times.append(totals["product"])
-    return 2 * n ** 3 / min(times)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * n ** 3 / min(timer.timeit(1).median for _ in range(6))
+
+
+def peak_memory(device):
+    """Bytes: of the device, on a CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-FLAGS = {"batch_size": "--batch-size", "depositioning": "--no-dp", **{key: f"--{key}" for key in (
-    "data", "root", "arch", "epochs", "size", "boxes", "regions", "augs", "prm", "objective", "lr", "seed")}}
-
-
 def parse_config(arguments=None):
-    """The command line -> Config and the parsed arguments."""
+    """The command line -> Config and the parsed arguments. Every field of Config is a flag."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", choices=list(PRESETS), default="scenes")
-    add("--root", help="the data set's folder (default data/DATA)")
-    add("--arch", choices=("resnet18", "resnet34", "resnet50", "resnet101"))
-    add("--epochs", type=positive)
-    add("--batch-size", type=positive, help="of all ranks together")
-    add("--size", type=positive, help="side of views 1 and 2 in pixels, even")
-    add("--boxes", type=positive, help="K, boxes an image")
-    add("--regions", choices=("proposals", "image", "grid"), help="image and grid: the paper's baselines")
-    add("--augs", type=parse_augs, help="any of prc,prm,rbj,cutout,jitter, or none")
-    add("--prm", choices=("reveal", "hide"))
-    add("--no-dp", action="store_false", default=None, dest="depositioning", help="without the de-positioning loss")
-    add("--objective", choices=("nce", "cosine"), help="cosine: SoCo's")
-    add("--lr", type=float, help="for a batch of 256, scaled with the batch")
-    add("--workers", type=int, help="loading processes a rank; changes nothing but speed")
-    add("--seed", type=int)
-    add("--max-steps", type=positive, help="stop this schedule early")
-    add("--proposals", help="folder of proposals (default: under the root)")
-    add("--out", help="where the run's files go (default runs/DATA)")
-    add("--profile", action="store_true", help="print where a step's time goes and train nothing")
-    add("--resume", choices=("auto", "never"), default="auto")
+    for setting in fields(Config):
+        kind, choices = setting.type, setting.metadata["choices"]
+        options = dict(help=f"{setting.metadata['help']} (default {setting.default})", default=None)
+        if setting.name == "data":
+            options.update(choices=list(PRESETS), default="scenes")
+        elif kind is bool:
+            options.update(action=argparse.BooleanOptionalAction)
+        elif choices:
+            options.update(choices=choices)
+        else:
+            options.update(type={tuple: parse_augs, int: whole_number if setting.name in ("seed", "workers", "warmup")
+                                 else positive}.get(kind, kind))
+        parser.add_argument(flag(setting.name), **options)
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes and train nothing")
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto")
     args = parser.parse_args(arguments)
-    return configure({key: value for key, value in vars(args).items() if value is not None and key not in ("resume", "profile")}), args
+    names = [setting.name for setting in fields(Config)]
+    return configure({key: value for key, value in vars(args).items() if value is not None and key in names}), args
 
 
 def configure(given):
@@ -743,17 +911,24 @@ def configure(given):
     if given.get("regions", "proposals") != "proposals":
         if given.get("augs"):
             raise UserError(f"--augs needs proposals: --regions {given['regions']} implies --augs none --no-dp")
-        config = replace(config, augs=(), depositioning=False, boxes=1 if given["regions"] == "image" else config.boxes)
+        config = replace(config, augs=(), dp=False, boxes=1 if given["regions"] == "image" else config.boxes)
     config = replace(config, **given)
     if config.size % 2 or config.size < 64:
         raise UserError(f"--size {config.size}: an even number of at least 64, view 2-s has half of it")
-    return replace(config, root=str(config.root or Path("data") / config.data), out=str(config.out or Path("runs") / config.data))
+    if config.dp and config.dp_boxes > config.boxes:
+        raise UserError(f"--dp-boxes {config.dp_boxes}: at most --boxes {config.boxes}")
+    root, out = config.root or Path("data") / config.data, config.out or Path("runs") / config.data
+    return replace(config, root=str(root), out=str(out))
 
 
 def positive(text):
+    return whole_number(text, 1)
+
+
+def whole_number(text, least=0):
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return value
 
 
@@ -762,24 +937,24 @@ def main():
     ranks = Ranks()
     run = Run(config, ranks, "never" if args.profile else args.resume)
     if args.profile:
-        run.last = 10**9
         return profile(run)
-    following = f"python evaluate.py --ckpt {run.out}/last.pt" + (
-        f" --data {config.data} --root {config.root}" if config.data != "scenes" else "")
+    data = "" if config.data == "scenes" else f" --data {config.data} --root {config.root}"
+    following = f"python probes.py --ckpt {run.out}/last.pt random{data}\n      python evaluate.py --ckpt {run.out}/last.pt random{data}"
     if run.step >= run.last:
-        ranks.print(f"{run.out}/last.pt is finished at step {run.step:,} of {run.last:,}; next: {following}")
-        return
-    ranks.print(f"{config.arch} on {len(run.views):,} images of {config.data}, {config.regions}, {ranks.ranks} x {ranks.device.type}, "
-                f"{'bfloat16' if run.model.amp else 'float32'}, steps {run.step:,} to {run.last:,} of {run.total:,}")
+        return ranks.print(f"{run.out}/last.pt is finished at step {run.step:,} of {run.last:,}\nnext: {following}")
+    ranks.print(f"{config.arch} on {len(run.views):,} images of {config.data}, {config.regions}, {ranks.ranks} x "
+                f"{ranks.device.type}, {'bfloat16' if run.model.amp else 'float32'}, steps {run.step:,} to {run.last:,} of "
+                f"{run.total:,}")
     began = time.monotonic()
     try:
         run.train()
     except torch.cuda.OutOfMemoryError:
-        raise UserError(f"a batch of {config.batch_size // ranks.ranks} images a GPU does not fit its memory: lower --batch-size "
-                        f"{config.batch_size} (or use more GPUs)") from None
-    if run.step == run.last:
-        ranks.print(f"done in {duration(time.monotonic() - began)}; wrote {run.out}/last.pt (resume), {run.out}/backbone.pth (torchvision's "
-                    f"names), {run.out}/metrics.jsonl\nnext: {following}")
+        raise out_of_memory(config, ranks) from None
+    if run.step == run.last and ranks.rank == 0:
+        drawn = draw_curves(run.out)
+        files = [run.out / name for name in ("last.pt", "backbone.pth", "metrics.jsonl")] + ([drawn] if drawn else [])
+        print(f"done in {duration(time.monotonic() - began)}; wrote {', '.join(map(str, files))}\nnext: {following}"
+              + ("" if drawn else "\nno curves.png: pip install matplotlib"), flush=True)
     if ranks.ranks > 1:
         dist.destroy_process_group()
 

@@ -140,7 +140,7 @@ class Progress:
 
 
 def usable_cores():
-    """The number of cores that this process may use: its affinity's where the system knows one, else the machine's."""
+    """The cores that this process may use: an affinity mask or a batch system can leave it fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -169,7 +169,7 @@ class Images:
     """Image files under `root`, in the order of `names` ((N,) array of UTF-8 bytes: one flat buffer, so that worker
     processes share it instead of copying a list of strings page by page)."""
 
-    version = None  # of what draws the pictures, where they are drawn
+    version = None  # of pictures that are rendered; with another one proposals are computed again
 
     def __init__(self, root, names, size=224):
         self.root, self.size = Path(root), size
@@ -201,12 +201,12 @@ def list_images(root):
 def open_images(data, root=None, split=None, strict=False):
     """The images of a data set; never reads an annotation.
 
-    Args: data: scenes | coco | voc | openimages | openimages-mini | folder; root: its folder (default data/DATA); split:
+    Args: data: scenes | scenes-biased | coco | voc | openimages | openimages-mini | folder; root: its folder (default data/DATA); split:
     coco: train2017 | val2017, scenes and voc: train | val, openimages: train | validation (openimages-mini's train is its
     list, its validation OpenImages'); strict: as open_labelled's. Raises UserError if the folder is missing or empty."""
     root = Path(root or Path("data") / data)
-    if data == "scenes":
-        return Scenes(split or "train", root)
+    if data in SCENES:
+        return Scenes(split or "train", root, **SCENES[data])
     if data == "voc":
         return voc_images(root, split or "train", strict)
     if data == "openimages-mini" and split in (None, "train"):
@@ -223,49 +223,77 @@ def open_images(data, root=None, split=None, strict=False):
 
 SHAPES = ("disc", "square", "triangle", "star", "cross")
 TEXTURES = ("plain", "striped", "checked")
+SCENES = {"scenes": {}, "scenes-biased": dict(context=True, place=True)}  # --data NAME: options of Scenes
 SCENE_CATEGORIES = [f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES]
 
 
 class Scenes(Images):
-    """The embedded data set: pictures of 2-5 objects on textured backgrounds, rendered from (seed, split, index).
+    """The embedded data set: pictures of 2-4 objects on textured backgrounds, rendered from (seed, split, index).
 
-    15 categories, each a shape with a texture and a loose colour: no single one of the three tells it. Labels and
-    masks are there for evaluation (`render`); `read` returns the picture alone, which is all that training sees."""
+    15 categories, each a shape with a texture. Hue is free, so that colour tells nothing and a feature has to see shape
+    and texture. Labels and masks are there for evaluation (`render`); `read` returns the picture alone, all that training sees.
+
+    Args: split: train | val; root: where its proposals are kept; number: pictures; seed;
+    context: in train categories come in pairs: with p 0.8 an object is followed by its category's partner;
+    place: in train a category prefers, with p 0.8, a quadrant. In val neither holds, so a feature that learned the
+    neighbour or the place is misled: the two biases that the paper is about."""
 
     SIDE = 112
-    NUMBER = {"train": 512, "val": 200}
+    NUMBER = {"train": 1024, "val": 200}
+    VERSION = 2  # of the renderer: proposals of another version's pictures are computed again
 
-    def __init__(self, split="train", root=None, number=None, seed=0):
+    def __init__(self, split="train", root=None, number=None, seed=0, context=False, place=False):
         if split not in self.NUMBER:
             raise UserError(f"scenes has no split {split}: use train or val")
         super().__init__(root or "data/scenes", [f"{split}-{i:06d}" for i in range(number or self.NUMBER[split])], 112)
-        self.split, self.seed = split, seed
+        self.split, self.seed, self.kept = split, seed, None
+        self.context, self.place = context and split == "train", place and split == "train"
+        self.version = f"{self.VERSION} seed {seed}" + " context" * self.context + " place" * self.place
+
+    def keep(self):
+        """Render every picture now and keep it (38 MB for the train split): a loader's workers then only read."""
+        self.kept = np.stack([self.render(i)[0] for i in range(len(self))])
 
     def read(self, i):
-        return self.render(i)[0]
+        return self.render(i)[0] if self.kept is None else self.kept[i]
 
     def render(self, i):
         """Picture (112, 112, 3) uint8 RGB, boxes (n, 4), labels (n,) int64, masks (n, 112, 112) bool of what is visible."""
         random = rng(self.seed, list(self.NUMBER).index(self.split), i)
-        canvas = _background(random, self.SIDE)
-        masks, labels, placed, number = [], [], [], random.integers(2, 6)
-        for side in sorted(random.uniform(34, 58 - 4 * (number - 2), number), reverse=True):
-            label = int(random.integers(len(SCENE_CATEGORIES)))
-            for _ in range(20):  # look for a place that hides little of the objects already there
-                x, y = random.uniform(side / 2, self.SIDE - side / 2, 2)
-                if all(np.hypot(x - x0, y - y0) > 0.42 * (side + side0) for x0, y0, side0 in placed):
-                    break
-            else:
-                continue
+        canvas, number = _background(random, self.SIDE), random.integers(2, 5)
+        sides = np.sort(random.uniform(46, 72 - 4 * number, number))[::-1]
+        labels = self._labels(random, number)
+        centres = self._layout(random, labels, sides)
+        masks = []
+        for label, (x, y), side in zip(labels, centres, sides):
             where, coverage, paint = _object(random, label, x, y, side)
             canvas[where] += coverage * (paint - canvas[where])
             solid = np.zeros((self.SIDE, self.SIDE), bool)
             solid[where] = coverage[..., 0] > 0.5
             masks = [old & ~solid for old in masks] + [solid]
-            placed.append((x, y, side))
-            labels.append(label)
         boxes = np.float32([mask_box(mask) for mask in masks])
-        return canvas.clip(0, 255).astype(np.uint8), boxes, np.int64(labels), np.stack(masks)
+        return canvas.clip(0, 255).astype(np.uint8), boxes, labels[:len(masks)], np.stack(masks)
+
+    def _labels(self, random, number):
+        """(number,) int64 categories of a picture's objects."""
+        labels = random.integers(len(SCENE_CATEGORIES), size=number)
+        for i in range(1, number):
+            if self.context and random.random() < 0.8:  # partners are 0 and 1, 2 and 3, ...; the last one is its own
+                labels[i] = min(labels[i - 1] ^ 1, len(SCENE_CATEGORIES) - 1)
+        return labels
+
+    def _layout(self, random, labels, sides, tries=300):
+        """Centres (n, 2), x and y, of objects that lie inside the picture and hide little of each other: the first of `tries`
+        random layouts that does, without the smallest object if there is none."""
+        low, high = np.stack([sides / 2] * 2, 1), np.stack([self.SIDE - sides / 2] * 2, 1)
+        if self.place:
+            chosen, far = random.random((len(labels), 1)) < 0.8, np.stack([labels % 2, labels // 2 % 2], 1) == 1
+            low, high = np.where(chosen & far, self.SIDE / 2, low), np.where(chosen & ~far, self.SIDE / 2, high)
+        layouts = random.uniform(low, high, (tries, *low.shape))
+        one, two = np.triu_indices(len(sides), 1)
+        apart = np.linalg.norm(layouts[:, one] - layouts[:, two], axis=-1) > 0.42 * (sides[one] + sides[two])
+        good = np.flatnonzero(apart.all(1))
+        return layouts[good[0]] if len(good) else self._layout(random, labels[:-1], sides[:-1], tries)
 
 
 def mask_box(mask):
@@ -309,14 +337,15 @@ def _object(random, label, x, y, side):
     right, bottom = np.minimum(np.ceil(corners.max(0)) + 1, Scenes.SIDE).astype(int)
     mask = np.zeros((bottom - top, right - left), np.uint8)
     cv2.fillPoly(mask, [np.round((corners - (left + 0.5, top + 0.5)) * 16).astype(np.int32)], 255, cv2.LINE_AA, shift=4)
-    hue = (label * 0.382 + random.uniform(-0.06, 0.06)) % 1  # loose: categories overlap in colour
+    hue = random.random()
     light, dark = (cv2.cvtColor(np.float32([[[hue * 360, s, v]]]), cv2.COLOR_HSV2RGB)[0, 0] * 255
                    for s, v in ((random.uniform(0.35, 0.7), random.uniform(0.8, 1.0)),
                                 (random.uniform(0.6, 0.95), random.uniform(0.35, 0.55))))
     dx, dy = np.meshgrid(np.arange(left, right) + 0.5 - x, np.arange(top, bottom) + 0.5 - y)
     pace = 2 * np.pi * random.uniform(2.2, 2.8) / side
     u, v = (pace * (dx * a + dy * b).astype(np.float32) for a, b in turn.T)
-    wave = {"plain": lambda: np.full_like(u, 0.6), "striped": lambda: np.sin(u * 1.3),
+    plain = random.choice([-1, 1])  # all of it light or dark, so that lightness does not tell the texture either
+    wave = {"plain": lambda: np.full_like(u, plain), "striped": lambda: np.sin(u * 1.3),
             "checked": lambda: 2 * np.sin(u) * np.sin(v)}[texture]()
     share = (0.5 + 0.5 * np.clip(wave * 2, -1, 1))[..., None]
     return (slice(top, bottom), slice(left, right)), mask[..., None] / np.float32(255), dark + share * (light - dark)
@@ -364,12 +393,12 @@ def open_labelled(data, root=None, split="val", strict=False):
     image name. All of it can be pickled. Raises UserError if the annotations are missing or unsound; single broken ones
     are named, counted and left out. strict: an image that is listed and absent is a UserError too."""
     root = Path(root or Path("data") / data)
-    if data == "scenes":
-        return read_scenes(root, split)
+    if data in SCENES:
+        return read_scenes(open_images(data, root, split))
     if data == "coco":
         return read_coco(root, split, strict)
     if data == "voc":
-        return read_voc(root, split, strict)
+        return read_voc(open_images(data, root, split, strict))
     folder = folder_of(data, split)
     listed = data == "openimages-mini" and split == "train"
     return read_openimages(root, folder, open_images(data, root, folder, strict), listed, strict)
@@ -420,9 +449,8 @@ def cut_to_image(x1, y1, x2, y2, width, height):
     return box if box[2] > box[0] and box[3] > box[1] else None  # so written, nothing is left of a NaN
 
 
-def read_scenes(root, split):
+def read_scenes(scenes):
     """The embedded scenes' boxes, labels and masks."""
-    scenes = Scenes(split, root)
     _, boxes, labels, masks = zip(*map(scenes.render, range(len(scenes))))
     index = np.repeat(np.arange(len(scenes)), [len(some) for some in labels])
     boxes, labels, masks = np.concatenate(boxes), np.concatenate(labels), np.concatenate(masks)
@@ -581,10 +609,9 @@ def voc_images(root, split, strict=False):
     return Images(base, names)
 
 
-def read_voc(root, split, strict=False):
+def read_voc(images):
     """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included. (torchvision's
     VOCDetection reads one year, as text, and stops at the first broken file.)"""
-    images = voc_images(root, split, strict)
     faults, rows = Faults(images.root), []
     for i in range(len(images)):
         path = Path(images.name(i).replace("JPEGImages", "Annotations")).with_suffix(".xml")
@@ -1058,6 +1085,10 @@ class TwoViews(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images) if self.pairs is None else len(self.pairs)
 
+    def names(self):
+        """The samples' names, bytes, in their order."""
+        return (self.images.names if self.pairs is None else self.images.names[self.pairs[:, 0]]).tolist()
+
     def __getitem__(self, item):
         epoch, index = item
         random = rng(self.seed, epoch, index)
@@ -1289,7 +1320,7 @@ def main():
     scenes.add_argument("--n", type=int, default=800, help="train images; a quarter as many val images come with them")
     scenes.add_argument("--seed", type=int, default=0)
     search = commands.add_parser("proposals", help="selective search over a data set")
-    labelled_data = ("scenes", "coco", "voc", "openimages", "openimages-mini")
+    labelled_data = (*SCENES, "coco", "voc", "openimages", "openimages-mini")
     search.add_argument("--data", choices=(*labelled_data, "folder"), required=True)
     search.add_argument("--root")
     search.add_argument("--split")
