@@ -71,8 +71,12 @@ def error_exit(main):
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2]  # one from a loading process comes with its traceback
     except RuntimeError as error:
-        message = loader_fault(str(error))
-        if message is None:
+        message = str(error)
+        if "shared memory(shm)" in message or "Bus error" in message:
+            message = "/dev/shm is too small for the loading processes: docker run --shm-size 8g, or fewer --workers"
+        elif "DataLoader worker (pid" in message:
+            message = "a loading process died (is memory short?): the same command goes on, try it with fewer --workers"
+        else:
             raise
     if int(os.environ.get("RANK", 0)):  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
@@ -81,15 +85,6 @@ def error_exit(main):
     for process in multiprocessing.active_children():  # the loaders': some would stay for half a minute
         process.kill()
     sys.exit(2)
-
-
-def loader_fault(said):
-    """What a user can do about torch's message of a loading process that has died; None for any other message."""
-    if "shared memory" in said or "worker (pid" in said and "Bus error" in said:
-        return "/dev/shm is too small for the loading processes: docker run --shm-size 8g, or fewer --workers"
-    if "worker (pid" in said:
-        return "a loading process died (is memory short?): the same command goes on, try it with fewer --workers"
-    return None
 
 
 @contextmanager
@@ -356,8 +351,7 @@ def _object(random, label, x, y, side):
 
 
 def write_scenes(out, number, seed=0):
-    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks (compressed
-    RLE)."""
+    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks."""
     coder = mask_coder()
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(SCENE_CATEGORIES)]
     for split, count in (("train", number), ("val", max(1, number // 4))):
@@ -382,8 +376,7 @@ def write_scenes(out, number, seed=0):
 # ------------------------------------------------------------------------------------------------------- labelled boxes
 
 class Labelled(NamedTuple):
-    """The labelled boxes of a split: the one result of every reader. Image i of N owns rows offsets[i] to offsets[i +
-    1] of the M boxes."""
+    """The labelled boxes of a split: the one result of every reader. Image i owns rows offsets[i] to offsets[i + 1]."""
     images: Images
     categories: list         # names; a label is an index into it
     offsets: np.ndarray      # (N + 1,) int64
@@ -521,8 +514,7 @@ class Masks:
     """COCO's segmentations of M boxes as a function: row -> (H, W) bool, None where a box has none.
 
     They stay what the annotations hold, a polygon's numbers or run lengths, pickled one after the other into one
-    buffer: as lists, COCO's 50 million numbers would be copied page by page into every worker. sizes (M, 2): width,
-    height."""
+    buffer: COCO's 50 million Python numbers would be copied page by page into every worker. sizes: width, height."""
 
     def __init__(self, shapes, sizes):
         codes = [pickle.dumps(shape) for shape in shapes]
@@ -667,8 +659,7 @@ def read_classes(root):
 def stream_boxes(path, classes, faults):
     """OpenImages' box CSV in blocks of BLOCK rows, so that 14.6 million take no memory: images (n,) uint64 (the 16 hex
     digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of the
-    sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if the file is missing, no box CSV or cut
-    short."""
+    sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if it is missing, no box CSV or cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
@@ -710,8 +701,7 @@ def block_of(rows):
 
 def read_openimages(root, split, images, listed=False, strict=False):
     """OpenImages' layout: ROOT/{train,validation}/<ImageID>.jpg and the CSVs beside these folders; crowd is its
-    IsGroupOf. Sizes come from the images' headers. Rows of other images than `images` are left out, and counted unless
-    `listed`."""
+    IsGroupOf. Sizes come from the images' headers. Rows of other images are left out, and counted unless `listed`."""
     path = root / f"{split}-annotations-bbox.csv"
     classes, categories = read_classes(root)
     faults, blocks, absent = Faults(path, strict), [], []
@@ -808,8 +798,7 @@ def compare_sizes(found, sizes=(160, 200, 240, 320, 0)):
 
 class Proposals:
     """Boxes on disk, memory-mapped: opening 150,000 images takes milliseconds and every worker reads the same pages.
-    proposals[i] is a (P, 4) float32 array of image i of `names`. Raises UserError if a file is missing or does not
-    fit."""
+    proposals[i] is a (P, 4) float32 array of image i of `names`. Raises UserError if a file is missing or unfit."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -856,8 +845,7 @@ def listing(images):
 
 
 def _settings(images):
-    """What proposals depend on: the search, its filter, the list of images and the version of what draws them, if
-    any."""
+    """What proposals depend on: the search, its filter, the list of images and the version of what draws them."""
     drawn = {} if images.version is None else {"version": images.version}
     return {**SEARCH, "images": len(images), "listing": listing(images), **drawn}
 
@@ -986,8 +974,7 @@ class Making:
             time.sleep(0.3)
 
     def join(self):
-        """Write the files of Proposals from the chunks', then remove those. Raises UserError if no image could be
-        read."""
+        """Make one folder for Proposals of the chunks' files. Raises UserError if no image could be read."""
         boxes, rows = [], []
         try:
             for chunk in self.chunks:
@@ -1186,8 +1173,7 @@ def write_mini(annotations, coco, out, seed=0):
     could be added. The paper leaves open what an object and a shared category are. Here an object is a box of either
     file, a group of OpenImages and a crowd of COCO one each, and a category is shared if shared_names pairs it: boxes
     of its subclasses (Man, Woman for Person) count as categories of their own, without a cap, as do all others. The
-    choice is random by `seed` and does not depend on the order of the rows. Raises UserError if a file is missing or
-    unsound."""
+    choice is random by `seed`, whatever the order of the rows. Raises UserError if a file is missing or unsound."""
     caps = coco_counts(Path(coco))
     classes, names = read_classes(Path(annotations))
     path = Path(annotations) / "train-annotations-bbox.csv"
@@ -1260,8 +1246,7 @@ def report_mini(index, label, everywhere, cap, names, shared, images):
 
 
 def print_table2(images, index, label, *more):
-    """Print Table 2's row for boxes of `images` images; index, label (M,): image and category of each. Then rows
-    `more`."""
+    """Print Table 2's row for boxes of `images` images, index and label (M,) of each box, and the rows `more`."""
     pairs = len(np.unique(index * np.int64(10**6) + label))
     print(f"{'':10}{'images':>12}{'objects/image':>16}{'categories/image':>19}{'categories':>13}")
     ours = ("here", images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
