@@ -60,7 +60,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from augment import COLOURS, normalise, to_float
 from d3ssl import Ranks, clean_statistics, positive, roi_align
 from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader,
-                  open_labelled, resize, rng)
+                  open_labelled, resize, rng, usable_cores)
 
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
 SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
@@ -518,9 +518,8 @@ class Objects(torch.utils.data.Dataset):
         return [list(range(j, min(j + BATCH, len(self)))) for j in range(0, len(self), BATCH)]
 
     def image_of(self, rows):
-        """The index of the image that a row or each of the rows (M,) belongs to."""
-        image = np.searchsorted(self.labelled.offsets, rows, side="right") - 1
-        return torch.from_numpy(image) if np.ndim(image) else int(image)
+        """The index of the image that each of the rows (M,) int64 belongs to."""
+        return torch.searchsorted(torch.from_numpy(self.labelled.offsets), rows, right=True) - 1
 
 
 # ---------------------------------------------------------------------------------------------------- object features
@@ -1247,7 +1246,7 @@ def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
 def object_tile(objects, row, which, colour, name=None, side=104, below=17):
     """(3, 121, 104) uint8: the object of `row` with some of its surroundings, as it is (which 0) or disturbed (1),
     framed, over the name of its category."""
-    item = objects[objects.filled.index(objects.image_of(row))]
+    item = objects[objects.filled.index(int(objects.image_of(row)))]
     x1, y1, x2, y2 = item[2][item[3] == row][0]
     half = min(0.65 * max(x2 - x1, y2 - y1), objects.size / 2)
     x, y = (min(max((low + high) / 2, half), objects.size - half) for low, high in ((x1, x2), (y1, y2)))
@@ -1324,7 +1323,7 @@ def add_checkpoint_arguments(parser):
     add("--data", choices=tuple(SIZE), default="scenes")
     add("--root", help="the data set's folder (default data/DATA)")
     add("--seed", type=int, default=0, help="of random's weights and of what is drawn")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes; changes nothing but speed")
+    add("--workers", type=int, default=min(8, usable_cores()), help="loading processes; changes nothing but speed")
     add("--json", help="write the results there")
     add("--picture", help="write a PNG of the inputs there")
 
@@ -1418,7 +1417,8 @@ def columns(means, errors):
 def size_classes(labelled, rows):
     """COCO's small, medium and large, by the box's area in pixels of the photograph (COCO's own are of the mask): under
     32 x 32, under 96 x 96, more. {name: (Q,) bool}."""
-    area = torch.from_numpy(np.prod(labelled.boxes[rows, 2:] - labelled.boxes[rows, :2], axis=1))
+    boxes = torch.from_numpy(labelled.boxes)[rows]
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     return {"small": area < 32**2, "medium": (area >= 32**2) & (area < 96**2), "large": area >= 96**2}
 
 

@@ -941,8 +941,8 @@ def resnet_state(arch="resnet18", seed=0):
     """torchvision's state dict, every buffer and parameter different from its default, so that none can be mixed up."""
     torch.manual_seed(seed)
     state = torchvision.models.get_model(arch, weights=None).state_dict()
-    return {key: value if value.dtype == torch.long else
-            value * (0.9 + 0.2 * torch.rand(value.shape)) + 0.01 * torch.rand(value.shape) for key, value in state.items()}
+    change = lambda value: value * (0.9 + 0.2 * torch.rand(value.shape)) + 0.01 * torch.rand(value.shape)
+    return {key: value if value.dtype == torch.long else change(value) for key, value in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -1016,8 +1016,8 @@ def c4(state):
 def detectron2_c4(state):
     body, head = (moco_to_detectron2(part, "")["model"] for part in c4(state))
     head = {key.removeprefix("stem."): value for key, value in head.items()}
-    return {**under("backbone.", body), **under("roi_heads.", head), "roi_heads.res5.norm.weight": np.ones(512, np.float32),
-            "proposal_generator.rpn_head.conv.weight": np.ones((1024, 1024, 3, 3), np.float16)[:1]}
+    return {**under("backbone.", body), **under("roi_heads.", head), "roi_heads.res5.norm.weight": np.ones(512),
+            "proposal_generator.rpn_head.conv.weight": np.ones((8, 8, 3, 3))}
 
 
 def our_detector(state):
@@ -1064,7 +1064,8 @@ LAYOUTS = {
     # hologerry/SoCo: converter_detectron2/convert_detectron2_C4.py (model, model_ema), contrast/option.py (a Namespace)
     "soco": lambda p, s: {"opt": argparse.Namespace(arch="resnet50"), "model_ema": under("encoder.", s), "model": {
         **under("module.encoder.", p, fc=False), **under("module.encoder_k.", s, fc=False),
-        "module.projector.linear1.weight": torch.ones(64, 512), "module.projector_k.linear1.weight": torch.ones(64, 512)}},
+        "module.projector.linear1.weight": torch.ones(64, 512),
+        "module.projector_k.linear1.weight": torch.ones(64, 512)}},
     # zdaxie/PixPro: contrast/models/PixPro.py, main_pretrain.py (save_checkpoint)
     "pixpro": lambda p, s: {"opt": argparse.Namespace(model="PixPro"), "scheduler": {"last_epoch": 3}, "model": {
         **under("module.encoder_k.", s, fc=False), **under("module.encoder.", p, fc=False),
@@ -1078,7 +1079,8 @@ LAYOUTS = {
     "densecl extracted": lambda p, s: {"author": "DenseCL", "state_dict": under("", p, fc=False)},
     # open-mmlab/mmselfsup (OpenSelfSup): models/byol.py (online_net, target_net, backbone is online_net[0])
     "openselfsup byol": lambda p, s: {"state_dict": {
-        **under("target_net.0.", s, fc=False), **under("online_net.0.", p, fc=False), **under("backbone.", p, fc=False)}},
+        **under("target_net.0.", s, fc=False), **under("online_net.0.", p, fc=False),
+        **under("backbone.", p, fc=False)}},
     # lucidrains/byol-pytorch: byol_pytorch.py (net, online_encoder.net, target_encoder.net)
     "byol-pytorch": lambda p, s: {
         **under("net.", p), **under("online_encoder.net.", p), **under("target_encoder.net.", s),
@@ -1088,17 +1090,19 @@ LAYOUTS = {
         **under("module.encoder_q.enc.", p, fc=False), **under("module.encoder_k.enc.", s, fc=False),
         **mlp("module.encoder_q.enc.fcs", (0, (512, 512)), (2, (128, 512)))}},
     # facebookresearch/dino: main_dino.py (save_dict), utils.py (MultiCropWrapper: backbone, head)
-    "dino": lambda p, s: {"student": {**under("module.backbone.", p, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
-                          "teacher": {**under("module.backbone.", s, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
-                          "epoch": 800, "args": argparse.Namespace(arch="resnet50"), "dino_loss": {"center": torch.zeros(1, 9)}},
+    "dino": lambda p, s: {
+        "student": {**under("module.backbone.", p, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
+        "teacher": {**under("module.backbone.", s, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
+        "epoch": 800, "args": argparse.Namespace(arch="resnet50"), "dino_loss": {"center": torch.zeros(1, 9)}},
     # facebookresearch/moco: detection/convert-pretrain-to-detectron2.py
     "detectron2": lambda p, s: moco_to_detectron2({**under("module.encoder_q.", p), **under("module.encoder_k.", s)},
                                                   "module.encoder_q."),
     # a query and a key encoder, written out (encoder_query, encoder_key), as MoCo's ports in many course projects do
     "query and key": lambda p, s: {**under("encoder_query.", p), **under("encoder_key.", s), **QUEUE},
-    # lightly-ai/lightly: examples/pytorch/moco.py (backbone = nn.Sequential(*list(resnet.children())[:-1]), backbone_momentum)
+    # lightly-ai/lightly: examples/pytorch/moco.py (nn.Sequential(*list(resnet.children())[:-1]), backbone_momentum)
     "lightly": lambda p, s: {"state_dict": {
-        **numbered("backbone.", p), **numbered("backbone_momentum.", s), **mlp("projection_head.layers", (0, (64, 512)))}},
+        **numbered("backbone.", p), **numbered("backbone_momentum.", s),
+        **mlp("projection_head.layers", (0, (64, 512)))}},
     # huggingface/pytorch-image-models: timm's ResNet has torchvision's names, in a model.safetensors
     "timm, safetensors": lambda p, s: safetensors(p),
     # huggingface/transformers: models/resnet/modeling_resnet.py, in a model.safetensors
@@ -1106,28 +1110,28 @@ LAYOUTS = {
     # limbo0000/InstanceLoc: transfer/detection/convert_pretrained.py (backbone, backbone_k, roi_head.shared_head)
     "insloc c4": lambda p, s: {"meta": {}, "state_dict": {
         **under("backbone.", c4(p)[0]), **under("backbone_k.", c4(s)[0]), **under("roi_head.shared_head.", c4(p)[1])}},
-    # facebookresearch/detectron2: modeling/roi_heads (Res5ROIHeads: res5), with moco's detection/train_net.py (res5.norm)
+    # facebookresearch/detectron2: modeling/roi_heads (Res5ROIHeads); moco's detection/train_net.py (res5.norm)
     "detectron2 c4": lambda p, s: {"model": detectron2_c4(p), "__author__": "MOCO"},
     # our own fine-tuned detector: evaluate.c4_detector
     "our detector": lambda p, s: {"transfer": {}, "step": 3, "model": our_detector(p)},
     # pytorch/pytorch: torch.save(model), the whole module (BasicBlock and all of its classes)
     "whole module": lambda p, s: evaluate.build("resnet18", 0),
-    # Lightning-AI/pytorch-lightning: trainer/connectors/checkpoint_connector.py (hyper_parameters: any object; callbacks)
-    "lightning": lambda p, s: {"state_dict": under("model.", p), "hyper_parameters": NotInstalled(), "epoch": np.int64(7),
-                               "callbacks": {"best": Path("a/b"), "classes": np.array(["cat", "dog"]), NotInstalled: 1}},
+    # Lightning-AI/pytorch-lightning: checkpoint_connector.py (hyper_parameters: any object; callbacks)
+    "lightning": lambda p, s: {
+        "state_dict": under("model.", p), "hyper_parameters": NotInstalled(), "epoch": np.int64(7),
+        "callbacks": {"best": Path("a/b"), "classes": np.array(["cat", "dog"]), NotInstalled: 1}},
     # an optimiser's state by parameter name (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict)
     "named optimiser": lambda p, s: {"model": p, "optimizer": {"state": {
         key: {"exp_avg": value, "exp_avg_sq": value, "step": torch.tensor(3.0)} for key, value in p.items()}}},
 }
-WITH_MOMENTUM = ("moco", "resim", "pixpro", "densecl", "openselfsup byol", "byol-pytorch", "plrc", "dino", "query and key",
-                 "lightly")
+WITH_MOMENTUM = ("moco", "resim", "pixpro", "densecl", "openselfsup byol", "byol-pytorch", "plrc", "dino",
+                 "query and key", "lightly")
 
 
 def write_checkpoint(path, content):
-    if isinstance(content, bytes):
-        return path.write_bytes(content)
-    with open(path, "wb") as file:
-        pickle.dump(content, file) if isinstance(content, dict) and "__author__" in content else torch.save(content, file)
+    if isinstance(content, dict) and "__author__" in content:
+        content = pickle.dumps(content)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
 
 def reference_features(state, images, arch="resnet18"):
@@ -1176,7 +1180,7 @@ def test_architecture_is_read_off_the_shapes(arch, monkeypatch):
 
 
 def write_run(folder, seed=0, clean=True, **more):
-    """A trainer's folder: last.pt of a fresh model with clean statistics of 1 and 2, backbone.pth, snapshots; the model."""
+    """A trainer's folder: last.pt of a fresh model with clean statistics of 1 and 2, backbone.pth, snapshots."""
     torch.manual_seed(seed)
     model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
     for p in model.teacher.parameters():
@@ -1188,16 +1192,18 @@ def write_run(folder, seed=0, clean=True, **more):
     config = {"data": "scenes", "seed": seed, "roi": 6, "batch_size": 16, **more}
     torch.save({"d3ssl": 2, "config": config, "step": 64, "model": model.state_dict(), "optimizer": {"state": {}},
                 "clean": statistics if clean else None}, folder / "last.pt")
-    for name in ("backbone.pth", "backbone-256.pth", "backbone-1024.pth"):
-        torch.save(model.student.backbone.state_dict(), folder / name)
+    torch.save(model.student.backbone.state_dict(), folder / "backbone.pth")
+    for images in (256, 1024):
+        os.link(folder / "backbone.pth", folder / f"backbone-{images}.pth")
     return model
 
 
 def test_our_own_checkpoints_and_their_clean_statistics(tmp_path):
     for clean in (True, False):
         model = write_run(tmp_path / str(clean), clean=clean)
-        for name, teacher, source, number in (("last.pt", False, model.student, 1.0), ("last.pt", True, model.teacher, 2.0),
-                                              ("backbone.pth", False, model.student, None)):
+        cases = (("last.pt", False, model.student, 1.0), ("last.pt", True, model.teacher, 2.0),
+                 ("backbone.pth", False, model.student, None))
+        for name, teacher, source, number in cases:
             network, arch = evaluate.load_backbone(tmp_path / str(clean) / name, teacher=teacher)
             assert arch == "resnet18"
             for key, value in source.backbone.state_dict().items():
@@ -1226,7 +1232,8 @@ BROKEN = {
     "two": (lambda s: {**under("a.", s), **under("b.", {k: v + 1 for k, v in s.items()})},
             "holds 2 ResNets.*--prefix.*a., b."),
     # two heads: which is res5?
-    "two heads": (lambda s: {**under("a.", c4(s)[0]), **under("b.", c4(s)[1]), **under("c.", c4(s)[1])}, "holds no ResNet"),
+    "two heads": (lambda s: {**under("a.", c4(s)[0]), **under("b.", c4(s)[1]), **under("c.", c4(s)[1])},
+                  "holds no ResNet"),
     # huggingface/pytorch-image-models: timm/models/resnet.py, resnet50d's deep stem
     "ResNet-D": (lambda s: {**without(s, "conv1.weight"), "conv1.0.weight": torch.ones(32, 3, 3, 3)}, "ResNet-D"),
     # Separius/SimCLRv2-Pytorch: resnet.py (Stem, BlockGroup.blocks, BottleneckBlock.net), convert.py (resnet, head)
@@ -1245,7 +1252,8 @@ def test_a_backbone_that_does_not_fit_is_named(case, plain, tmp_path):
 
 
 def test_prefix_settles_which(plain, tmp_path):
-    torch.save({"model": {**under("a.", plain), **under("b.", {k: v + 1 for k, v in plain.items()})}}, tmp_path / "x.pth")
+    other = {key: value + 1 for key, value in plain.items()}
+    torch.save({"model": {**under("a.", plain), **under("b.", other)}}, tmp_path / "x.pth")
     for prefix, plus in (("a", 0), ("model.b.", 1)):
         network, _ = evaluate.load_backbone(tmp_path / "x.pth", prefix=prefix)
         assert torch.equal(network.conv1.weight, plain["conv1.weight"] + plus)
@@ -1320,12 +1328,14 @@ def arms_of(*words):
 def test_arms_know_their_files_seeds_images_and_statistics(plain, tmp_path):
     for seed in (3, 5):
         write_run(tmp_path / f"run-{seed}", seed, clean=seed == 3)
-    torch.save({**under("student.", plain), **under("teacher.", {k: v + 1 for k, v in plain.items()})}, tmp_path / "a=b.pth")
+    other = {key: value + 1 for key, value in plain.items()}
+    torch.save({**under("student.", plain), **under("teacher.", other)}, tmp_path / "a=b.pth")
     arms = arms_of(f"ours={tmp_path}/run-*/last.pt", f"snap={tmp_path}/run-*/backbone-*.pth", tmp_path / "a=b.pth",
-                   f"{tmp_path}/a=b.pth:teacher", f"{tmp_path}/run-3/last.pt:teacher.backbone", "untrained=random", "colour")
+                   f"{tmp_path}/a=b.pth:teacher", f"{tmp_path}/run-3/last.pt:teacher.backbone", "untrained=random",
+                   "colour")
     names = [str(name).removeprefix(f"{tmp_path}/") for name, *_ in arms]
-    assert names == ["ours", "snap", "snap", "a=b.pth", "a=b.pth:teacher", "run-3/last.pt:teacher.backbone", "untrained",
-                     "colour"]
+    assert names == ["ours", "snap", "snap", "a=b.pth", "a=b.pth:teacher", "run-3/last.pt:teacher.backbone",
+                     "untrained", "colour"]
     assert [arm.images for arm in arms] == [1024, 256, 1024, None, None, 1024, 0, None]
     assert [[row.seed for row in arm.rows] for arm in arms] == [[3, 5]] * 3 + [[None]] * 2 + [[3], [3, 5], [None]]
     clean, saved = "clean (training run)", "saved"
@@ -1457,8 +1467,8 @@ def test_head_roi_is_what_the_encoder_trains():
 
 @pytest.mark.parametrize("head", ["map", "roi"])
 def test_clean_statistics_are_a_plain_loops(head):
-    """Each norm's statistics: the mean over batches of its inputs' mean and (unbiased) variance, a batch in training mode;
-    the first layer's inputs are made without the network."""
+    """Each norm's statistics: the mean over batches of its inputs' mean and (unbiased) variance, in training mode; the
+    first layer's inputs are made without the network."""
     clean = evaluate.Clean(Scenes("train"), 64, head, number=40, seed=1)
     network, row = evaluate.build("resnet18", 0).eval(), evaluate.Row("random", bins=4)
     means = {name: [] for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
@@ -1499,8 +1509,8 @@ class Pictures(list):
 
 
 def painted(images=12, seed=0):
-    """Labelled pictures of 64 x 64, two squares of 20 each, whose colour is that of their category, on a background whose
-    colour is another image's label: what lies inside the boxes tells all, what lies outside nothing."""
+    """Labelled pictures of 64 x 64, two squares of 20 each in the colour of their category, on a background of any:
+    what lies inside the boxes tells all, what lies outside nothing."""
     random = np.random.default_rng(seed)
     inks = np.uint8([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 30]])
     labels, boxes, pictures = random.permutation(np.arange(images * 2) % 4), [], Pictures()
@@ -1510,8 +1520,8 @@ def painted(images=12, seed=0):
             picture[y:y + 20, x:x + 20] = inks[labels[2 * i + j]]
             boxes.append([x, y, x + 20, y + 20])
         pictures.append(picture)
-    return Labelled(pictures, ["red", "green", "blue", "yellow"], np.arange(0, 2 * images + 1, 2), np.float32(boxes), labels,
-                    np.zeros(2 * images, bool))
+    return Labelled(pictures, ["red", "green", "blue", "yellow"], np.arange(0, 2 * images + 1, 2), np.float32(boxes),
+                    labels, np.zeros(2 * images, bool))
 
 
 def test_measures_on_networks_made_by_hand():
@@ -1520,19 +1530,20 @@ def test_measures_on_networks_made_by_hand():
     bank, queries = evaluate.Objects(labelled, 64, None), evaluate.Objects(labelled, 64, None, seed=1)
     inside = evaluate.evaluate(evaluate.median_colours, bank, queries, k=1)
     assert inside.points.mean(1).tolist() == [100, 100, 100, 100, 0]
-    assert inside.rows.tolist() == list(range(24)) and queries.image_of(inside.rows).tolist() == [i // 2 for i in range(24)]
+    assert inside.rows.tolist() == list(range(24))
+    assert queries.image_of(inside.rows).tolist() == [i // 2 for i in range(24)]
 
     def whole(images, boxes):  # the corner of the picture, out of reach of every box, and the first box
         return torch.cat([images[:, :, 0, 0], images[:, :, 10, 10]], 1).repeat_interleave(boxes.shape[1], 0)
     context = evaluate.evaluate(whole, bank, queries, k=1).points
     by_loop = []
+    seen = [[image[0, 0].tolist(), image[10, 10].tolist()] for image in labelled.images]
     for i in range(12):  # its nearest is the first image with the same corner and the same first square
-        image = [labelled.images[i][0, 0].tolist(), labelled.images[i][10, 10].tolist()]
-        same = next(j for j in range(12) if [labelled.images[j][0, 0].tolist(), labelled.images[j][10, 10].tolist()] == image)
+        same = seen.index(seen[i])
         by_loop += [100.0 * (labelled.labels[2 * same] == label) for label in labelled.labels[2 * i:2 * i + 2]]
     assert context[0].tolist() == by_loop
     assert torch.equal(context[4], context[0] - context[2])
-    constant = evaluate.evaluate(lambda images, boxes: torch.ones(boxes.shape[0] * boxes.shape[1], 3), bank, queries, k=24)
+    constant = evaluate.evaluate(lambda images, boxes: torch.ones(boxes.numel() // 4, 3), bank, queries, k=24)
     assert constant.points.mean(1).tolist() == [25, 100, 25, 100, 0]  # six of each: the lowest category
 
 
@@ -1546,7 +1557,7 @@ def test_median_colours_are_numpys():
 
 
 def test_colour_alone_does_not_tell_the_scenes():
-    """Below three times chance (1 in 15). Scenes with free hue: 14.7 +- 1.6 % on all; scenes whose category fixes the hue: 64.
+    """Below three times chance (1 in 15). Scenes with free hue: 14.7 +- 1.6 %; scenes whose category fixes the hue: 64.
     The scenes are the same on every machine."""
     bank, queries = (evaluate.Objects(open_labelled("scenes", split=split), 112, None, limit=limit)
                      for split, limit in (("train", 400), ("val", 200)))
@@ -1555,22 +1566,19 @@ def test_colour_alone_does_not_tell_the_scenes():
 
 
 def test_errors_are_those_of_a_bootstrap_over_images():
-    """4,000 resamples of 300 images: the bootstrap's own error is 1 % of it, so 6 % are five of these. Queries of an image
-    are alike: an error that takes them as independent is half as large."""
+    """4,000 resamples of 300 images: the bootstrap's own error is 1 % of it, so 6 % are five of these. Queries of an
+    image are alike: an error that takes them as independent is half as large."""
     random = np.random.default_rng(0)
     images = np.repeat(np.arange(300), random.integers(1, 8, 300))
     luck = random.normal(size=(2, 300))
     one, two = 100.0 * (0.9 * luck[:, images] + random.normal(0, 0.3, (2, len(images))) > 0)
-    sizes, sums = np.bincount(images), {name: np.bincount(images, values) for name, values in (("a", one), ("d", one - two))}
-    for name, values in (("a", one), ("d", one - two)):
+    sizes, tensors = np.bincount(images), [torch.from_numpy(values)[None] for values in (one, two)]
+    alone = evaluate.arm_mean(tensors[0], torch.from_numpy(images))
+    *paired, by = evaluate.difference(tensors[0], [3], tensors[1], [3], torch.from_numpy(images))
+    assert by == "image"
+    for values, (mean, error) in ((one, alone), (one - two, paired)):
         drawn = random.integers(300, size=(4000, 300))
-        means = sums[name][drawn].sum(1) / sizes[drawn].sum(1)
-        if name == "a":
-            mean, error = evaluate.arm_mean(torch.from_numpy(one)[None], torch.from_numpy(images))
-        else:
-            mean, error, paired = evaluate.difference(*(x for values in (one, two) for x in (
-                torch.from_numpy(values)[None], [3])), torch.from_numpy(images))
-            assert paired == "image"
+        means = np.bincount(images, values)[drawn].sum(1) / sizes[drawn].sum(1)
         assert mean.item() == pytest.approx(values.mean()) and error.item() == pytest.approx(means.std(), rel=0.06)
         assert error > 1.5 * values.std() / len(values) ** 0.5
 
@@ -1580,8 +1588,8 @@ def test_an_arm_is_the_mean_of_its_files_and_differences_are_paired_by_seed():
     random = np.random.default_rng(1)
     images = torch.arange(40) // 2
     rows = lambda *seeds: [evaluate.Row("x", seed=seed) for seed in seeds]
-    arms = [evaluate.Arm("A", 64, rows(0, 1, 2)), evaluate.Arm("A", 128, rows(0, 1, 2)), evaluate.Arm("B", 128, rows(2, 0, 9)),
-            evaluate.Arm("C", None, rows(None))]
+    arms = [evaluate.Arm("A", 64, rows(0, 1, 2)), evaluate.Arm("A", 128, rows(0, 1, 2)),
+            evaluate.Arm("B", 128, rows(2, 0, 9)), evaluate.Arm("C", None, rows(None))]
     answered = [(arm, torch.from_numpy(random.integers(0, 2, (len(arm.rows), 5, 40)) * 100.0)) for arm in arms]
     small = torch.arange(40) < 7
     results = evaluate.summarise(answered, images, {"small": small, "large": torch.zeros(40, dtype=torch.bool)})
@@ -1616,7 +1624,8 @@ def test_disturbance_moves_whole_image_features_only():
     assert len(clean) == len(rows) == sum(len(Scenes("val").render(i)[2]) for i in range(10))
     assert torch.equal(clean, disturbed)
     assert objects.labelled.labels[rows].tolist() == [label for i in range(10) for label in Scenes("val").render(i)[2]]
-    pooled = evaluate.extract(lambda images, boxes: images.mean((2, 3)).repeat_interleave(boxes.shape[1], 0), objects)[0]
+    whole = lambda images, boxes: images.mean((2, 3)).repeat_interleave(boxes.shape[1], 0)
+    pooled = evaluate.extract(whole, objects)[0]
     assert ((pooled[0] - pooled[1]).abs().amax(1) > 0.05).float().mean() > 0.8
 
 
@@ -1657,8 +1666,9 @@ def write_coco(root, boxes, crowd=(), split="train"):
         Image.new("RGB", (64, 48), (40 * i, 100, 30)).save(root / f"{split}2017" / f"{i}.png")
     found = {"images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(count)],
              "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
-             "annotations": [{"id": j, "image_id": image, "bbox": box, "category_id": category, "iscrowd": int(j in crowd)}
-                             for j, (image, box, category) in enumerate(boxes)]}
+             "annotations": [
+                 {"id": j, "image_id": image, "bbox": box, "category_id": category, "iscrowd": int(j in crowd)}
+                 for j, (image, box, category) in enumerate(boxes)]}
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(found))
 
@@ -1669,7 +1679,7 @@ def test_crowds_and_empty_boxes_are_left_out(tmp_path):
     objects = evaluate.Objects(open_labelled("coco", tmp_path, "train"), 128)
     labels = objects.labelled.labels
     assert objects.count == 2 and len(objects) == 2
-    assert objects[0][2].tolist() == [[16, 32, 48, 96]] and labels[objects[0][3]].tolist() == [0]  # dog, 3, is before cat
+    assert objects[0][2].tolist() == [[16, 32, 48, 96]] and labels[objects[0][3]].tolist() == [0]  # dog, then cat
     assert objects[1][2].tolist() == [[64, 0, 128, 128]] and labels[objects[1][3]].tolist() == [1]
 
 
@@ -1758,7 +1768,8 @@ def test_the_neighbours_frames_are_right():
     that are the same for all, the bank's first eight are shown, right and wrong by their labels."""
     objects = evaluate.Objects(painted(24), 64)
     green, red = (63, 207, 95), (255, 77, 77)
-    for features, reds in ((evaluate.median_colours, False), (lambda images, boxes: torch.ones(boxes.numel() // 4, 2), True)):
+    constant = lambda images, boxes: torch.ones(boxes.numel() // 4, 2)
+    for features, reds in ((evaluate.median_colours, False), (constant, True)):
         sheet = evaluate.neighbour_sheet(evaluate.evaluate(features, objects, objects, k=3), objects, objects, number=2)
         frames = np.asarray(sheet)[7::126, 10::109]  # a pixel in each tile's upper frame
         assert frames.shape[:2] == (4, 9) and (frames[:, 0] == 255).all()
