@@ -406,7 +406,8 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
     picture.convert("P").save(tmp_path / "palette.gif")
     cv2.imwrite(str(tmp_path / "deep.png"), rgb[..., ::-1].astype(np.uint16) * 257)
     picture.save(tmp_path / "plain-ü.png")
-    wanted = {"turned.jpg": np.rot90(rgb, -1), "grey.jpg": np.stack([np.asarray(picture.convert("L"))] * 3, -1), "cmyk.jpg": rgb,
+    wanted = {"turned.jpg": np.rot90(rgb, -1), "grey.jpg": np.stack([np.asarray(picture.convert("L"))] * 3, -1),
+              "cmyk.jpg": rgb,
               "palette.gif": rgb, "deep.png": rgb, "plain-ü.png": rgb}
     tolerance = {"palette.gif": 40}
     for name, pixels in wanted.items():
@@ -423,7 +424,8 @@ def test_scenes_are_deterministic_and_their_boxes_fit_their_masks():
         a, b = data.Scenes(split), data.Scenes(split)
         for i in (0, 7):
             (p, boxes, labels, masks), (q, *_) = a.render(i), b.render(i)
-            assert np.array_equal(p, q) and np.array_equal(p, a.read(i)) and not np.array_equal(p, data.Scenes(split, seed=1).read(i))
+            assert np.array_equal(p, q) and np.array_equal(p, a.read(i))
+            assert not np.array_equal(p, data.Scenes(split, seed=1).read(i))
             assert 2 <= len(boxes) <= 5 and len(boxes) == len(labels) == len(masks) and not (masks.sum(0) > 1).any()
             assert [bounding(m) for m in masks] == [tuple(box) for box in boxes.tolist()]
     assert not np.array_equal(data.Scenes("train").read(0), data.Scenes("val").read(0))
@@ -477,7 +479,8 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     for i in range(11):  # SoCo's filter, by the definition
         for x1, y1, x2, y2 in found[i].tolist():
             w, h = x2 - x1, y2 - y1
-            assert min(w, h) >= 32 and 1 / 3 <= w / h <= 3 and 0.3 <= math.sqrt(w * h) / 96 <= 0.8 and 0 <= x1 and x2 <= 96
+            assert min(w, h) >= 32 and 1 / 3 <= w / h <= 3 and 0.3 <= math.sqrt(w * h) / 96 <= 0.8
+            assert 0 <= x1 and x2 <= 96
     monkeypatch.setitem(data.SEARCH, "long_side", 64)
     assert "long_side" in data.proposals_state(images, tmp_path / "whole")  # other settings: made again, never mixed
     foreign = json.loads((tmp_path / "whole" / "settings.json").read_text()) | {"method": "my own"}
@@ -498,7 +501,7 @@ def test_scenes_of_another_version_recompute_their_proposals(tmp_path, monkeypat
 def test_a_rank_that_others_have_left_does_not_wait_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 2)
     monkeypatch.setattr(data, "PATIENCE", 1)
-    with pytest.raises(data.UserError, match="no proposals came from the other ranks for 1 s.*the same command goes on"):
+    with pytest.raises(data.UserError, match="no proposals came from the other ranks for 1 s.*goes on"):
         data.compute_proposals(data.Scenes(number=4), tmp_path, workers=1, part=(1, 2), wait=True)
     assert [path.name for path in tmp_path.glob(".chunks-*/*")] == ["000001.npz"]  # its own share is done and kept
 
@@ -569,19 +572,20 @@ def test_a_process_that_is_killed_ends_the_command_with_one_line(tmp_path):
         last = done.stdout.splitlines()[-1]
         assert done.returncode == 2 and re.fullmatch(f"starts.py: error: {said}.*: the same command goes on.*", last)
         assert "Traceback" not in done.stdout
-        assert (tmp_path / "boxes/settings.json").exists() == ("loaded" in killed)  # the second run went on where it stopped
+        assert (tmp_path / "boxes/settings.json").exists() == ("loaded" in killed)  # the second went on
 
 
 def test_filter_relaxes_step_by_step():
     whole = [[0, 0, 100, 100], [0, 0, 300, 40], [0, 0, 40, 40], [0, 0, 20, 90]]
-    for keep, level, kept in ((slice(0, 4), 0, [0]), (slice(1, 4), 1, [2]), (slice(1, 2), 2, [1]), (slice(3, 4), 3, None)):
+    for keep, level, kept in ((slice(0, 4), 0, [0]), (slice(1, 4), 1, [2]), (slice(1, 2), 2, [1]),
+                              (slice(3, 4), 3, None)):
         boxes, got = data.filter_proposals(np.float32(whole[keep]), 200, 300)
         assert got == level and boxes.tolist() == ([whole[i] for i in kept] if kept else [[0, 0, 300, 200]])
 
 
 @needs_coco
 def test_proposals_find_cocos_objects():
-    """Recall of the ground-truth boxes that pass the filter, IoU >= 0.5, on 24 images; a full-size search has 0.986 on 128."""
+    """Recall of the ground-truth boxes that pass the filter, IoU >= 0.5, on 24 images (full size: 0.986 on 128)."""
     labelled, found = data.open_labelled("coco", COCO, "train"), []
     for i in range(24):
         image, truth = labelled.images.read(i), labelled.boxes[labelled.offsets[i]:labelled.offsets[i + 1]]
@@ -607,16 +611,19 @@ def test_views_carry_the_same_regions():
     views = data.TwoViews(Ramp(".", ["a", "b"]), Boxes(), 128, 4, seed=1)
     for epoch in range(8):
         view1, view2, boxes1, boxes2 = views[epoch, 1]
-        assert view1.shape == view2.shape == (128, 128, 3) and boxes1.shape == boxes2.shape == (4, 4) and boxes2.dtype == np.float32
+        assert view1.shape == view2.shape == (128, 128, 3) and boxes1.shape == boxes2.shape == (4, 4)
+        assert boxes2.dtype == np.float32
         assert (boxes1 >= 0).all() and (boxes1 <= 128.01).all() and (boxes2 >= 0).all() and (boxes2 <= 128.01).all()
         for a, b in zip(boxes1, boxes2):
-            spans = [[np.array([view[int(y1) + 1:int(y2) - 1, int(x1) + 1:int(x2) - 1, c].astype(int).ravel()[[0, -1]] for c in (0, 1)])
-                      for x1, y1, x2, y2 in [box]][0] for view, box in ((view1, a), (view2, b))]
+            spans = []
+            for view, (x1, y1, x2, y2) in ((view1, a.astype(int)), (view2, b.astype(int))):
+                inner = view[y1 + 1:y2 - 1, x1 + 1:x2 - 1].astype(int).reshape(-1, 3)
+                spans.append(inner[[0, -1], :2].T)
             low, high = (np.sort(s, axis=1) for s in spans)
-            assert (high[:, 0] >= low[:, 0] - 6).all() and (high[:, 1] <= low[:, 1] + 6).all()  # inside, cut by the crop at most
+            assert (high[:, 0] >= low[:, 0] - 6).all() and (high[:, 1] <= low[:, 1] + 6).all()  # inside
             assert ((high[:, 1] - high[:, 0]) > 0.3 * (low[:, 1] - low[:, 0])).all()
         again = views[epoch, 1]
-        assert all(np.array_equal(p, q) for p, q in zip((view1, view2, boxes1, boxes2), again))  # a function of the item alone
+        assert all(np.array_equal(p, q) for p, q in zip((view1, view2, boxes1, boxes2), again))
 
 
 # ------------------------------------------------------------------------------------------------- runs, as a user types
@@ -1529,10 +1536,11 @@ def test_stages_are_the_four_maps():
         torch.testing.assert_close(evaluate.c5(network)(x), maps[3])
 
 
-# ------------------------------------------------------------------ VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
+# ------------------------------------------------------- VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
 
 CLASSES = HERE.parent / "shared" / "data" / "openimages" / "class-descriptions-boxable.csv"
-HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
+HEADER = ("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,"
+          "IsInside\n")
 
 
 def box_row(image, label, box=(0.25, 0.5, 0.75, 1.0), group=0):
@@ -1703,8 +1711,8 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     out = tmp_path / "openimages-mini.txt"
 
     def build(seed):
-        code, said, complaint = run_data("openimages-mini", "--annotations", tmp_path / "oi", "--coco", coco, "--out", out,
-                                         "--seed", seed)
+        code, said, complaint = run_data("openimages-mini", "--annotations", tmp_path / "oi", "--coco", coco,
+                                         "--out", out, "--seed", seed)
         assert code == 0 and not complaint
         return out.read_text().splitlines(), said
     chosen, said = build(3)
@@ -1734,7 +1742,8 @@ def test_a_million_rows_take_little_memory_and_time(tmp_path):
         file.writelines(f"{i:016x}{tails[c]}" for i, c in zip(image.tolist(), label.tolist()))
     coco = coco_file(tmp_path / "coco.json", {"person": 900, "cow": 700})
     code = (f"import resource, sys, time; sys.path.insert(0, {str(HERE)!r}); import data; "
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before, start = peak(), time.monotonic(); "
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+            "before, start = peak(), time.monotonic(); "
             f"data.write_mini({str(tmp_path)!r}, {str(coco)!r}, {str(tmp_path / 'list.txt')!r}); "
             "print(peak() - before, peak(), time.monotonic() - start)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -1758,10 +1767,12 @@ def test_stats_gives_table_2_and_the_recall_of_the_proposals(tmp_path, run_data)
     (folder / "names.txt").write_text(f"{1:016x}.jpg\n{3:016x}.jpg\n")
     np.save(folder / "offsets.npy", np.int64([0, 2, 3]))
     (folder / "settings.json").write_text('{"method": "by hand"}')
-    for side, recall in ((9, "33.3%"), (11, "66.7%")):  # IoU 1 with the first; 0.41 or 0.55 with the second; image 2 has none
+    for side, recall in ((9, "33.3%"), (11, "66.7%")):  # IoU 1 with the first, 0.41 or 0.55 with the second
         np.save(folder / "boxes.npy", np.float32([[10, 10, 30, 20], [0, 0, side, min(side, 10)], [0, 0, 5, 5]]))
-        _, said, complaint = run_data("stats", "--data", "openimages", "--root", tmp_path, "--split", "val", "--proposals", folder)
-        assert f"1.0 boxes an image, recall at IoU 0.5 {recall} of 3 objects, 1 images without any" in said and not complaint
+        _, said, complaint = run_data("stats", "--data", "openimages", "--root", tmp_path, "--split", "val",
+                                      "--proposals", folder)
+        assert f"1.0 boxes an image, recall at IoU 0.5 {recall} of 3 objects, 1 images without any" in said
+        assert not complaint
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc", "scenes"])
@@ -1833,7 +1844,8 @@ def test_a_csv_cut_in_half_is_an_error_that_names_the_line(tmp_path, run_data):
     path.write_bytes(whole[:start + len(row)])
     data.write_mini(tmp_path, coco, tmp_path / "list.txt")
     path.write_bytes(whole[:40])
-    code, _, said = run_data("openimages-mini", "--annotations", tmp_path, "--coco", coco, "--out", tmp_path / "list.txt")
+    code, _, said = run_data("openimages-mini", "--annotations", tmp_path, "--coco", coco,
+                             "--out", tmp_path / "list.txt")
     assert code == 2 and said.count("\n") == 1 and f"{path}, line 1: not OpenImages' box CSV" in said
 
 
@@ -1884,7 +1896,7 @@ def test_an_absent_image_is_an_error_where_it_has_to_be(tmp_path):
     for kind, name in (("coco", "000000000002.png"), ("voc", "line 1: 1"), ("openimages", f"{9:016x}"),
                        ("openimages-mini", f"line 2: train/{9:016x}")):
         assert len(data.open_labelled(kind, tmp_path / kind, "train").labels)
-        with pytest.raises(data.UserError, match=f"image listed but absent from .*: 1 in .*{name}.*download them again"):
+        with pytest.raises(data.UserError, match=f"listed but absent from .*: 1 in .*{name}.*download them again"):
             data.open_labelled(kind, tmp_path / kind, "train", strict=True)
 
 
@@ -1898,8 +1910,9 @@ def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
     shapes += [{"size": [32, 64], "counts": [100, 30, 2, 600, 1316]}, {"size": [32, 64], "counts": "d3>2N000000000Qh0"}]
     shapes += [None, [], [[1, 2, 3, 4]]]  # no mask: none, no part, two corners
     picture(tmp_path / "train2017/1.jpg", 64, 32)
-    found = dict(images=[dict(id=5, file_name="1.jpg", width=64, height=32)], categories=[dict(id=3, name="cat")], annotations=[
-        dict(id=n + 1, image_id=5, category_id=3, bbox=[0, 0, 9, 9], segmentation=shape) for n, shape in enumerate(shapes)])
+    found = dict(images=[dict(id=5, file_name="1.jpg", width=64, height=32)], categories=[dict(id=3, name="cat")])
+    found["annotations"] = [dict(id=n, image_id=5, category_id=3, bbox=[0, 0, 9, 9], segmentation=shape)
+                            for n, shape in enumerate(shapes, 1)]
     path = tmp_path / "annotations/instances_train2017.json"
     path.parent.mkdir()
     path.write_text(json.dumps(found))
@@ -1919,7 +1932,8 @@ def test_broken_coco_annotations_are_named_and_the_others_are_read(tmp_path, cap
     path = tmp_path / "annotations/instances_train2017.json"
     found = json.loads(path.read_text())
     size = len(found["annotations"])
-    for key, value in (("bbox", [500, 5, 9, 9]), ("category_id", 99), ("image_id", 77), ("bbox", [1, 2, 3]), ("bbox", None),
+    for key, value in (("bbox", [500, 5, 9, 9]), ("category_id", 99), ("image_id", 77), ("bbox", [1, 2, 3]),
+                       ("bbox", None),
                        ("bbox", [float("nan"), 0, 5, 5])):
         found["annotations"].append({**found["annotations"][0], "id": 1000 + len(found["annotations"]), key: value})
     (tmp_path / "train2017" / found["images"][3]["file_name"]).unlink()
