@@ -464,7 +464,7 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     assert data.proposals_state(images, tmp_path / "parts") == "missing"
     chunk = next((tmp_path / "parts").glob(".partial-*/*.npz"))
     stamp, done = chunk.stat().st_mtime_ns, []
-    monkeypatch.setattr(data, "_join", lambda *a: done.append(a))  # a kill before the joining
+    monkeypatch.setattr(data.Making, "join", lambda making: done.append(making))  # a kill before the joining
     data.compute_proposals(images, tmp_path / "parts", workers=1, part=(0, 2))
     assert done and chunk.stat().st_mtime_ns == stamp  # finished chunks are not done again
     monkeypatch.undo()
@@ -1584,10 +1584,11 @@ def test_openimages_mini_trains_on_its_list_and_is_evaluated_on_validation(tmp_p
 def test_every_shared_name_is_in_the_published_class_list():
     index, names = data.read_classes(CLASSES.parent)
     assert len(names) == len(index) == 601 and all(names)
-    assert len(data.COCO_CATEGORIES) == len(set(data.COCO_CATEGORIES)) == 80
-    assert set(data.SHARED.values()) <= set(names) and len(set(data.SHARED.values())) == len(data.SHARED) == 79
-    assert data.SHARED["mouse"] == "Computer mouse" and set(data.COCO_CATEGORIES) - set(data.SHARED) == {"cup"}
-    assert set(data.coco_counts(COCO / "annotations" / "instances_val2017.json")) == set(data.COCO_CATEGORIES)
+    cocos = set(data.coco_counts(COCO / "annotations" / "instances_val2017.json"))
+    shared = data.shared_names(cocos)
+    assert len(cocos) == 80 and cocos - set(shared) == {"cup"} and set(data.SPELLED) <= cocos
+    assert set(shared.values()) <= set(names) and len(set(shared.values())) == len(shared) == 79
+    assert shared["mouse"] == "Computer mouse" and shared["person"] == "Person"
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -1613,7 +1614,7 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     random = np.random.default_rng(0)
     rows = [box_row(i, f"/m/{c}") for i in range(1, 41) for c in random.integers(1, 4, 3)]
     openimages(tmp_path / "oi", rows, images=(), split="train")
-    coco = coco_file(tmp_path / "coco.json", {"person": 11, "cow": 9, "cup": 5})
+    coco = coco_file(tmp_path / "coco.json", {"person": 11, "cow": 9, "cup": 5, "bus": 3})
     out = tmp_path / "openimages-mini.txt"
 
     def build(seed):
@@ -1632,7 +1633,7 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     assert re.search(r"paper +146,000 +9.10 +3.20 +569", said)
     for name, cap in (("Person", 11), ("Cattle", 9)):
         assert re.search(rf"{name} +{number[name]} of at most +{cap}\n", said)
-    assert "not shared: airplane is not in" in said and "without a counterpart: cup" in said
+    assert "not shared: Bus is not in" in said and "without a counterpart: cup" in said
     assert build(3) == (chosen, said) and build(4)[0] != chosen
     (tmp_path / "oi/train-annotations-bbox.csv").write_text(HEADER + "".join(rows[::-1]))
     assert build(3)[0] == chosen  # of the seed and the boxes, not of the order of the rows
