@@ -28,7 +28,7 @@ import sys
 import time
 from collections import OrderedDict, defaultdict
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,9 +53,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from augment import COLOURS, MEAN, STD, normalise, to_float
-from d3ssl import Ranks, positive, roi_align
+from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
+                   out_of_memory, positive, roi_align)
 from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader, open_labelled,
-                  resize, rng)
+                  resize, rng, usable_cores)
 
 SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}  # side of the input in pixels
 TEMPERATURE = 0.07                   # of a vote; not in the paper: instance discrimination's and DINO's
@@ -767,7 +768,6 @@ class Transfer:
 
 RECIPES = {"voc": dict(steps=24_000, drops=(18_000, 22_000), warmup=100, sides=tuple(range(480, 801, 32))),
            "coco": dict(steps=90_000, drops=(60_000, 80_000), warmup=1_000, sides=tuple(range(640, 801, 32)))}
-FREE_IN_TRANSFER = {"root", "ckpt", "test_on", "ranks"}  # whatever else differs from last.pt's is another run
 
 
 def transfer_config(args, arch="resnet50"):
@@ -895,15 +895,15 @@ def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, 
 
 def load_detector(path):
     """What --transfer left in `path`, a detector.pth: torchvision's detector in eval mode, [image (3, H, W) in [0, 1]]
-    -> [{boxes, labels from 1, scores, masks}], and the file's `transfer`, its settings, and `categories`, names."""
+    -> [{boxes, labels from 1, scores, masks}], its run's settings, and the categories by name."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        c = saved["transfer"]
-        model = c4_detector(build(c["arch"], 0), len(saved["categories"]), c["masks"], c["sides"], c["long_side"])
+        c, categories = saved["config"], saved["categories"]
+        model = c4_detector(build(c["arch"], 0), len(categories), c["masks"], c["sides"], c["long_side"])
         model.load_state_dict(saved["model"])
     except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
         raise UserError(f"--ckpt {path} is not a detector.pth of --transfer ({type(error).__name__})") from None
-    return model.eval(), saved
+    return model.eval(), c, categories
 
 
 def norms_of(module):
@@ -985,18 +985,12 @@ class FineTuning:
 
     def __init__(self, config, network, ranks, out, resume="auto", workers=0):
         self.config, self.ranks, self.out, self.workers = config, ranks, Path(out), workers
-        self.step, self.stop_asked, self.backbone = 0, False, fingerprint(network)
+        self.step, self.stop_asked, self.backbone = 0, False, digest(network)
         self.open_splits()
-        saved = self.load() if resume == "auto" else None
+        saved = load_last(self.out / "last.pt", self.settings(), ranks) if resume == "auto" else None
         ranks.connect()
-        torch.manual_seed(config.seed)
-        self.make_model(network)
-        if saved:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step = saved["step"]
-        self.parallel = self.model if ranks.ranks == 1 else nn.parallel.DistributedDataParallel(
-            self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        agree(ranks, self.out, saved["step"] if saved else 0, len(self.trained), config.steps)
+        self.build(network, saved)
 
     def open_splits(self):
         c = self.config
@@ -1009,13 +1003,20 @@ class FineTuning:
         if c.batch_size % self.ranks.ranks:
             raise UserError(f"--batch-size {c.batch_size} cannot be split over {self.ranks.ranks} ranks: choose a "
                             "multiple")
-        if len(self.trained) < c.batch_size:
-            raise UserError(f"{c.root} has {len(self.trained):,} images with objects: lower --batch-size "
-                            f"{c.batch_size}")
+        ensure_enough(c.root, len(self.trained), "images with objects", c)
 
-    def make_model(self, network):
-        """The detector on its device and its optimiser; norms are synchronised on GPUs and have no weight decay."""
+    def settings(self):
+        """What a resumed run must share with the first one, as plain values: how it trains, what, and on what."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()
+                 if key not in ("root", "test_on")}
+        names = [self.trained.found.images.name(i) for i in self.trained.index]
+        listing = hashlib.sha1("\n".join(names + self.categories).encode()).hexdigest()[:16]
+        return {**plain, "ckpt": self.backbone, "masks": self.masks, "listing": listing}
+
+    def build(self, network, saved):
+        """Model and optimiser, as `saved` or from the seed; norms are synchronised on GPUs and do not decay."""
         c, device = self.config, self.ranks.device
+        torch.manual_seed(c.seed)
         self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois)
         self.model.to(device, memory_format=torch.channels_last)
         if self.ranks.ranks > 1 and device.type == "cuda":
@@ -1024,47 +1025,23 @@ class FineTuning:
         others = [p for p in self.model.parameters() if p not in norms]
         groups = [dict(params=others, weight_decay=c.weight_decay), dict(params=list(norms), weight_decay=0.0)]
         self.optimizer = torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum)
-
-    def settings(self):
-        """What the run is, as plain values: the config, and what tells its data and backbone from others."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()}
-        return {**plain, "backbone": self.backbone, "images": len(self.trained), "masks": self.masks,
-                "ranks": self.ranks.ranks}
-
-    def load(self):
-        """What last.pt holds, None if there is none. Raises UserError if it is broken or of another run."""
-        path, advice = self.out / "last.pt", "name another --out, or begin anew with --resume never"
-        if not path.exists():
-            return None
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, ours = saved["transfer"], self.settings()
-        except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
-            raise UserError(f"{path} is no transfer's checkpoint ({type(error).__name__}): {advice}") from None
-        same_classes(self.categories, saved["categories"], f"--root {self.config.root}", path, advice)
-        differences = [f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours
-                       if theirs.get(key) != ours[key] and key not in FREE_IN_TRANSFER]
-        if differences:
-            raise UserError(f"{path} is of another run ({'; '.join(differences)}): {advice}")
-        if theirs["ranks"] != ours["ranks"]:
-            self.ranks.print(f"{path} is of {theirs['ranks']} ranks, here are {ours['ranks']}: it goes on, but not to "
-                             "the same bits")
-        return saved
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
+        self.parallel = self.model if self.ranks.ranks == 1 else nn.parallel.DistributedDataParallel(
+            self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def save(self, name="last.pt"):
         """Write last.pt, or detector.pth without the optimiser, unless a parameter is not finite. Rank 0 only."""
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            raise self.diverged()
-        what = {"transfer": self.settings(), "categories": self.categories, "model": self.model.state_dict()}
+        ensure_finite(self.model, self.step, self.out)
+        content = {"config": self.settings(), "ranks": self.ranks.ranks, "categories": self.categories,
+                   "step": self.step, "model": self.model.state_dict()}
         if name == "last.pt":
-            what.update(step=self.step, optimizer=self.optimizer.state_dict())
+            content["optimizer"] = self.optimizer.state_dict()
         if self.ranks.rank == 0:
             with atomic(self.out / name) as file:
-                torch.save(what, file)
-
-    def diverged(self):
-        kept = f"{self.out}/last.pt is the last good one" if (self.out / "last.pt").exists() else "nothing is saved yet"
-        return UserError(f"the loss is not finite at step {self.step:,}: lower --lr; {kept}")
+                torch.save(content, file)
 
     def batches(self, first, last):
         """(images, targets) of this rank's share of steps first to last, on the device. The random state, which the
@@ -1089,67 +1066,64 @@ class FineTuning:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return losses
+        return {name: value.detach() for name, value in losses.items()}
 
     def train(self):
-        """From self.step to the last: log every 20 steps; save after the first, so that a full disk shows, every five
-        minutes, at the end and on SIGTERM, on all ranks at the same step. Returns whether the end was reached."""
+        """From self.step to the last: log every 20 steps; save when `Clock.save_due` says so, at the end and on SIGTERM,
+        on all ranks at the same step. Returns whether the end was reached."""
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return self.loop()
-        finally:
+            self.loop()
+        finally:  # the test that follows ends at once: it has nothing to save
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        return self.step == self.config.steps
 
     def ask_to_stop(self, number, frame):
         self.stop_asked = True
 
     def loop(self):
-        c, first, began = self.config, self.step, time.monotonic()
-        saved, self.stop_asked = -math.inf, False
+        clock, per_epoch, self.stop_asked = Clock(self.step), len(self.trained) // self.config.batch_size, False
         self.parallel.train()
-        for images, targets in self.batches(self.step, c.steps):
-            losses = {key: value.item() for key, value in self.update(images, targets).items()}
-            loss, old = sum(losses.values()), time.monotonic() - saved > 300
-            broken, stop, old = self.ranks.maximum(not math.isfinite(loss), self.stop_asked, old)
-            if broken:
-                raise self.diverged()
-            ends = stop or self.step == c.steps
-            if ends or self.step % 20 == 0:
-                rate = (self.step - first) / (time.monotonic() - began)
-                parts = "  ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in losses.items())
-                self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {loss:.3f}  {parts}  "
-                                 f"{rate * c.batch_size:.1f} images/s  {duration((c.steps - self.step) / rate)} left")
-            if ends or old:
+        for images, targets in self.batches(self.step, self.config.steps):
+            losses = self.update(images, targets)
+            clock.add(torch.stack(list(losses.values())))
+            stop, save_due = self.ranks.maximum(self.stop_asked, clock.save_due(self.step, per_epoch))
+            save_due = save_due or stop or self.step == self.config.steps
+            if save_due or self.step % 20 == 0:
+                self.report(clock, losses.keys())
+            if save_due:
                 self.save()
-                saved = time.monotonic()
+                clock.saved = time.monotonic()
             if stop:
                 self.ranks.print(f"stopped at step {self.step:,} and saved: the same command goes on from there")
-                return False
-        return True
+                break
 
-    @torch.no_grad()
-    def precise_norm(self):
-        """Precise batch norm (Wu and Johnson 2021): running statistics become the plain mean over `precise` batches of
-        training, and over ranks, with the final weights."""
-        norms = norms_of(self.model)
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch's cumulative mean
-        self.model.train()
-        for images, targets in self.batches(self.config.steps, self.config.steps + self.config.precise):
-            self.model(images, targets)
-        for norm in norms:
-            norm.momentum = 0.1
-            for statistic in (norm.running_mean, norm.running_var) if self.ranks.ranks > 1 else ():
-                dist.all_reduce(statistic)
-                statistic /= self.ranks.ranks
+    def report(self, clock, names):
+        """Mean losses since the last line: refuse to go on if they are not finite, and print them."""
+        c, values = self.config, self.ranks.mean(clock.losses / clock.steps)
+        if not all(map(math.isfinite, values)):
+            raise not_finite(self.step, self.out)
+        parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(names, values))
+        rate = clock.steps * c.batch_size / clock.elapsed()
+        left = duration((c.steps - self.step) * c.batch_size / rate)
+        self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {sum(values):.3f}  {parts}  {rate:.1f} images/s  "
+                         f"{left} left")
+        clock.lap()
 
     def test(self):
-        """Precise batch norm, then detector.pth, then its `results` on the test split."""
-        self.precise_norm()
+        """Statistics of the final weights over `precise` batches, and over ranks; detector.pth; its `results`."""
+        c = self.config
+        with torch.no_grad():
+            clean_statistics(self.model, self.batches(c.steps, c.steps + c.precise))
+        for norm in norms_of(self.model) if self.ranks.ranks > 1 else ():
+            for statistic in (norm.running_mean, norm.running_var):
+                dist.all_reduce(statistic)
+                statistic /= self.ranks.ranks
         self.save("detector.pth")
-        return {**results(self.config, self.model, self.tested, self.ranks, self.workers), **self.settings()}
+        found = results(c, self.model, self.tested, self.ranks, self.workers)
+        return {**found, **self.settings(), **asdict(c), "backbone": self.backbone, "images": len(self.trained),
+                "ranks": self.ranks.ranks}
 
 
 @torch.inference_mode()
@@ -1297,14 +1271,6 @@ def coco_ap(path, names, index, found, kind):
     return summary(table, [one["name"] for one in categories])
 
 
-def fingerprint(network):
-    """Sixteen digits that tell a network's weights and statistics from another's."""
-    digest = hashlib.sha256()
-    for key, value in network.state_dict().items():
-        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def default_out(task, ckpt):
     """runs/voc-coco-last of runs/coco/last.pt, runs/voc-coco-last-teacher of runs/coco/last.pt:teacher."""
     path, _, part = ckpt.partition(":")
@@ -1323,24 +1289,24 @@ def fine_tune(args, ranks, workers):
     try:
         ended = run.train()
     except torch.cuda.OutOfMemoryError:
-        raise UserError(f"{c.batch_size // ranks.ranks} images do not fit a GPU's memory: lower --batch-size "
-                        f"{c.batch_size}, or use more GPUs") from None
+        raise out_of_memory(c, ranks) from None
     return (run.test(), args.json or run.out / "results.json") if ended else (None, None)
 
 
 def test_again(args, ranks, workers):
     """Results of a detector.pth, at the size and on the classes of its training."""
     path = args.ckpt[0]
-    model, saved = load_detector(path)
-    c = Transfer(**{field.name: saved["transfer"][field.name] for field in fields(Transfer)})
-    if c.task != args.transfer:
-        raise UserError(f"--ckpt {path} was fine-tuned on {c.task}: use --transfer {c.task}")
-    c = replace(c, root=args.root or c.root, limit_images=args.limit_images, test_on=args.test_on)
+    model, settings, categories = load_detector(path)
+    if settings["task"] != args.transfer:
+        raise UserError(f"--ckpt {path} was fine-tuned on {settings['task']}: use --transfer {settings['task']}")
+    known = {field.name: settings.get(field.name) for field in fields(Transfer)}
+    c = Transfer(**{**known, "root": args.root or f"data/{args.transfer}", "ckpt": path,
+                    "test_on": args.test_on, "limit_images": args.limit_images})
     split = open_labelled(c.task, c.root, c.test_on, strict=True)
-    same_classes(split.categories, saved["categories"], f"the {c.test_on} split of {c.root}", path, "name its own data")
+    same_classes(split.categories, categories, f"the {c.test_on} split of {c.root}", path, "name its own data")
     ranks.connect()
     found = results(c, model.to(ranks.device), Detection(split, False, limit=c.limit_images), ranks, workers)
-    return {**found, **saved["transfer"], **asdict(c)}, args.json
+    return {**found, **settings, **asdict(c), "backbone": settings["ckpt"]}, args.json
 
 
 def transfer(args):
