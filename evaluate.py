@@ -743,8 +743,8 @@ def difference(points, seeds, first, first_seeds, images):
 @dataclass
 class Transfer:
     """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs
-    ("moco") and the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the learning
-    rate by batch/16, steps, drops and warm-up by 16/batch; --steps replaces the steps, the rest in proportion."""
+    ("moco") and the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the rate by
+    batch/16, steps, drops and warm-up by 16/batch; --steps replaces the steps, drops and warm-up in proportion."""
     task: str                     # section 5.2. voc: Faster R-CNN, trainval of 2007 and 2012, test2007;
                                   # coco: Mask R-CNN, train2017, val2017
     root: str
@@ -875,8 +875,8 @@ def mask_targets(masks, matched, boxes):
 
 
 def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
-    """torchvision's GeneralizedRCNN on C4 of its ResNet, whose layers it takes over, none frozen: detectron2's C4 Faster
-    R-CNN, with masks=True Mask R-CNN, with MoCo's extra norm. categories: their number; sides, long_side: in pixels.
+    """torchvision's GeneralizedRCNN on C4 of its ResNet, whose layers it takes over, none frozen: detectron2's Faster
+    R-CNN C4, with masks=True Mask R-CNN, with MoCo's extra norm. categories: their number; sides, long_side: in pixels.
 
     What differs from detectron2, because torchvision's parts do it so and no method gains by it: images are resized on
     the device without antialiasing (detectron2: by PIL); batches are not grouped by aspect ratio, and are padded to a
@@ -1069,7 +1069,7 @@ class FineTuning:
         return {name: value.detach() for name, value in losses.items()}
 
     def train(self):
-        """From self.step to the last: log every 20 steps; save when `Clock.save_due` says so, at the end and on SIGTERM,
+        """From self.step to the last: log every 20 steps; save when `Clock.save_due` says so, at the end, and on SIGTERM
         on all ranks at the same step. Returns whether the end was reached."""
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -1215,8 +1215,8 @@ def match(truth, rows, found, label):
 
 
 def voc_ap(truth, index, found):
-    """`summary` of detectron2's VOC2007 AP. It rounds scores to 0.001 and boxes to 0.1 pixels on the way; not here. Sizes
-    are COCO's: objects of another size are ignored, and so are detections of another size that hit nothing.
+    """`summary` of detectron2's VOC2007 AP. It rounds scores to 0.001 and boxes to 0.1 pixels on the way; not here.
+    Sizes are COCO's: objects of another size are ignored, and so are detections of another size that hit nothing.
 
     Args: truth: Labelled, its crowd VOC's difficult; index: its tested images, rising; found: what `detect` gives."""
     tested = np.concatenate([np.arange(truth.offsets[i], truth.offsets[i + 1]) for i in index])

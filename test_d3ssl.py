@@ -1849,34 +1849,29 @@ def fine_tuning(root, out, seed_of_backbone=0, **settings):
     return evaluate.FineTuning(config, evaluate.build("resnet18", seed_of_backbone), Ranks(), out)
 
 
-def randomise_norms(module):
-    """Batch norm statistics that a trained network could have, so that eval mode is not the identity."""
-    generator = torch.Generator().manual_seed(3)
-    for norm in module.modules():
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.running_mean.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
-            norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
+@pytest.fixture
+def few_proposals(monkeypatch):
+    """40 boxes an image instead of 1,000 to 2,000, which would be most of a tiny test's time."""
+    monkeypatch.setattr(evaluate.RegionProposals, "post_nms_top_n", lambda rpn: 40)
 
 
 def test_transfer_is_of_the_pretrained_object_feature():
     """Before the extra norm, in eval mode, the detector's RoI feature is the encoder's C5 feature of that box, up to the
     samples of a bin: one for boxes up to 14 cells, two each way up to 28 (the adaptive ratio), by d3ssl's own RoIAlign."""
     torch.manual_seed(0)
-    encoder = Encoder("resnet18").eval()
-    randomise_norms(encoder)
-    image = torch.rand(3, 256, 320)
+    encoder, image = Encoder("resnet18"), torch.rand(3, 256, 320)
     boxes = {1: torch.tensor([[3.5, 8.2, 60.1, 170.9], [140.0, 0.0, 320.0, 196.0]]),
              2: torch.tensor([[2.5, 3.0, 240.5, 255.0], [70.0, 10.0, 310.0, 251.0]])}
     with torch.no_grad():
-        c4 = encoder.c4(normalise(image[None]))
+        encoder.train()(normalise(image[None]), boxes[1][None])  # statistics that are not those of a fresh network
+        c4 = encoder.eval().c4(normalise(image[None]))
         model = evaluate.c4_detector(encoder.backbone, 5, sides=(256,)).eval()
         own = model.backbone(model.transform([image])[0].tensors)
         model.roi_heads.norm = nn.Identity()
         for ratio, some in boxes.items():
-            found = model.roi_heads.regions(own, [some])
             expected, other = (encoder.backbone.layer4(d3ssl.roi_align(c4, some[None], 14, 1 / 16, samples))
                                for samples in (ratio, 3 - ratio))
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+            torch.testing.assert_close(model.roi_heads.regions(own, [some]), expected, rtol=0, atol=1e-3)
             assert (other - expected).abs().max() > 0.02
 
 
@@ -1925,7 +1920,7 @@ def test_losses_of_the_heads_by_plain_loops(monkeypatch):
     (pooled, (_, deltas)), (rows, logits) = seen["box_predictor"], seen["mask_predictor"]
     assert len(labels) == 16 and 2 <= len(objects) <= 4 and torch.equal(pooled, seen["norm"][1].mean((2, 3)))
     assert torch.equal(rows, seen["norm"][1][objects])
-    absolute = sum(float((deltas[n, 4 * 2:4 * 3] - offsets[n]).abs().sum()) for n in objects)
+    absolute = sum(float((deltas[n, 4 * 2:4 * 3] - offsets[n]).abs().sum().detach()) for n in objects)
     assert float(losses["loss_box_reg"]) == pytest.approx(absolute / 16, rel=1e-4)
     some = torch.cat([evaluate.mask_targets(masks, rows[of > 0], boxes[of > 0])
                       for boxes, rows, of in zip(*seen["chosen"][:3])])
@@ -2115,7 +2110,7 @@ def test_transfer_schedule():
     assert {ckpt: evaluate.default_out("voc", ckpt) for ckpt in names} == {ckpt: f"runs/{n}" for ckpt, n in names.items()}
 
 
-def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path):
+def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path, few_proposals):
     run, seen = fine_tuning(scenes, tmp_path), []
     run.model.backbone.bn1.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0]) if norm.training else None)
     run.test()
@@ -2129,7 +2124,7 @@ def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path):
 
 # ---- runs
 
-def test_detector_fits_what_it_saw(tmp_path):
+def test_detector_fits_what_it_saw(tmp_path, few_proposals):
     """Small: a ResNet-18 from nothing learns two images by heart; before training it finds nothing."""
     root = tmp_path / "scenes"
     data.write_scenes(root, 2)
@@ -2140,7 +2135,7 @@ def test_detector_fits_what_it_saw(tmp_path):
     assert after["box"]["AP50"] > 60 and after["mask"]["AP50"] > 25
 
 
-def test_transfer_stops_on_sigterm_and_goes_on(scenes, tmp_path, capfd, monkeypatch):
+def test_transfer_stops_on_sigterm_and_goes_on(scenes, tmp_path, capfd, monkeypatch, few_proposals):
     """A signal at step 2, the same command again, from another folder: the weights of an uninterrupted run, bit for bit;
     detector.pth gives the same results again, and a stopped run has none."""
     update, handler = evaluate.FineTuning.update, signal.getsignal(signal.SIGTERM)
@@ -2187,6 +2182,7 @@ def train_twice(run):
     torch.save(run.model.state_dict(), run.out / f"rank{run.ranks.rank}.pth")
     return ended
 evaluate.FineTuning.update, evaluate.FineTuning.train = update_and_ask, train_twice
+evaluate.RegionProposals.post_nms_top_n = lambda rpn: 40
 evaluate.main()
 """
 
@@ -2206,7 +2202,7 @@ def test_transfer_on_two_ranks(scenes, tmp_path):
     assert results["ranks"] == 2 and results["tested"] == 2 and done.stdout.count("AP50") == 1
 
 
-def test_transfer_voc(tmp_path, capfd):
+def test_transfer_voc(tmp_path, capfd, few_proposals):
     """The whole of --transfer voc on a VOCdevkit: trainval of two years trains, test2007 is tested, boxes alone."""
     scenes = data.Scenes("train")
     for year, lists in ((2007, dict(trainval=[0], test=[1, 3])), (2012, dict(trainval=[2]))):
