@@ -753,8 +753,8 @@ def difference(points, seeds, first, first_seeds, images):
 @dataclass
 class Transfer:
     """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs
-    ("moco") and the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the rate by
-    batch/16, steps, drops and warm-up by 16/batch; --steps replaces the steps, drops and warm-up in proportion."""
+    ("moco") and the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the rate
+    by batch/16, steps, drops and warm-up by 16/batch; --steps replaces the steps, drops and warm-up in proportion."""
     task: str                     # section 5.2. voc: Faster R-CNN, trainval of 2007 and 2012, test2007;
                                   # coco: Mask R-CNN, train2017, val2017
     root: str
@@ -1079,8 +1079,8 @@ class FineTuning:
         return {name: value.detach() for name, value in losses.items()}
 
     def train(self):
-        """From self.step to the last: log every 20 steps; save when `Clock.save_due` says so, at the end, and on SIGTERM
-        on all ranks at the same step. Returns whether the end was reached."""
+        """From self.step to the last: log every 20 steps; save when `Clock.save_due` says so, at the end and on
+        SIGTERM, all ranks at the same step. Returns whether the end was reached."""
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.loop()
@@ -1479,13 +1479,13 @@ def parse_arguments(arguments=None):
     add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
     add("--plot", metavar="FILE", help="write a PNG of every arm over images seen (needs matplotlib)")
     add("--per-category", action="store_true", help="print the top-1 accuracy of each category too")
-    add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint and test it (Tables 1 and 3)")
+    add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
     add("--out", help="of --transfer: last.pt, detector.pth, results.json (default runs/TASK-CKPT)")
     add("--resume", choices=("auto", "never"), default="auto")
-    add("--test-only", action="store_true", help="of --transfer: test the detector.pth that --ckpt names, train nothing")
+    add("--test-only", action="store_true", help="of --transfer: test the detector.pth that --ckpt names")
     add("--batch-size", type=positive, help="of --transfer, all ranks together (16); rate and steps scale with it")
     add("--steps", type=positive, help="of --transfer, instead of the schedule's; drops and warm-up stay in proportion")
-    add("--short-side", type=positive, help="of --transfer, one for training and test, instead of 480-800 (voc), 640-800 (coco)")
+    add("--short-side", type=positive, help="of --transfer, one for training and test, instead of 480-800 (coco: 640-800)")
     add("--lr", type=float, help="of --transfer, for 16 images (0.02)")
     add("--rois", type=positive, help="of --transfer, boxes an image that train the RoI head (512)")
     add("--test-on", choices=("train", "val"), default="val", help="of --transfer; train: does it fit what it saw?")

@@ -2257,8 +2257,8 @@ def few_proposals(monkeypatch):
 
 
 def test_transfer_is_of_the_pretrained_object_feature():
-    """Before the extra norm, in eval mode, the detector's RoI feature is the encoder's C5 feature of that box, up to the
-    samples of a bin: one for boxes up to 14 cells, two each way up to 28 (the adaptive ratio), by d3ssl's own RoIAlign."""
+    """Before the extra norm, in eval mode, the detector's RoI feature is the encoder's C5 feature of that box, by our
+    own RoIAlign, with the adaptive number of samples a bin: one for boxes up to 14 cells, two each way up to 28."""
     torch.manual_seed(0)
     encoder, image = Encoder("resnet18"), torch.rand(3, 256, 320)
     boxes = {1: torch.tensor([[3.5, 8.2, 60.1, 170.9], [140.0, 0.0, 320.0, 196.0]]),
@@ -2296,13 +2296,13 @@ def test_rpn_s_loss_is_detectron2_s():
     logits, deltas, wanted = (torch.randn(2, 30, n, generator=seeded(n)) for n in (1, 4, 5))
     labels, wanted = [torch.tensor([1.0] * 5 + [0.0] * 20 + [-1.0] * 5)] * 2, wanted[..., 1:]
     objectness, boxes = rpn.compute_loss(logits, deltas.flatten(0, 1), labels, list(wanted))
-    cross = [-math.log(1 / (1 + math.exp(-x if n < 5 else x))) for row in logits.tolist() for n, (x,) in enumerate(row[:25])]
-    absolute = [abs(a - b) for i in range(2) for n in range(5) for a, b in zip(deltas[i, n].tolist(), wanted[i, n].tolist())]
+    cross = [math.log(1 + math.exp(-x if n < 5 else x)) for row in logits.tolist() for n, (x,) in enumerate(row[:25])]
+    absolute = [float((deltas[i, n] - wanted[i, n]).abs().sum()) for i in range(2) for n in range(5)]
     assert [float(objectness), float(boxes)] == pytest.approx([sum(cross) / 512, sum(absolute) / 512], rel=1e-4)
 
 
 def test_losses_of_the_heads_by_plain_loops(monkeypatch):
-    """L1 over all samples, masks against bitmaps; one pass through res5 a step, whose rows of the objects the masks get."""
+    """L1 over all samples, masks against bitmaps; one pass through res5 a step, whose rows of objects the masks get."""
     torch.manual_seed(0)
     model = evaluate.c4_detector(evaluate.build("resnet18", 0), 4, masks=True, sides=(64,), rois=8).train()
     heads, seen = model.roi_heads, {}
@@ -2368,7 +2368,7 @@ def test_voc_ap_by_hand():
     a, b, c, hard = (0, 0, 10, 10), (0, 0, 20, 20), (50, 50, 90, 90), (20, 20, 30, 30)
     truth = split_of([(0, a, 0, False), (0, hard, 0, True), (1, b, 0, False), (1, c, 0, False)])
     found = answers(2, [(0, a, 0, .9), (0, hard, 0, .8), (0, a, 0, .7), (1, b, 0, .6)])
-    # by score: hit, neither, second hit of the same object = miss, hit. Recall 1/3 at precision 1, 2/3 at precision 2/3:
+    # by score: hit, neither, second hit of one object = miss, hit. Recall 1/3 at precision 1, 2/3 at precision 2/3:
     # recall levels 0 to 0.3 have 1, levels 0.4 to 0.6 have 2/3, the rest 0; category b has no object and is left out
     result = evaluate.voc_ap(truth, [0, 1], found)
     assert three(result) == pytest.approx([100 * (4 + 3 * 2 / 3) / 11] * 3)
@@ -2421,8 +2421,8 @@ def test_voc_ap_against_a_plain_loop():
         for name, low, high in (("AP", 0, math.inf), ("APs", 0, 32**2), ("APm", 32**2, 96**2)):
             if sum(not hard and low <= (b[2] - b[0]) ** 2 <= high for _, b, _, hard in truth) % 10 in (0, 5):
                 continue  # there np.arange's rounding decides a recall level
-            loop = [100 * plain_ap([(i, s, b) for i, b, _, s in found], [(i, b, hard) for i, b, _, hard in truth], t / 100,
-                                   low, high) for t in range(50, 100, 5)]
+            rows, objects = [(i, s, b) for i, b, _, s in found], [(i, b, hard) for i, b, _, hard in truth]
+            loop = [100 * plain_ap(rows, objects, t / 100, low, high) for t in range(50, 100, 5)]
             assert result[name] == pytest.approx(np.mean(loop))
             assert name != "AP" or three(result) == pytest.approx([np.mean(loop), loop[0], loop[5]])
         above += 5 < result["AP75"] < result["AP50"] and result["APs"] != result["APm"]
@@ -2430,7 +2430,7 @@ def test_voc_ap_against_a_plain_loop():
 
 
 def test_coco_ap_is_pycocotools_own(scenes):
-    """Twelve numbers against COCOeval.summarize, a category's against an evaluation of it alone; perfect answers have 100."""
+    """Six numbers against COCOeval.summarize, a category's against an evaluation of it alone; perfect answers: 100."""
     coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
     split, random, found = data.open_labelled("coco", scenes, "train"), np.random.default_rng(0), []
     for i in range(8):
@@ -2440,11 +2440,11 @@ def test_coco_ap_is_pycocotools_own(scenes):
     path, names = scenes / "annotations/instances_train2017.json", [split.images.name(i) for i in range(8)]
     for kind in ("box", "mask"):
         assert three(evaluate.coco_ap(path, names, range(8), found, kind)) == pytest.approx([100.0] * 3)
-    assert three(evaluate.coco_ap(path, names, [0], found[:1], "box")) == pytest.approx([100.0] * 3)  # others do not count
+    assert three(evaluate.coco_ap(path, names, [0], found[:1], "box")) == pytest.approx([100.0] * 3)
     empty = [(0, np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), [])]
     assert three(evaluate.coco_ap(path, names, [0], empty, "mask")) == [0, 0, 0]
-    noisy = [(i, boxes + random.normal(0, 3, boxes.shape), np.where(random.random(len(labels)) < .2, 0, labels), scores, masks)
-             for i, boxes, labels, scores, masks in found]
+    noisy = [(i, boxes + random.normal(0, 3, boxes.shape), np.where(random.random(len(labels)) < .2, 0, labels), scores,
+              masks) for i, boxes, labels, scores, masks in found]
     truth = coco.COCO(str(path))
     truth.dataset["info"] = {}
     rows = [dict(image_id=truth.getImgIds()[i], category_id=sorted(truth.getCatIds())[label], score=score,
@@ -2508,12 +2508,12 @@ def test_transfer_schedule():
     assert rates == pytest.approx([2e-5, .01001, .02, .02, .002, .0002])
     names = {"/X.pth": "voc-X", "runs/coco/last.pt": "voc-coco-last", "../X.pt": "voc-X", "random": "voc-random",
              "runs/coco/last.pt:teacher": "voc-coco-last-teacher"}
-    assert {ckpt: evaluate.default_out("voc", ckpt) for ckpt in names} == {ckpt: f"runs/{n}" for ckpt, n in names.items()}
+    assert all(evaluate.default_out("voc", ckpt) == f"runs/{name}" for ckpt, name in names.items())
 
 
 def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path, few_proposals):
     run, seen = fine_tuning(scenes, tmp_path), []
-    run.model.backbone.bn1.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0]) if norm.training else None)
+    run.model.backbone.bn1.register_forward_pre_hook(lambda norm, x: seen.append(x[0]) if norm.training else None)
     run.test()
     norm = run.model.backbone.bn1
     assert len(seen) == run.config.precise == 2 and norm.momentum == 0.1
@@ -2526,19 +2526,21 @@ def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path, few_proposals):
 # ---- runs
 
 def test_detector_fits_what_it_saw(tmp_path, few_proposals):
-    """Small: a ResNet-18 from nothing learns two images by heart; before training it finds nothing."""
+    """A ResNet-18 from nothing learns two scenes by heart. Eight runs (four seeds, 40 and 45 steps) had box AP50 of 83
+    to 100 and mask AP50 of 44 to 67; a detector that does not learn, or whose masks are not its objects', has 0."""
     root = tmp_path / "scenes"
     data.write_scenes(root, 2)
-    run = fine_tuning(root, tmp_path / "out", steps=45, drops=(32, 41), precise=4, lr=0.01, sides=(80,), long_side=134,
+    run = fine_tuning(root, tmp_path / "out", steps=40, drops=(28, 36), precise=4, lr=0.01, sides=(80,), long_side=134,
                       test_on="train")
     assert run.train()
     after = run.test()
     assert after["box"]["AP50"] > 60 and after["mask"]["AP50"] > 25
 
 
-def test_transfer_stops_on_sigterm_and_goes_on(scenes, tmp_path, capfd, monkeypatch, few_proposals):
-    """A signal at step 2, the same command again, from another folder: the weights of an uninterrupted run, bit for bit;
-    detector.pth gives the same results again, and a stopped run has none."""
+@pytest.mark.usefixtures("few_proposals")
+def test_transfer_stops_on_sigterm_and_goes_on(scenes, tmp_path, capfd, monkeypatch):
+    """A signal at step 2, the same command again, from another folder: the weights of an uninterrupted run,
+    bit for bit. detector.pth gives the same results again, and a stopped run has none."""
     update, handler = evaluate.FineTuning.update, signal.getsignal(signal.SIGTERM)
 
     def update_and_ask(run, *batch):
@@ -2547,8 +2549,9 @@ def test_transfer_stops_on_sigterm_and_goes_on(scenes, tmp_path, capfd, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
         return losses
     monkeypatch.setattr(evaluate.FineTuning, "update", update_and_ask)
-    (tmp_path / "moved").symlink_to(scenes)
-    for name, root, result in (("whole", scenes, True), ("stopped", scenes, False), ("stopped", tmp_path / "moved", True)):
+    moved = tmp_path / "moved"
+    moved.symlink_to(scenes)
+    for name, root, result in (("whole", scenes, True), ("stopped", scenes, False), ("stopped", moved, True)):
         code, said, error = detection_run(capfd, "--root", root, "--steps", 4, "--out", tmp_path / name)
         assert code == 0 and (tmp_path / name / "results.json").exists() == result, error
         assert ("stopped at step 2" in said) != result
@@ -2589,11 +2592,11 @@ evaluate.main()
 
 
 def test_transfer_on_two_ranks(scenes, tmp_path):
-    """torchrun on a CPU: a signal to one rank stops both after the same step; going on, they end with the same weights and
-    statistics, and both halves of the test split count."""
+    """torchrun on a CPU: a signal to one rank stops both after the same step; going on, they end with the same weights
+    and statistics, and both halves of the test split count."""
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "two.py",
-               *LOOK, "--root", scenes, "--steps", "2", "--out", tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               tmp_path / "two.py", *LOOK, "--root", scenes, "--steps", "2", "--out", tmp_path]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -2605,31 +2608,18 @@ def test_transfer_on_two_ranks(scenes, tmp_path):
 
 def test_transfer_voc(tmp_path, capfd, few_proposals):
     """The whole of --transfer voc on a VOCdevkit: trainval of two years trains, test2007 is tested, boxes alone."""
-    scenes = data.Scenes("train")
-    for year, lists in ((2007, dict(trainval=[0], test=[1, 3])), (2012, dict(trainval=[2]))):
-        base = tmp_path / f"VOCdevkit/VOC{year}"
-        for part in ("ImageSets/Main", "JPEGImages", "Annotations"):
-            (base / part).mkdir(parents=True)
-        for name, numbers in lists.items():
-            (base / f"ImageSets/Main/{name}.txt").write_text("".join(f"{i:06d}\n" for i in numbers))
-            for i in numbers:
-                image, boxes, labels, _ = scenes.render(i)
-                cv2.imwrite(str(base / f"JPEGImages/{i:06d}.jpg"), image[..., ::-1])
-                things = "".join(
-                    f"<object><name>{data.VOC_CATEGORIES[label]}</name><difficult>{n % 2}</difficult><bndbox><xmin>{x1 + 1}"
-                    f"</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-                    for n, (label, (x1, y1, x2, y2)) in enumerate(zip(labels, boxes.tolist())))
-                (base / f"Annotations/{i:06d}.xml").write_text(
-                    f"<annotation><size><width>112</width><height>112</height></size>{things}</annotation>")
+    voc(tmp_path, 2007, {"trainval": ["000001"], "test": ["000002", "000004"]})
+    voc(tmp_path, 2012, {"trainval": ["2012_000003"]})
     more = ["--transfer", "voc", "--root", tmp_path / "VOCdevkit", "--steps", 1, "--out"]
     code, said, error = detection_run(capfd, *more, tmp_path / "out")
     assert code == 0, error
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert (results["images"], results["tested"]) == (2, 2) and list(results["box"]["classes"]) == list(data.VOC_CATEGORIES)
+    assert (results["images"], results["tested"]) == (2, 2)
+    assert list(results["box"]["classes"]) == list(data.VOC_CATEGORIES)
     assert "mask" not in results and "AP75" in said
-    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000001.jpg").unlink()
+    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000002.jpg").unlink()
     code, _, error = detection_run(capfd, *more, tmp_path / "new")
-    assert code == 2 and error.count("\n") == 1 and "absent" in error and "000001" in error
+    assert code == 2 and error.count("\n") == 1 and "absent" in error and "000002" in error
 
 
 def test_not_finite_loss_keeps_the_checkpoint(scenes, tmp_path):
