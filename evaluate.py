@@ -1485,7 +1485,7 @@ def parse_arguments(arguments=None):
     add("--test-only", action="store_true", help="of --transfer: test the detector.pth that --ckpt names")
     add("--batch-size", type=positive, help="of --transfer, all ranks together (16); rate and steps scale with it")
     add("--steps", type=positive, help="of --transfer, instead of the schedule's; drops and warm-up stay in proportion")
-    add("--short-side", type=positive, help="of --transfer, one for training and test, instead of 480-800 (coco: 640-800)")
+    add("--short-side", type=positive, help="of --transfer, one for training and test, not 480-800 (coco: 640-800)")
     add("--lr", type=float, help="of --transfer, for 16 images (0.02)")
     add("--rois", type=positive, help="of --transfer, boxes an image that train the RoI head (512)")
     add("--test-on", choices=("train", "val"), default="val", help="of --transfer; train: does it fit what it saw?")
