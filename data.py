@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,7 @@ import torch
 from PIL import Image, ImageOps
 
 cv2.setNumThreads(1)  # processes are our parallelism, and OpenCV's own threads do not survive a fork
+multiprocessing.set_forkserver_preload(["cv2", "torch"])  # Python 3.14's way: loaded once, not by every process
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
 
@@ -63,15 +64,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def error_exit(main):
-    """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2. So does the death of a loading
-    process, which torch raises wherever `main` is at that moment."""
+    """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2. So does the death of a
+    loading process, which torch raises wherever `main` is at that moment."""
     try:
         return main()
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2]  # one from a loading process comes with its traceback
     except RuntimeError as error:
-        message = loader_fault(str(error))
-        if message is None:
+        message = str(error)
+        if "shared memory(shm)" in message or "Bus error" in message:
+            message = "/dev/shm is too small for the loading processes: docker run --shm-size 8g, or fewer --workers"
+        elif "DataLoader worker (pid" in message:
+            message = "a loading process died (is memory short?): the same command goes on, try it with fewer --workers"
+        else:
             raise
     if int(os.environ.get("RANK", 0)):  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
@@ -80,15 +85,6 @@ def error_exit(main):
     for process in multiprocessing.active_children():  # the loaders': some would stay for half a minute
         process.kill()
     sys.exit(2)
-
-
-def loader_fault(said):
-    """What a user can do about torch's message of a loading process that has died; None for any other message."""
-    if "shared memory" in said or "worker (pid" in said and "Bus error" in said:
-        return "/dev/shm is too small for the loading processes: enlarge it (docker run --shm-size 8g) or lower --workers"
-    if "worker (pid" in said:
-        return "a loading process died (is memory short?): the same command goes on, try it with fewer --workers"
-    return None
 
 
 @contextmanager
@@ -136,11 +132,13 @@ class Progress:
         left = duration((self.total - done) / rate) + " left" if 0 < rate and done < self.total else \
             f"done in {duration(now - self.start)}"
         end = "\r" if self.terminal and done < self.total else "\n"
-        print(f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, {left}   ", end=end, flush=True)
+        said = f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, {left}   "
+        print(said, end=end, flush=True)
 
 
 def usable_cores():
-    """The cores that this process may use: an affinity mask or a batch system can leave it fewer than the machine has."""
+    """The cores that this process may use: an affinity mask or a batch system can leave it fewer than the machine
+    has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -201,9 +199,10 @@ def list_images(root):
 def open_images(data, root=None, split=None, strict=False):
     """The images of a data set; never reads an annotation.
 
-    Args: data: scenes | scenes-biased | coco | voc | openimages | openimages-mini | folder; root: its folder (default data/DATA); split:
-    coco: train2017 | val2017, scenes and voc: train | val, openimages: train | validation (openimages-mini's train is its
-    list, its validation OpenImages'); strict: as open_labelled's. Raises UserError if the folder is missing or empty."""
+    Args: data: scenes | scenes-biased | coco | voc | openimages | openimages-mini | folder; root: its folder (default
+    data/DATA); split: coco: train2017 | val2017, scenes and voc: train | val, openimages: train | validation
+    (openimages-mini's train is its list, its validation OpenImages'); strict: as open_labelled's. Raises UserError if
+    the folder is missing or empty."""
     root = Path(root or Path("data") / data)
     if data in SCENES:
         return Scenes(split or "train", root, **SCENES[data])
@@ -352,9 +351,9 @@ def _object(random, label, x, y, side):
 
 
 def write_scenes(out, number, seed=0):
-    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks (compressed RLE)."""
+    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks."""
     coder = mask_coder()
-    categories = [{"id": i + 1, "name": name, "supercategory": name.split()[1]} for i, name in enumerate(SCENE_CATEGORIES)]
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(SCENE_CATEGORIES)]
     for split, count in (("train", number), ("val", max(1, number // 4))):
         scenes, images, annotations = Scenes(split, number=count, seed=seed), [], []
         progress = Progress(f"{split}2017", count)
@@ -377,8 +376,7 @@ def write_scenes(out, number, seed=0):
 # ------------------------------------------------------------------------------------------------------- labelled boxes
 
 class Labelled(NamedTuple):
-    """The labelled boxes of a split: the one result of every reader. Image i of N owns rows offsets[i] to offsets[i + 1]
-    of the M boxes."""
+    """The labelled boxes of a split: the one result of every reader. Image i owns rows offsets[i] to offsets[i + 1]."""
     images: Images
     categories: list         # names; a label is an index into it
     offsets: np.ndarray      # (N + 1,) int64
@@ -389,9 +387,9 @@ class Labelled(NamedTuple):
 
 
 def open_labelled(data, root=None, split="val", strict=False):
-    """Labelled boxes of `split` (train | val) of a data set (scenes | coco | voc | openimages | openimages-mini), sorted by
-    image name. All of it can be pickled. Raises UserError if the annotations are missing or unsound; single broken ones
-    are named, counted and left out. strict: an image that is listed and absent is a UserError too."""
+    """Labelled boxes of `split` (train | val) of a data set (scenes | coco | voc | openimages | openimages-mini),
+    sorted by image name. All of it can be pickled. Raises UserError if the annotations are missing or unsound; single
+    broken ones are named, counted and left out. strict: an image that is listed and absent is a UserError too."""
     root = Path(root or Path("data") / data)
     if data in SCENES:
         return read_scenes(open_images(data, root, split))
@@ -413,8 +411,8 @@ ABSENT = "image listed but absent from"
 
 
 class Faults:
-    """Broken annotations of the file `path`: each kind is named with its first places, then counted; `check` says so, or
-    gives up if nothing sound is left or, if it is strict, an image is absent."""
+    """Broken annotations of the file `path`: each kind is named with its first places, then counted; `check` says so,
+    or gives up if nothing sound is left or, if it is strict, an image is absent."""
 
     def __init__(self, path, strict=False):
         self.path, self.strict, self.count, self.places = path, strict, Counter(), {}
@@ -451,7 +449,8 @@ def cut_to_image(x1, y1, x2, y2, width, height):
 
 def read_scenes(scenes):
     """The embedded scenes' boxes, labels and masks."""
-    _, boxes, labels, masks = zip(*map(scenes.render, range(len(scenes))))
+    pictures, boxes, labels, masks = zip(*map(scenes.render, range(len(scenes))))
+    scenes.kept = np.stack(pictures)  # they need not be rendered again
     index = np.repeat(np.arange(len(scenes)), [len(some) for some in labels])
     boxes, labels, masks = np.concatenate(boxes), np.concatenate(labels), np.concatenate(masks)
     # A method of an array can be pickled; a lambda cannot.
@@ -459,8 +458,8 @@ def read_scenes(scenes):
 
 
 def read_coco(root, split, strict=False):
-    """COCO's layout: ROOT/{split}2017 and ROOT/annotations/instances_{split}2017.json; masks where they are annotated. The
-    whole file is in memory while it is read."""
+    """COCO's layout: ROOT/{split}2017 and ROOT/annotations/instances_{split}2017.json; masks where they are annotated.
+    The whole file is in memory while it is read."""
     path, folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
     found, faults = read_json(path, "annotations", "images", "categories"), Faults(path, strict)
     try:
@@ -488,8 +487,8 @@ def read_coco(root, split, strict=False):
 def coco_rows(annotations, place, sizes, absent, label, faults):
     """The sound ones of COCO's annotations, as (image, box, label, crowd, segmentation); the others go to `faults`.
 
-    Args: place: {image id: index into `sizes`, (width, height) each}; absent: ids of images whose annotations are passed
-    over; label: {category id: label}."""
+    Args: place: {image id: index into `sizes`, (width, height) each}; absent: ids of images whose annotations are
+    passed over; label: {category id: label}."""
     for n, a in enumerate(annotations):
         try:
             where, number, kind = f"annotation {a['id']}", a["image_id"], a["category_id"]
@@ -514,8 +513,8 @@ def coco_rows(annotations, place, sizes, absent, label, faults):
 class Masks:
     """COCO's segmentations of M boxes as a function: row -> (H, W) bool, None where a box has none.
 
-    They stay what the annotations hold, a polygon's numbers or run lengths, pickled one after the other into one buffer:
-    as lists, COCO's 50 million numbers would be copied page by page into every worker. sizes (M, 2): width, height."""
+    They stay what the annotations hold, a polygon's numbers or run lengths, pickled one after the other into one
+    buffer: COCO's 50 million Python numbers would be copied page by page into every worker. sizes: width, height."""
 
     def __init__(self, shapes, sizes):
         codes = [pickle.dumps(shape) for shape in shapes]
@@ -561,16 +560,16 @@ def read_json(path, *keys, hook=None):
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8; download the file again") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}), cut short? download the file again") from None
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); download the file again") from None
     if not isinstance(found, dict) or not all(key in found for key in keys):
         raise UserError(f"{path} is not a COCO annotation file: it needs {', '.join(keys)}")
     return found
 
 
 def read_list(path, pattern, form, root, strict=False):
-    """Sorted images of a text list: form.format(group) for each line that `pattern` (one group) matches, where that exists
-    below `root`; other lines are named and counted. Raises UserError if the list is missing or none is left, or, if it
-    is strict, one is absent."""
+    """Sorted images of a text list: form.format(group) for each line that `pattern` (one group) matches, where that
+    exists below `root`; other lines are named and counted. Raises UserError if the list is missing or none is left, or,
+    if it is strict, one is absent."""
     try:
         lines = path.read_bytes().decode("utf-8", "replace").splitlines()  # a broken byte then matches no pattern
     except OSError as error:
@@ -594,15 +593,15 @@ VOC_CATEGORIES = ("aeroplane bicycle bird boat bottle bus car cat chair cow dini
 
 
 def voc_images(root, split, strict=False):
-    """The images of a VOCdevkit (`root` or the folder in it), named VOC<year>/JPEGImages/<name>.jpg. If a year has a test
-    list, val is that and train is trainval of all years (the paper's section 5.2: trainval of 2007 and 2012, test of 2007);
-    else they are the years' own train and val. Raises UserError if there is no such list."""
+    """The images of a VOCdevkit (`root` or the folder in it), named VOC<year>/JPEGImages/<name>.jpg. If a year has a
+    test list, val is that and train is trainval of all years (the paper's section 5.2: trainval of 2007 and 2012, test
+    of 2007); else they are the years' own train and val. Raises UserError if there is no such list."""
     base = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
     tested = any(base.glob("VOC2*/ImageSets/Main/test.txt"))
     name = f"ImageSets/Main/{({'train': 'trainval', 'val': 'test'} if tested else {}).get(split, split)}.txt"
     lists = sorted(base.glob(f"VOC2*/{name}"))
     if not lists:
-        raise UserError(f"{base} has no VOC2007/{name}: download it (README, section Data) or name its folder with --root")
+        raise UserError(f"{base} has no VOC2007/{name}: download it (README, section Data) or name it with --root")
     names = []
     for path in lists:
         names += read_list(path, r"([\w.-]+)", f"{path.parts[-4]}/JPEGImages/{{}}.jpg", base, strict)
@@ -610,8 +609,8 @@ def voc_images(root, split, strict=False):
 
 
 def read_voc(images):
-    """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included. (torchvision's
-    VOCDetection reads one year, as text, and stops at the first broken file.)"""
+    """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included.
+    (torchvision's VOCDetection reads one year, as text, and stops at the first broken file.)"""
     faults, rows = Faults(images.root), []
     for i in range(len(images)):
         path = Path(images.name(i).replace("JPEGImages", "Annotations")).with_suffix(".xml")
@@ -640,8 +639,8 @@ def read_voc(images):
 
 
 def read_classes(root):
-    """OpenImages' class-descriptions-boxable.csv: {label id: index} and the names. A class without a name (the published
-    file has one) goes by its id."""
+    """OpenImages' class-descriptions-boxable.csv: {label id: index} and the names. A class without a name (the
+    published file has one) goes by its id."""
     path, index, names = root / "class-descriptions-boxable.csv", {}, []
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
@@ -658,9 +657,9 @@ def read_classes(root):
 
 
 def stream_boxes(path, classes, faults):
-    """OpenImages' box CSV in blocks of BLOCK rows, so that 14.6 million take no memory: images (n,) uint64 (the 16 hex digits
-    of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of the sides, group
-    (n,) bool. Broken lines go to `faults`. Raises UserError if the file is missing, no box CSV or cut short."""
+    """OpenImages' box CSV in blocks of BLOCK rows, so that 14.6 million take no memory: images (n,) uint64 (the 16 hex
+    digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of the
+    sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if it is missing, no box CSV or cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
@@ -701,8 +700,8 @@ def block_of(rows):
 
 
 def read_openimages(root, split, images, listed=False, strict=False):
-    """OpenImages' layout: ROOT/{train,validation}/<ImageID>.jpg and the CSVs beside these folders; crowd is its IsGroupOf.
-    Sizes come from the images' headers. Rows of other images than `images` are left out, and counted unless `listed`."""
+    """OpenImages' layout: ROOT/{train,validation}/<ImageID>.jpg and the CSVs beside these folders; crowd is its
+    IsGroupOf. Sizes come from the images' headers. Rows of other images are left out, and counted unless `listed`."""
     path = root / f"{split}-annotations-bbox.csv"
     classes, categories = read_classes(root)
     faults, blocks, absent = Faults(path, strict), [], []
@@ -725,7 +724,8 @@ def read_openimages(root, split, images, listed=False, strict=False):
             faults.add("image cannot be read", images.name(i))
     kept = sizes[index].any(1)
     faults.check(kept.any(), "image")
-    return labelled(images, categories, index[kept], (boxes * np.tile(sizes[index], 2))[kept], labels[kept], group[kept])
+    boxes *= np.tile(sizes[index], 2)
+    return labelled(images, categories, index[kept], boxes[kept], labels[kept], group[kept])
 
 
 def image_size(path):
@@ -742,14 +742,14 @@ def image_size(path):
 SEARCH = {"method": "selective search", "long_side": 200, "aspect": 3.0, "share": [0.3, 0.8], "side": 32}
 RELAXED = ("by the whole filter", "relaxed to aspect", "relaxed to sides", "the whole image")
 CHUNK = 32  # images to one unit of work, the part that a kill can lose
-PATIENCE = 600  # seconds without a new chunk, which takes some, until a rank that waits for others gives up
+PATIENCE = 600  # seconds without a new chunk until a rank that waits for others gives up; a chunk takes some
 
 
 def selective_search(image, long_side=SEARCH["long_side"]):
     """(P, 4) float32 boxes of selective search in its fast mode, in pixels of `image` (H, W, 3) uint8, sorted; the
     search sees the image reduced to `long_side` pixels (0: as it is). Needs opencv-contrib-python."""
     if not hasattr(cv2, "ximgproc"):
-        raise UserError("this OpenCV has no ximgproc: pip install opencv-contrib-python, or bring proposals (--proposals)")
+        raise UserError("this OpenCV has no ximgproc: pip install opencv-contrib-python, or bring --proposals")
     scale = min(1.0, (long_side or math.inf) / max(image.shape[:2]))
     small = resize(image, max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
@@ -798,7 +798,7 @@ def compare_sizes(found, sizes=(160, 200, 240, 320, 0)):
 
 class Proposals:
     """Boxes on disk, memory-mapped: opening 150,000 images takes milliseconds and every worker reads the same pages.
-    proposals[i] is a (P, 4) float32 array of image i of `names`. Raises UserError if a file is missing or does not fit."""
+    proposals[i] is a (P, 4) float32 array of image i of `names`. Raises UserError if a file is missing or unfit."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -806,11 +806,11 @@ class Proposals:
             self.boxes = np.load(self.folder / "boxes.npy", mmap_mode="r")
             self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
             self.names = np.array((self.folder / "names.txt").read_bytes().splitlines(), dtype="S")
+            if len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4):
+                raise ValueError(f"{len(self.names)} names, {len(self.offsets)} offsets, boxes {self.boxes.shape}")
         except (OSError, ValueError) as error:
-            raise UserError(f"proposals in {folder} cannot be read ({error}): delete that folder to have them made again") from None
-        if len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4):
-            raise UserError(f"proposals in {folder} do not fit together: {len(self.names)} names, {len(self.offsets)} offsets, "
-                            f"boxes {self.boxes.shape}; delete that folder to have them made again")
+            raise UserError(f"proposals in {folder} cannot be read, or do not fit each other ({error}): delete that "
+                            "folder to have them made again") from None
 
     def __getitem__(self, i):
         return np.asarray(self.boxes[self.offsets[i]:self.offsets[i + 1]], dtype=np.float32)
@@ -845,7 +845,7 @@ def listing(images):
 
 
 def _settings(images):
-    """What proposals depend on: the search, its filter, the list of images and the version of what draws them, if any."""
+    """What proposals depend on: the search, its filter, the list of images and the version of what draws them."""
     drawn = {} if images.version is None else {"version": images.version}
     return {**SEARCH, "images": len(images), "listing": listing(images), **drawn}
 
@@ -853,10 +853,10 @@ def _settings(images):
 def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
     """Selective search over `images` into `folder`, in parallel; resumable after a kill.
 
-    Chunks of CHUNK images are files of their own until all are there; whoever finds all of them joins them. Part
-    (i, n) does chunks i, i + n, ..., so disjoint parts may run on several machines that share the folder. With
-    wait=True the parts are the ranks of one run: each returns once the proposals are whole, and none waits for one that
-    has failed. Raises UserError if the folder cannot be written, no image can be read or a process dies."""
+    Chunks of CHUNK images are files of their own until all are there; whoever finds all of them joins them. Part (i, n)
+    does chunks i, i + n, ..., so disjoint parts may run on several machines that share the folder. With wait=True they
+    are the ranks of one run, of which each returns when the proposals are whole. Raises UserError if the folder cannot
+    be written, no image can be read, a process dies or, with wait=True, for PATIENCE seconds no rank writes a chunk."""
     state, talk = proposals_state(images, folder), part[0] == 0 or not wait
     if state == "ready":
         return
@@ -868,23 +868,17 @@ def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
     if talk:
         print(f"selective search: {len(images):,} images, {len(mine):,} of {len(making.chunks):,} chunks to do here, "
               f"{workers} processes, kept in {folder}", flush=True)
-    try:
-        for _ in search_chunks(making, mine, workers, talk):
-            if wait:
-                making.check_others()
-        if wait:
-            making.wait(first=part[0] == 0)
-        elif making.missing():
-            print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
-        else:
-            making.join()
-    except BaseException:
-        making.tell_others()
-        raise
+    search_chunks(making, mine, workers, talk)
+    if wait:
+        making.wait(first=part[0] == 0)
+    elif making.missing():
+        print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
+    else:
+        making.join()
 
 
 def search_chunks(making, chunks, workers, talk):
-    """Write `chunks` by processes of their own, yielding each when it is there. Raises UserError if a process dies."""
+    """Write `chunks` by several processes. Raises UserError if one of them dies."""
     progress, done = Progress("selective search", sum(len(making.indices(chunk)) for chunk in chunks)), 0
     executor = ProcessPoolExecutor(workers, initializer=_start_searcher, initargs=(making,))
     try:
@@ -895,15 +889,14 @@ def search_chunks(making, chunks, workers, talk):
             done += len(making.indices(chunk))
             if talk:
                 progress.update(done)
-            yield chunk
     except BrokenProcessPool:
-        raise UserError("a process of the selective search was killed (is memory short?): the same command goes on where "
-                        "it stopped, perhaps with fewer --workers") from None
+        raise UserError("a process of the selective search was killed (is memory short?): the same command goes on "
+                        "where it stopped, try it with fewer --workers") from None
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-_making = None  # in a process of search_chunks: what it makes; with each chunk, a million names would travel again
+_making = None  # what a process of search_chunks makes; sent once, for a large set's names are not small
 
 
 def _start_searcher(making):
@@ -922,25 +915,24 @@ def _search(chunk):
 
 
 class Making:
-    """The proposals of `images` on the way into `folder`: a file for each chunk of CHUNK images in a hidden folder, which
-    belongs to these settings, and at last one file for all. Raises UserError if the folder cannot be made."""
+    """Proposals of `images` on their way into `folder`: a file a chunk, in a hidden folder that belongs to the
+    settings, until all are joined. Raises UserError if it cannot be made."""
 
     def __init__(self, images, folder):
         self.images, self.folder, self.settings, self.size = images, Path(folder), _settings(images), CHUNK
         self.chunks = range(math.ceil(len(images) / self.size))
         kind = hashlib.sha1(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
-        self.partial, self.unique = self.folder / f".partial-{kind}", f"{os.uname().nodename}-{os.getpid()}"
+        self.partial = self.folder / f".chunks-{kind}"
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write proposals to {folder} ({error.strerror}): name a folder with --proposals") from None
-        self.old_failures = set(self.partial.glob("*.failed"))
+            raise UserError(f"cannot write {folder} ({error.strerror}): name another folder with --proposals") from None
 
     def file(self, chunk):
         return self.partial / f"{chunk:06d}.npz"
 
     def indices(self, chunk):
-        """The range of a chunk's images."""
+        """The indices of a chunk's images."""
         return range(chunk * self.size, min(len(self.images), (chunk + 1) * self.size))
 
     def missing(self):
@@ -949,8 +941,8 @@ class Making:
         return [chunk for chunk in self.chunks if self.file(chunk) not in there]
 
     def write(self, chunk):
-        """Search the images of a chunk and keep them as one file. Returns the names that could not be read."""
-        boxes, indices, levels, unreadable = [np.empty((0, 4), np.float32)], [], [], []
+        """Search the images of a chunk and keep their boxes as one file. Returns the names that could not be read."""
+        boxes, rows, unreadable = [np.empty((0, 4), np.float32)], [], []
         for i in self.indices(chunk):
             try:
                 image = self.images.read(i)
@@ -959,56 +951,41 @@ class Making:
                 continue
             kept, level = filter_proposals(selective_search(image), *image.shape[:2])
             boxes.append(kept)
-            indices.append(i)
-            levels.append(level)
-        counts = [len(some) for some in boxes[1:]]
+            rows.append((i, len(kept), level))
         with atomic(self.file(chunk)) as file:
-            np.savez(file, boxes=np.concatenate(boxes), counts=np.int64(counts), indices=np.int64(indices),
-                     levels=np.int64(levels))
+            np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 3))
         return unreadable
 
     def wait(self, first):
-        """Return once the proposals are whole; the first rank joins them. Raises UserError if the others have failed, or
-        if for PATIENCE seconds no chunk came from them: their machine may be gone."""
-        number, since, told = None, time.monotonic(), time.monotonic()
+        """Return once the proposals are whole; the first rank joins them."""
+        number, since = None, time.monotonic()
+        progress = Progress("waiting for the other ranks", len(self.chunks), "chunks")
         while proposals_state(self.images, self.folder) != "ready":
-            missing, now = len(self.missing()), time.monotonic()
+            missing = len(self.missing())
+            if first:
+                progress.update(len(self.chunks) - missing)
             if first and not missing:
                 return self.join()
             if missing != number:
-                number, since = missing, now
-            if now - since > PATIENCE:
-                raise UserError(f"no proposals came from the other ranks for {duration(PATIENCE)}: have they ended? The same "
-                                "command goes on where it stopped")
-            self.check_others()
-            if first and now - told > 30:
-                told = now
-                print(f"waiting for the other ranks' proposals: {missing:,} chunks in {self.partial}", flush=True)
+                number, since = missing, time.monotonic()
+            if time.monotonic() - since > PATIENCE:
+                raise UserError(f"no proposals came from the other ranks for {duration(PATIENCE)}: if they have ended, "
+                                "the same command goes on where it stopped")
             time.sleep(0.3)
 
-    def tell_others(self):
-        """Leave word, for ranks on any machine, that this one has failed."""
-        with suppress(OSError):  # a full disk may be the reason
-            (self.partial / f"{self.unique}.failed").touch()
-
-    def check_others(self):
-        """Raises UserError if another rank has failed since this one began."""
-        if set(self.partial.glob("*.failed")) - self.old_failures:
-            raise UserError("another rank could not make its proposals (it says why): the same command goes on where it stopped")
-
     def join(self):
-        """Join the chunks' files and remove them. Raises UserError if no image could be read."""
+        """Make one folder for Proposals of the chunks' files. Raises UserError if no image could be read."""
+        boxes, rows = [], []
         try:
-            parts = []
             for chunk in self.chunks:
                 with np.load(self.file(chunk)) as part:
-                    parts.append({key: part[key] for key in part.files})
+                    boxes.append(part["boxes"])
+                    rows.append(part["rows"])
         except OSError:  # another machine, joining at the same moment, was first
             if proposals_state(self.images, self.folder) == "ready":
                 return
             raise
-        boxes, counts, indices, levels = (np.concatenate([part[key] for part in parts])
-                                          for key in ("boxes", "counts", "indices", "levels"))
+        boxes, (indices, counts, levels) = np.concatenate(boxes), np.concatenate(rows).T
         if not len(indices):
             raise UserError(f"none of the {len(self.images):,} images in {self.images.root} can be read")
         relaxed = {name: int((levels == level).sum()) for level, name in enumerate(RELAXED)}
@@ -1021,11 +998,13 @@ class Making:
                             ("names.txt", lambda file: file.write(names)),
                             ("offsets.npy", lambda file: np.save(file, offsets)),
                             ("settings.json", lambda file: file.write(json.dumps(report, indent=1).encode()))):
-            with atomic(self.folder / name, tmp=self.partial / f"{name}{self.unique}.tmp") as file:
+            with atomic(self.folder / name, tmp=self.partial / f"{name}-{os.uname().nodename}-{os.getpid()}") as file:
                 write(file)
         shutil.rmtree(self.partial, ignore_errors=True)
-        print(f"proposals of {len(indices):,} images ({len(boxes) / len(indices):.1f} boxes an image; "
-              + ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n) + f") in {self.folder}", flush=True)
+        levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
+        average = len(boxes) / len(indices)
+        print(f"proposals of {len(indices):,} images ({average:.1f} boxes an image; {levels}) in {self.folder}",
+              flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- the loaders
@@ -1053,7 +1032,7 @@ def random_crop(random, height, width, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
 
 def clip_boxes(boxes, window):
     """Boxes (K, 4) cut to `window` [x1, y1, x2, y2] and the share of each box's area that is inside."""
-    cut = np.concatenate([np.clip(boxes[:, :2], window[:2], window[2:]), np.clip(boxes[:, 2:], window[:2], window[2:])], 1)
+    cut = np.clip(boxes, np.tile(window[:2], 2), np.tile(window[2:], 2))
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     return cut, (cut[:, 2:] - cut[:, :2]).prod(1) / np.maximum(area, 1e-6)
 
@@ -1075,11 +1054,11 @@ class TwoViews(torch.utils.data.Dataset):
         self.pairs = None  # (n, 2): index of the image, row of its proposals
         if regions == "proposals":
             row = {name: i for i, name in enumerate(proposals.names.tolist())}
-            filled = np.diff(proposals.offsets) > 0
-            pairs = [(i, row[name]) for i, name in enumerate(images.names.tolist()) if name in row and filled[row[name]]]
+            filled, names = np.diff(proposals.offsets) > 0, images.names.tolist()
+            pairs = [(i, row[name]) for i, name in enumerate(names) if name in row and filled[row[name]]]
             if not pairs:
-                raise UserError(f"no image of {images.root} has a proposal in {proposals.folder}: names.txt must hold the "
-                                "images' paths relative to it")
+                raise UserError(f"no image of {images.root} has a proposal in {proposals.folder}: names.txt must hold "
+                                "the images' paths relative to it")
             self.pairs = np.array(pairs)
 
     def __len__(self):
@@ -1171,10 +1150,10 @@ def make_loader(views, schedule, workers, pin=False):
                                        worker_init_fn=_start_loader, prefetch_factor=2 if workers else None)
 
 
-# ------------------------------------------------------------------------------ OpenImage-MINI and Table 2 (section 5.1)
+# ----------------------------------------------------------------------------- OpenImage-MINI and Table 2 (section 5.1)
 
-# How OpenImages spells COCO's categories where a capital letter is not all. Cup alone has no counterpart: Coffee cup and
-# Mug are kinds of it. OpenImages' Mouse is the animal.
+# How OpenImages spells COCO's categories where a capital letter is not all. Cup alone has no counterpart: Coffee cup
+# and Mug are kinds of it. OpenImages' Mouse is the animal.
 SPELLED = {"cow": "Cattle", "frisbee": "Flying disc", "skis": "Ski", "sports ball": "Ball", "donut": "Doughnut",
            "tv": "Television", "potted plant": "Houseplant", "dining table": "Kitchen & dining room table",
            "remote": "Remote control", "keyboard": "Computer keyboard", "mouse": "Computer mouse",
@@ -1190,11 +1169,11 @@ def shared_names(names):
 def write_mini(annotations, coco, out, seed=0):
     """Write OpenImage-MINI's list (paper, section 5.1) to `out`: a line train/<ImageID> an image, sorted.
 
-    An image needs an object of a shared category; no shared category gets more objects than COCO has; no other image could
-    be added. The paper leaves open what an object and a shared category are. Here an object is a box of either file, a
-    group of OpenImages and a crowd of COCO one each, and a category is shared if shared_names pairs it: boxes of its subclasses
-    (Man, Woman for Person) count as categories of their own, without a cap, as do all others. The choice is random by
-    `seed` and does not depend on the order of the rows. Raises UserError if a file is missing or unsound."""
+    An image needs an object of a shared category; no shared category gets more objects than COCO has; no other image
+    could be added. The paper leaves open what an object and a shared category are. Here an object is a box of either
+    file, a group of OpenImages and a crowd of COCO one each, and a category is shared if shared_names pairs it: boxes
+    of its subclasses (Man, Woman for Person) count as categories of their own, without a cap, as do all others. The
+    choice is random by `seed`, whatever the order of the rows. Raises UserError if a file is missing or unsound."""
     caps = coco_counts(Path(coco))
     classes, names = read_classes(Path(annotations))
     path = Path(annotations) / "train-annotations-bbox.csv"
@@ -1238,13 +1217,13 @@ def coco_counts(path):
 
 
 def choose_images(index, label, cap, seed):
-    """Greedy choice: images in random order, each taken if it breaks no cap. Counts only grow, so an image that did not fit
-    in its turn does not fit at the end either: one pass leaves nothing out that could be added.
+    """Greedy choice: images in random order, each taken if it breaks no cap. Counts only grow, so an image that did not
+    fit in its turn does not fit at the end either: one pass leaves nothing out that could be added.
 
-    Args: index, label (M,) integers: image and category of each box; cap: boxes allowed of each category, -1 if it is not
-    shared. Returns the sorted indices of the images chosen; each has a box of a shared category."""
+    Args: index, label (M,) integers: image and category of each box; cap: boxes allowed of each category, -1 if it is
+    not shared. Returns the sorted indices of the images chosen; each has a box of a shared category."""
     shared = cap[label] >= 0
-    pairs, counts = np.unique(index[shared] * len(cap) + label[shared], return_counts=True)  # (image, category), its boxes
+    pairs, counts = np.unique(index[shared] * len(cap) + label[shared], return_counts=True)  # of (image, category)
     categories, left = pairs % len(cap), cap.copy()
     images, starts = np.unique(pairs // len(cap), return_index=True)
     ends, chosen = np.append(starts[1:], len(pairs)), []
@@ -1267,7 +1246,7 @@ def report_mini(index, label, everywhere, cap, names, shared, images):
 
 
 def print_table2(images, index, label, *more):
-    """Print Table 2's row for boxes of `images` images; index, label (M,): image and category of each. Then rows `more`."""
+    """Print Table 2's row for boxes of `images` images, index and label (M,) of each box, and the rows `more`."""
     pairs = len(np.unique(index * np.int64(10**6) + label))
     print(f"{'':10}{'images':>12}{'objects/image':>16}{'categories/image':>19}{'categories':>13}")
     ours = ("here", images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
@@ -1276,8 +1255,8 @@ def print_table2(images, index, label, *more):
 
 
 def print_stats(data, root, split, folder=None):
-    """Print Table 2's row of a data set's split (train | val) and what its proposals in `folder` look like: boxes an image,
-    the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
+    """Print Table 2's row of a data set's split (train | val) and what its proposals in `folder` look like: boxes an
+    image, the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
     found = open_labelled(data, root, split)
     sizes = np.diff(found.offsets)
     print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels,
@@ -1295,8 +1274,8 @@ def print_stats(data, root, split, folder=None):
         boxes, without = boxes + len(some), without + (not len(some))
         hits += met(found.boxes[own][~found.crowd[own]], some).tolist()
     recall = sum(hits) / max(len(hits), 1)
-    print(f"proposals: {boxes / max(len(sizes), 1):.1f} boxes an image, recall at IoU 0.5 {recall:.1%} of {len(hits):,} objects, "
-          f"{without:,} images without any ({folder})")
+    print(f"proposals: {boxes / max(len(sizes), 1):.1f} boxes an image, recall at IoU 0.5 {recall:.1%} of "
+          f"{len(hits):,} objects, {without:,} images without any ({folder})")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -1325,7 +1304,7 @@ def main():
     search.add_argument("--root")
     search.add_argument("--split")
     search.add_argument("--workers", type=int, help="processes (default: all cores)")
-    search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share the folder")
+    search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share it")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
     mini = commands.add_parser("openimages-mini", help="choose the images of the paper's OpenImage-MINI")
     mini.add_argument("--annotations", required=True, help="folder of OpenImages' two CSVs (README, section Data)")
@@ -1337,7 +1316,7 @@ def main():
     stats.add_argument("--root")
     stats.add_argument("--split", choices=("train", "val"), default="train")
     stats.add_argument("--proposals", help="the folder they are kept in (default: under the root)")
-    stats.add_argument("--sizes", action="store_true", help="instead: selective search at several image sizes, on one core")
+    stats.add_argument("--sizes", action="store_true", help="instead: selective search at several sizes, on one core")
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n, args.seed)

@@ -463,7 +463,7 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     assert data.proposals_state(images, tmp_path / "whole") == "ready"
     data.compute_proposals(images, tmp_path / "parts", workers=1, part=(1, 2))
     assert data.proposals_state(images, tmp_path / "parts") == "missing"
-    chunk = next((tmp_path / "parts").glob(".partial-*/*.npz"))
+    chunk = next((tmp_path / "parts").glob(".chunks-*/*.npz"))
     stamp, done = chunk.stat().st_mtime_ns, []
     monkeypatch.setattr(data.Making, "join", lambda making: done.append(making))  # a kill before the joining
     data.compute_proposals(images, tmp_path / "parts", workers=1, part=(0, 2))
@@ -484,6 +484,93 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     foreign = json.loads((tmp_path / "whole" / "settings.json").read_text()) | {"method": "my own"}
     (tmp_path / "whole" / "settings.json").write_text(json.dumps(foreign))
     assert data.proposals_state(images, tmp_path / "whole") == "ready"  # somebody else's are taken as they are
+
+
+def test_scenes_of_another_version_recompute_their_proposals(tmp_path, monkeypatch):
+    """Other pictures under the same names: boxes of the old ones would be taken without a word."""
+    for version, state in (("old", "missing"), ("old", "ready"), ("new", "other settings: version old")):
+        monkeypatch.setattr(data.Scenes, "VERSION", version)
+        scenes = data.Scenes(number=3)
+        assert data.proposals_state(scenes, tmp_path).startswith(state)
+        data.compute_proposals(scenes, tmp_path, workers=1)
+    assert data.proposals_state(scenes, tmp_path) == "ready"
+
+
+def test_a_rank_that_others_have_left_does_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 2)
+    monkeypatch.setattr(data, "PATIENCE", 1)
+    with pytest.raises(data.UserError, match="no proposals came from the other ranks for 1 s.*the same command goes on"):
+        data.compute_proposals(data.Scenes(number=4), tmp_path, workers=1, part=(1, 2), wait=True)
+    assert [path.name for path in tmp_path.glob(".chunks-*/*")] == ["000001.npz"]  # its own share is done and kept
+
+
+# A user's script, with classes of its own: forkserver and spawn import it anew in every process.
+STARTS = """
+import multiprocessing, os, signal, sys
+import numpy as np, torch
+import data
+
+class Deadly(data.Scenes):  # the kernel's out-of-memory killer, for one picture
+    def read(self, i):
+        if i == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(i)
+
+class Marks(torch.utils.data.Dataset):
+    def __init__(self, splits):
+        self.splits = splits
+    def __getitem__(self, row):
+        return [np.packbits(found.mask(row)) for found in self.splits]
+
+def main():
+    method, out, searched, loaded = sys.argv[1:]  # the last two: the picture that kills the process that reads it
+    multiprocessing.set_start_method(method)
+    data.CHUNK = 2
+    scenes = Deadly(number=6)
+    scenes.deadly = int(searched)
+    data.compute_proposals(scenes, out + "/boxes", workers=1)
+    scenes.deadly = int(loaded)
+    views = data.TwoViews(scenes, data.Proposals(out + "/boxes"), 64, 2)
+    made = list(data.make_loader(views, data.Schedule(6, 2, 0, 0, 6), workers=1))
+    splits = data.open_labelled("scenes"), data.open_labelled("coco", out, "train", strict=True)
+    marks = list(data.make_loader(Marks(splits), [[0, 1], [2]], workers=1))
+    torch.save([made, marks], out + "/made.pt")
+
+if __name__ == "__main__":
+    data.error_exit(main)
+"""
+
+
+def starts(folder, method, searched=-1, loaded=-1, ok=True):
+    (folder / "starts.py").write_text(STARTS)
+    path = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return command(folder / "starts.py", method, folder, searched, loaded, env=path, ok=ok)
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_proposals_and_loaders_under_any_start_method(tmp_path, method):
+    """Python 3.14 starts processes by forkserver, macOS by spawn: their batches are those of this process."""
+    data.write_scenes(tmp_path, 2)
+    starts(tmp_path, method)
+    made, marks = torch.load(tmp_path / "made.pt", weights_only=True)
+    views = data.TwoViews(data.Scenes(number=6), data.Proposals(tmp_path / "boxes"), 64, 2)
+    for batch, items in zip(made, data.Schedule(6, 2, 0, 0, 6), strict=True):
+        for got, wanted in zip(batch, zip(*[views[item] for item in items]), strict=True):
+            assert np.array_equal(got, np.stack(wanted))
+    for found, split in zip(zip(*marks), ("val", "train"), strict=True):
+        wanted = np.concatenate([data.Scenes(split).render(i)[3] for i in (0, 1)])[:3]
+        assert np.array_equal(torch.cat(found), [np.packbits(mask) for mask in wanted])
+
+
+def test_a_process_that_is_killed_ends_the_command_with_one_line(tmp_path):
+    data.write_scenes(tmp_path, 2)
+    for killed, said in ((dict(searched=5), "a process of the selective search was killed"),
+                         (dict(loaded=3), "a loading process died")):
+        done = starts(tmp_path, "fork", **killed, ok=False)
+        last = done.stdout.splitlines()[-1]
+        assert done.returncode == 2 and re.fullmatch(f"starts.py: error: {said}.*: the same command goes on.*", last)
+        assert "Traceback" not in done.stdout
+        assert (tmp_path / "boxes/settings.json").exists() == ("loaded" in killed)  # the second run went on where it stopped
 
 
 def test_filter_relaxes_step_by_step():
@@ -792,22 +879,20 @@ def test_memory_is_flat(tmp_path):
     assert sizes[5] > 200_000 and abs(sizes[50] / sizes[5] - 1) < 0.02, sizes
 
 
-def test_proposals_of_a_large_set_open_at_once_and_are_not_copied(tmp_path):
-    import pickle
+def test_proposals_of_a_large_set_are_not_copied(tmp_path):
     n = 150_000
     names = [f"{i:012d}.jpg" for i in range(n)]
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
-    np.save(tmp_path / "offsets.npy", np.arange(n + 1, dtype=np.int64) * 40)
-    np.save(tmp_path / "boxes.npy", np.ones((n * 40, 4), np.float32))
-    images = data.Images(tmp_path, names)
-    began = time.perf_counter()
-    views = data.TwoViews(images, data.Proposals(tmp_path), 224, 4)
-    assert time.perf_counter() - began < 1 and len(views) == n
-    assert isinstance(views.proposals.boxes, np.memmap) and len(pickle.dumps(views.proposals)) < 1000  # a worker gets the path
-    assert pickle.loads(pickle.dumps(views)).proposals[n - 1].shape == (40, 4)
+    np.save(tmp_path / "offsets.npy", np.arange(n + 1, dtype=np.int64) * 4)
+    np.save(tmp_path / "boxes.npy", np.ones((n * 4, 4), np.float32))
+    views = data.TwoViews(data.Images(tmp_path, names), data.Proposals(tmp_path), 224, 4)
+    assert len(views) == n and isinstance(views.proposals.boxes, np.memmap)
+    assert len(pickle.dumps(views.proposals)) < n / 100  # a process gets the path, not the boxes
+    assert pickle.loads(pickle.dumps(views)).proposals[n - 1].shape == (4, 4)
 
 
 @needs_coco
+@pytest.mark.bench
 def test_loader_is_faster_than_the_usual_way(tmp_path):
     """Per core, decode included: our views and boxes against PIL and torchvision's v1 transforms of the same views."""
     from torchvision import transforms as T
@@ -2040,6 +2125,7 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     assert build(3)[0] == chosen  # of the seed and the boxes, not of the order of the rows
 
 
+@pytest.mark.bench
 def test_a_million_rows_take_little_memory_and_time(tmp_path):
     random, n = np.random.default_rng(0), 1_000_000
     openimages(tmp_path, [], images=(), split="train")
@@ -2080,7 +2166,8 @@ def test_stats_gives_table_2_and_the_recall_of_the_proposals(tmp_path, run_data)
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc", "scenes"])
-def test_stats_reads_every_data_set(tmp_path, kind, run_data):
+def test_stats_reads_every_data_set(tmp_path, kind, run_data, monkeypatch):
+    monkeypatch.setitem(data.Scenes.NUMBER, "train", 40)
     if kind == "coco":
         data.write_scenes(tmp_path, 4)
     if kind == "voc":
@@ -2107,7 +2194,8 @@ BROKEN_ROWS = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_ROWS)
-def test_a_broken_row_is_named_and_the_others_are_read(tmp_path, capfd, kind):
+def test_a_broken_row_is_named_and_the_others_are_read(tmp_path, capfd, monkeypatch, kind):
+    monkeypatch.setattr(data, "BLOCK", 7)  # the end of a block is no place for a mistake either
     sound = [box_row(1 + i % 2, "/m/1") for i in range(50)]
     openimages(tmp_path, sound[:30] + [BROKEN_ROWS[kind]] + sound[30:])
     assert len(data.open_labelled("openimages", tmp_path).labels) == 50
@@ -2184,6 +2272,47 @@ def test_broken_voc_files_are_named_and_the_others_are_read(tmp_path, capfd):
         path.write_text("")
     with pytest.raises(data.UserError, match="holds no sound box"):
         data.open_labelled("voc", tmp_path, "train")
+
+
+def test_an_absent_image_is_an_error_where_it_has_to_be(tmp_path):
+    data.write_scenes(tmp_path / "coco", 4)
+    (tmp_path / "coco/train2017/000000000002.png").unlink()
+    voc(tmp_path / "voc", 2007, {"train": ["1", "2"]})
+    (tmp_path / "voc/VOCdevkit/VOC2007/JPEGImages/1.jpg").unlink()
+    openimages(tmp_path / "openimages", [box_row(1, "/m/1"), box_row(9, "/m/1")], images=(1,), split="train")
+    shutil.copytree(tmp_path / "openimages", tmp_path / "openimages-mini")
+    (tmp_path / "openimages-mini/openimages-mini.txt").write_text(f"train/{1:016x}\ntrain/{9:016x}\n")
+    for kind, name in (("coco", "000000000002.png"), ("voc", "line 1: 1"), ("openimages", f"{9:016x}"),
+                       ("openimages-mini", f"line 2: train/{9:016x}")):
+        assert len(data.open_labelled(kind, tmp_path / kind, "train").labels)
+        with pytest.raises(data.UserError, match=f"image listed but absent from .*: 1 in .*{name}.*download them again"):
+            data.open_labelled(kind, tmp_path / kind, "train", strict=True)
+
+
+def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
+    """Polygons of all sizes, with parts that overlap, and run lengths, compressed or not, against COCO's own reader."""
+    from pycocotools.coco import COCO as Reader
+    random, shapes = np.random.default_rng(0), []
+    for size in (6, 12, 24, 32) * 3:
+        corners = random.uniform(0, 33 - size, (2, 1, 2)) + random.uniform(0, size, (2, 7, 2))
+        shapes.append(corners.reshape(2, -1).round(2).tolist())
+    shapes += [{"size": [32, 64], "counts": [100, 30, 2, 600, 1316]}, {"size": [32, 64], "counts": "d3>2N000000000Qh0"}]
+    shapes += [None, [], [[1, 2, 3, 4]]]  # no mask: none, no part, two corners
+    picture(tmp_path / "train2017/1.jpg", 64, 32)
+    found = dict(images=[dict(id=5, file_name="1.jpg", width=64, height=32)], categories=[dict(id=3, name="cat")], annotations=[
+        dict(id=n + 1, image_id=5, category_id=3, bbox=[0, 0, 9, 9], segmentation=shape) for n, shape in enumerate(shapes)])
+    path = tmp_path / "annotations/instances_train2017.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(found))
+    ours, reader = pickle.loads(pickle.dumps(data.open_labelled("coco", tmp_path, "train"))), Reader(str(path))
+    for row in range(len(shapes) - 3):
+        wanted = reader.annToMask(reader.anns[row + 1]).astype(bool)
+        assert wanted.any() and ours.mask(row).dtype == bool and np.array_equal(ours.mask(row), wanted), row
+    assert [ours.mask(row) for row in range(len(shapes) - 3, len(shapes))] == [None] * 3
+    monkeypatch.setitem(sys.modules, "pycocotools", None)  # as if it were not installed: only masks need it
+    assert len(data.open_labelled("coco", tmp_path, "train").boxes) == len(shapes)
+    with pytest.raises(data.UserError, match="pip install pycocotools"):
+        ours.mask(0)
 
 
 def test_broken_coco_annotations_are_named_and_the_others_are_read(tmp_path, capfd):
