@@ -15,6 +15,8 @@ Images are RGB with ImageNet's mean and deviation, as all these releases expect 
 want BGR, are not among them).
 """
 import argparse
+import glob
+import hashlib
 import io
 import json
 import math
@@ -23,11 +25,13 @@ import pickle
 import re
 import sys
 import time
-import zipfile
 from collections import OrderedDict, defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -37,20 +41,20 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import MultiScaleRoIAlign
 
 from augment import COLOURS, normalise, to_float
 from d3ssl import Ranks, positive, roi_align
-from data import (Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader, open_labelled, resize,
-                  rng)
+from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader, open_labelled,
+                  resize, rng)
 
-SIZE = {"scenes": 224, "coco": 448}  # side of the input in pixels; not in the paper
+SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}  # side of the input in pixels
 TEMPERATURE = 0.07                   # of a vote; not in the paper: instance discrimination's and DINO's
 BATCH = 32
 
@@ -60,27 +64,32 @@ BATCH = 32
 # Bottlenecks or not, and the blocks of each stage.
 ARCHITECTURES = {(False, 2, 2, 2, 2): "resnet18", (False, 3, 4, 6, 3): "resnet34", (True, 3, 4, 6, 3): "resnet50",
                  (True, 3, 4, 23, 3): "resnet101", (True, 3, 8, 36, 3): "resnet152"}
-MOMENTUM = re.compile(r"_k(?![a-z])|teacher|target|momentum|(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+RESNETS = tuple(ARCHITECTURES.values())
+MOMENTUM = re.compile(r"_k(ey)?(?![a-z])|teacher|target|momentum|(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
-def load_backbone(path, arch=None, teacher=False, prefix=None, trust_pickle=False, seed=0):
-    """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those of
-    momentum encoders (_k, teacher, target, momentum, ema) are dropped, and one must be left.
+def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
+    """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those
+    of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code of a pickle
+    is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
 
     Args: path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum encoder,
-    not the other; prefix: settles which; trust_pickle: open pickles, which can run code.
+    not the other; prefix: settles which.
     Returns torchvision's ResNet with fc = Identity in eval mode, and its architecture's name. Raises UserError if there
     is no such file, if it is no checkpoint, holds no ResNet or several, or if one of its weights does not fit."""
     if path == "random":
         return build(arch or "resnet50", seed).eval(), arch or "resnet50"
-    found = backbones(dict(flatten(read_checkpoint(path, trust_pickle))))
+    saved = read_checkpoint(path)
+    found = backbones(dict(flatten(saved)))
     if not found:
-        raise UserError(f"--ckpt {path} holds no ResNet: no layer1 to layer4 (or detectron2's res2 to res5) under one prefix")
+        raise UserError(f"--ckpt {path} holds no ResNet: no layer1 to layer4 (or detectron2's res2 to res5) under a prefix")
     prefix, weights = choose(path, found, teacher, prefix)
     blocks = [1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
     arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *blocks))
     if arch is None:
-        raise UserError(f"--ckpt {path}: stages of {blocks} blocks under {prefix!r} are not {', '.join(ARCHITECTURES.values())}")
+        raise UserError(f"--ckpt {path}: stages of {blocks} blocks under {prefix!r} are none of {', '.join(RESNETS)}")
+    if "d3ssl" in saved and "clean" in saved:
+        weights.update(saved["clean"]["teacher" if "teacher" in prefix else "student"])
     network = build(arch, seed)
     fill(network, weights, f"--ckpt {path}", prefix, arch)
     return network.eval(), arch
@@ -95,48 +104,114 @@ def build(arch, seed):
     return network
 
 
-def read_checkpoint(path, trust_pickle=False):
-    """What a checkpoint file holds, on the CPU. Raises UserError, also for a pickle without `trust_pickle`."""
+def read_checkpoint(path):
+    """What a checkpoint file holds, on the CPU: torch.save's, a plain pickle (detectron2's) or safetensors. Raises UserError."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(2)
+        file = open(path, "rb")
     except OSError as error:
-        raise UserError(f"--ckpt {path}: {error.strerror}; name a checkpoint file, or random") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # SoCo, PixPro and DINO save their options
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
-        reason = type(error).__name__
-    if zipfile.is_zipfile(path) or start[:1] == b"\x80":  # a pickle of Python objects, or with some in it
-        if not trust_pickle:
-            raise UserError(f"--ckpt {path} is a pickle of more than tensors, which can run any code: if you trust whoever "
-                            "made it, add --trust-pickle")
-        for read in (lambda file: torch.load(file, map_location="cpu", weights_only=False),
-                     lambda file: pickle.load(file, encoding="latin1")):
+        raise UserError(f"--ckpt {path}: {error.strerror}; name a checkpoint file, random or colour") from None
+    with file:
+        safetensors = file.read(9)[8:] == b"{"
+        for read in (read_safetensors,) if safetensors else (read_torch, read_pickle):
+            file.seek(0)
             try:
-                with open(path, "rb") as file:
-                    return read(file)
-            except Exception as error:  # whatever its classes' constructors raise
+                return read(file)
+            except Exception as error:  # of many classes, on a file that is cut or is something else
                 reason = type(error).__name__
-    raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({reason}): name what torch.save or detectron2 wrote")
+    raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({reason}): name what torch.save, detectron2 or "
+                    "safetensors wrote")
+
+
+def read_safetensors(file):
+    """{name: tensor}: eight bytes of length, a JSON header, the numbers (huggingface/safetensors, "Format")."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    numbers, tensors = bytearray(file.read()), {}
+    for name, entry in header.items():
+        if name == "__metadata__" or entry["data_offsets"][0] == entry["data_offsets"][1]:
+            continue
+        (start, end), dtype = entry["data_offsets"], SAFETENSORS[entry["dtype"]]
+        if end > len(numbers):
+            raise EOFError
+        tensors[name] = torch.frombuffer(numbers, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
+        tensors[name] = tensors[name].reshape(entry["shape"])
+    return tensors
+
+
+def read_torch(file):
+    return torch.load(file, map_location="cpu", weights_only=False, pickle_module=SAFE_PICKLE, encoding="latin1")
+
+
+def read_pickle(file, **options):
+    return SafeUnpickler(file, encoding="latin1").load()
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Knows what tensors and arrays are made of; every other class or function of a pickle becomes a Stub, so that no code
+    of others runs, and a class that is not installed here is none that is missed."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("torch.storage", "_load_from_bytes"):  # a tensor in a plain pickle is torch.save's bytes
+            return lambda data: read_torch(io.BytesIO(data))
+        if name in HARMLESS.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return super().find_class(module, name)
+        return Stub
+
+
+class Stub(dict):
+    """In the place of an object of a class that is not run: takes whatever it is given, and keeps a dictionary's entries
+    and an object's attributes, among which a module has its weights."""
+    __hash__ = object.__hash__
+
+    def __init__(self, *_, **__):
+        super().__init__()
+
+    def __call__(self, *_, **__):
+        return Stub()
+
+    def __setstate__(self, state):
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+    def append(self, _):
+        pass
+
+    extend = add = append
+
+
+SAFE_PICKLE = SimpleNamespace(__name__="safe", Unpickler=SafeUnpickler, load=read_pickle)  # what torch.load asks of a module
+HARMLESS = {"torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"),
+            "torch": ("Size", "device", "UntypedStorage"), "torch.storage": ("UntypedStorage", "TypedStorage"),
+            "collections": ("OrderedDict",), "_codecs": ("encode",), "numpy": ("ndarray", "dtype")}
+for package in ("numpy.core", "numpy._core"):  # before and since numpy 2
+    HARMLESS.update({f"{package}.multiarray": ("_reconstruct", "scalar"), f"{package}.numeric": ("_frombuffer",)})
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def flatten(tree, prefix=""):
     """(name, tensor) of every array in nested dictionaries and modules, names joined by dots, in torchvision's words."""
-    tree = tree.state_dict() if isinstance(tree, nn.Module) else tree
     if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, (torch.Tensor, np.ndarray)):
-        yield from_detectron2(prefix), torch.as_tensor(tree)
+        for key, value in [*tree.items(), *getattr(tree, "__dict__", {}).items()]:
+            inside = key in ("_modules", "_parameters", "_buffers")  # of a module that was saved whole
+            yield from flatten(value, prefix if inside else f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, torch.Tensor) or (isinstance(tree, np.ndarray) and tree.dtype.kind in "fiub"):
+        yield torchvision_name(prefix), torch.as_tensor(tree)
 
 
-def from_detectron2(name):
-    """res2.0.conv1.norm.weight -> layer1.0.bn1.weight and so on; torchvision's names stay as they are."""
-    name = re.sub(r"(^|\.)stem\.(?=conv1\.)", r"\1", name)
-    name = re.sub(r"(^|\.)res([2-5])\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) - 1}.", name)
-    name = re.sub(r"\bconv(\d)\.norm\.", r"bn\1.", name)
-    return name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+# Hugging Face's names (transformers, modeling_resnet.py), then detectron2's (modeling/backbone/resnet.py), in torchvision's words.
+SPELLINGS = [(re.compile(pattern), word) for pattern, word in (
+    (r"(^|\.)embedder\.embedder\.convolution\.", r"\1conv1."), (r"(^|\.)embedder\.embedder\.normalization\.", r"\1bn1."),
+    (r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) + 1}."),
+    (r"\.layer\.([0-2])\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
+    (r"\.layer\.([0-2])\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."), (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"(^|\.)stem\.(?=conv1\.)", r"\1"), (r"(^|\.)res([2-5])\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) - 1}."),
+    (r"\bconv(\d)\.norm\.", r"bn\1."), (r"\bshortcut\.norm\.", "downsample.1."), (r"\bshortcut\.", "downsample.0."))]
+
+
+def torchvision_name(name):
+    for pattern, word in SPELLINGS:
+        name = pattern.sub(word, name)
+    return name
 
 
 def to_detectron2(name):
@@ -146,16 +221,40 @@ def to_detectron2(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
+STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.(?:conv\d|bn\d|downsample\.\d)\."
+                   r"(?:weight|bias|running_mean|running_var|num_batches_tracked)")  # an optimiser's state ends otherwise
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # nn.Sequential(*children)
+
+
 def backbones(weights):
-    """{prefix: {torchvision's name: tensor}} for each prefix under which all four stages of a ResNet lie."""
+    """{prefix: {torchvision's name: tensor}} for each prefix under which all four stages of a ResNet lie, by name or as
+    numbered children; and for a C4 detector, whose fourth stage is in its head, that of the first three."""
     stages = defaultdict(set)
-    for key in weights:
-        match = re.fullmatch(r"(.*?\.)?layer([1-4])\.\d+\.(?:conv\d|bn\d|downsample)\..*", key)
-        if match:
-            stages[match[1] or ""].add(match[2])
-    return {prefix: {key[len(prefix):]: value for key, value in weights.items()
-                     if key.startswith(prefix) and re.match(r"(conv1|bn1|layer\d+)\.", key[len(prefix):])}
-            for prefix, present in stages.items() if len(present) == 4}
+    for match in filter(None, map(STAGE.fullmatch, weights)):
+        stages[match[1] or ""].add(CHILDREN.get(match[2], match[2]))
+    parts = {prefix: under(prefix, weights) for prefix in stages}
+    found = {prefix: parts[prefix] for prefix, present in stages.items() if len(present) == 4}
+    for momentum in (False, True):
+        bodies, heads = ([prefix for prefix, present in stages.items() if present == set(names)
+                          and bool(MOMENTUM.search(prefix)) == momentum]
+                         for names in (("layer1", "layer2", "layer3"), ("layer4",)))
+        if len(bodies) == len(heads) == 1:
+            found[bodies[0]] = {**parts[heads[0]], **parts[bodies[0]]}
+            extra = [key for key in weights if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", key)]
+            if extra:
+                print(f"left out, an extra norm after res5: {', '.join(extra)}", file=sys.stderr, flush=True)
+    return found
+
+
+def under(prefix, weights):
+    """{torchvision's name: tensor} of the stem and the stages under a prefix."""
+    own = {}
+    for key, value in weights.items():
+        first, dot, rest = key[len(prefix):].partition(".")
+        first = CHILDREN.get(first, first)
+        if key.startswith(prefix) and re.fullmatch(r"conv1|bn1|layer\d+", first):
+            own[first + dot + rest] = value
+    return own
 
 
 def choose(path, found, teacher, prefix):
@@ -209,6 +308,130 @@ def export(network, kind, path):
             torch.save(weights, file)
         else:
             pickle.dump({"model": named, "__author__": "D3SSL", "matching_heuristics": True}, file)
+
+
+# ------------------------------------------------------------------------------------------------- arms of a comparison
+
+@dataclass
+class Row:
+    """One network of an arm. `load` reads it anew each time, so that an arm may have more files than memory holds."""
+    path: str                    # a file, or random, or colour
+    teacher: bool = False
+    prefix: str = None
+    arch: str = None
+    seed: int = None             # of its training run, from the last.pt that it is or lies beside; None: not known
+    images: int = None           # that it has seen, likewise
+    bins: int = 14               # side of RoIAlign's output on C4, as it was trained: for --head roi
+    statistics: str = "saved"    # or clean: estimated here; or clean (training run): estimated where it was trained
+    digest: str = None           # of its weights as they are in the file
+
+    def load(self, clean):
+        """torchvision's ResNet in eval mode. clean(network, row) re-estimates its batch-norm statistics in place; it is
+        called where they are to be clean, so that random, which has none, is never evaluated without."""
+        network, self.arch = load_backbone(self.path, self.arch, self.teacher, self.prefix, seed=self.seed or 0)
+        self.digest = digest(network)
+        if self.statistics == "clean":
+            clean(network, self)
+        return network
+
+
+class Arm(NamedTuple):
+    """The networks of a row of the table: of one name, and of one number of images seen."""
+    name: str
+    images: int   # None where it is not known
+    rows: list
+
+
+def open_arms(args):
+    """The arms of --ckpt, in its order and by images seen: `random`, `colour`, `FILE`, `FILE:PREFIX`, `FILE:teacher`, a glob of
+    files, each also as NAME=... . Every file is read once, so that mistakes show before minutes have passed.
+
+    random has a row for each seed of the first arm that has seeds (else --seed), and its architecture. Raises UserError
+    for what load_backbone refuses, a glob without files, two files of one arm, seed and number of images."""
+    entries = [parse_entry(entry, args) for entry in args.ckpt]
+    files = [row for _, rows in entries for row in rows if row.path not in ("random", "colour")]
+    for row in files:
+        run = run_of(row.path)
+        row.seed, row.images = run.get("seed"), images_of(row.path, run)
+        row.bins = args.roi or run.get("roi")
+        row.statistics = "clean" if args.statistics == "clean" else run.get("statistics", "saved")
+        row.load(lambda network, row: None)
+    bins = args.roi or next((row.bins for row in files if row.bins), None) or default_bins(args)
+    arch = args.arch or (files[0].arch if files else "resnet50")
+    seeds = next(filter(None, (sorted({row.seed for row in rows} - {None}) for _, rows in entries)), [args.seed])
+    arms = []
+    for name, rows in entries:
+        if rows[0].path == "random":
+            rows = [Row("random", arch=arch, seed=seed, images=0, statistics="clean") for seed in seeds]
+        for row in rows:
+            row.bins = row.bins if row in files and row.bins else bins
+        for images in sorted({row.images for row in rows}, key=lambda n: -1 if n is None else n):
+            some = [row for row in rows if row.images == images]
+            known = [row.seed for row in some if row.seed is not None]
+            if len(set(known)) < len(known):
+                raise UserError(f"--ckpt {name} has two files of one seed, as {some[0].path}: name them as two arms, A=FILE B=FILE")
+            arms.append(Arm(name, images, some))
+    return arms
+
+
+def parse_entry(entry, args):
+    """An entry of --ckpt -> its name and its rows, of which only path, teacher and prefix are known."""
+    name, files = entry.split("=", 1) if "=" in entry and not Path(entry).exists() else (entry, entry)
+    if files in ("random", "colour"):
+        return name, [Row(files, statistics="none")]
+    path, teacher, prefix = split_selector(files, args.teacher, args.prefix)
+    paths = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
+    if not paths:
+        raise UserError(f"--ckpt {path}: No such file; name a checkpoint file, random or colour")
+    return name, [Row(path, teacher, prefix) for path in paths]
+
+
+def split_selector(entry, teacher=False, prefix=None):
+    """FILE, FILE:teacher or FILE:PREFIX -> path, teacher, prefix; what is not in the entry stays as given."""
+    path, colon, selector = entry.rpartition(":")
+    if not colon or Path(entry).exists():
+        return entry, teacher, prefix
+    return (path, True, prefix) if selector == "teacher" else (path, teacher, selector)
+
+
+@lru_cache(maxsize=None)
+def run_of(path):
+    """What our trainer's last.pt (`path`, or beside a backbone*.pth) says of its run: seed, roi, images, statistics; {} of
+    other files."""
+    beside = Path(path).with_name("last.pt")
+    path = beside if Path(path).name.startswith("backbone") and beside.exists() else path
+    saved = read_checkpoint(path)
+    if not isinstance(saved, dict) or "d3ssl" not in saved:
+        return {}
+    config = saved["config"]
+    images = saved["step"] * config["batch_size"] if "step" in saved and "batch_size" in config else None
+    return dict(seed=config.get("seed"), roi=config.get("roi"), images=images,
+                statistics="clean (training run)" if "clean" in saved else "saved")
+
+
+def images_of(path, run):
+    """The number of images that a file's network has seen, from a snapshot's name or its run; None if neither says."""
+    snapshot = re.fullmatch(r"backbone-(\d+)\.pth", Path(path).name)
+    return int(snapshot[1]) if snapshot else run.get("images")
+
+
+def default_bins(args):
+    """detectron2's C4 head has 14; the scenes' preset, for 112 pixels, has 6 (d3ssl.py)."""
+    return 6 if (getattr(args, "size", None) or SIZE[args.data]) <= 112 else 14
+
+
+def digest(network):
+    """A hash of a network's weights and buffers, 16 hexadecimal digits."""
+    whole = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        whole.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def reference(arm, arms):
+    """The arm that `arm` is compared with: the first one, at the same number of images seen where it has several."""
+    first = [other for other in arms if other.name == arms[0].name]
+    return next((other for other in first if other.images == arm.images), first[-1])
 
 
 # -------------------------------------------------------------------------------------------------- objects of a split
@@ -281,17 +504,75 @@ class Objects(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------------------------------------------- object features
 
-def c5(network):
-    """The C5 map of torchvision's ResNet, as a function: images (B, 3, H, W) -> (B, 2048, H/32, W/32) at ResNet-50."""
-    extractor = create_feature_extractor(network, {"layer4": "c5"})
-    return lambda images: extractor(images)["c5"]
+class ObjectFeatures(nn.Module):
+    """The features of objects by torchvision's ResNet, as a function of (images, boxes): normalised (B, 3, H, W) and
+    (B, K, 4) in their pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised.
+
+    head "map": section 5.3's words, RoIAlign 7x7 on C5 of the whole image, averaged. head "roi": as region-level methods
+    train, C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
+
+    def __init__(self, network, head="map", bins=14):
+        super().__init__()
+        self.network, self.head, self.bins = network, head, bins
+
+    def forward(self, inputs):
+        images, boxes = inputs
+        net = self.network
+        x = net.maxpool(net.relu(net.bn1(net.conv1(images.contiguous(memory_format=torch.channels_last)))))
+        c4 = net.layer3(net.layer2(net.layer1(x)))
+        if self.head == "map":
+            return object_means(net.layer4(c4), boxes, 1 / 32)
+        features = None
+        for k in range(boxes.shape[1]):  # the k-th object of every image that has one: nothing is spent on padding
+            there = (boxes[:, k, 2] > boxes[:, k, 0]).nonzero()[:, 0]
+            regions = roi_align(c4[there], boxes[there, k:k + 1], self.bins, 1 / 16)
+            some = net.layer4(regions).mean((2, 3))
+            features = some.new_zeros(*boxes.shape[:2], some.shape[1]) if features is None else features
+            features[there, k] = some
+        return features.flatten(0, 1)
 
 
-def object_features(maps, boxes, scale):
-    """Section 5.3: (B * K, C), L2-normalised: RoIAlign 7x7 with 2x2 samples a bin, averaged over the bins, of the maps
-    (B, C, h, w) at boxes (B, K, 4) in pixels of the image; scale: map cells a pixel."""
-    mean = roi_align(maps.float(), boxes, 1, scale, ratio=14)  # the mean of 7x7 bins is one bin with their 14x14 samples
-    return F.normalize(mean.flatten(1), dim=1)
+def object_means(maps, boxes, scale):
+    """(B * K, C): RoIAlign 7x7 with 2x2 samples a bin, averaged over the bins, of the maps (B, C, h, w) at boxes (B, K, 4)
+    in pixels of the image; scale: map cells a pixel."""
+    return roi_align(maps.float(), boxes, 1, scale, ratio=14).flatten(1)  # 7x7 bins' mean is that of their 14x14 samples
+
+
+class Clean:
+    """Batch norm's statistics on clean images of the evaluated data: `number` of the train split, drawn by seed, without
+    their labels, at the evaluation's size, along the evaluated head's path. With head "roi" C5 sees four random boxes an
+    image, whose sqrt(area share) is uniform in that of the proposals' filter."""
+
+    def __init__(self, images, size, head="map", number=256, seed=0, device="cpu"):
+        self.images, self.size, self.head, self.seed, self.device = images, size, head, seed, device
+        self.chosen = rng(seed).choice(len(images), min(number, len(images)), replace=False)
+
+    def __call__(self, network, row):
+        """Replace the statistics of a ResNet by the mean over equal batches of about 32 images (torch's update_bn)."""
+        update_bn(self.batches(), ObjectFeatures(network.to(self.device), self.head, row.bins).eval())
+
+    def batches(self):
+        """One-element lists, as update_bn takes them, of (images, boxes)."""
+        for some in np.array_split(self.chosen, max(1, round(len(self.chosen) / BATCH))):
+            readable = [pixels for pixels in map(self.picture, some) if pixels is not None]
+            if readable:
+                images = normalise(to_float(torch.from_numpy(np.stack(readable)).to(self.device)))
+                yield [(images, torch.stack([self.boxes(i) for i in some[:len(readable)]]).to(self.device))]
+
+    def picture(self, i):
+        try:
+            return resize(self.images.read(int(i)), self.size, self.size)
+        except OSError:
+            return None  # it is named when its own turn comes
+
+    def boxes(self, i, number=4):
+        """(4, 4) float32, by (seed, i)."""
+        random = rng(self.seed, int(i))
+        side = random.uniform(*SEARCH["share"], (number, 1)) * self.size
+        stretch = np.exp(random.uniform(-0.5, 0.5, (number, 1)) * math.log(2))  # aspects of 1/2 to 2
+        sides = np.concatenate([side * stretch, side / stretch], 1).clip(max=self.size)
+        corner = random.uniform(0, 1, (number, 2)) * (self.size - sides)
+        return torch.from_numpy(np.concatenate([corner, corner + sides], 1)).float()
 
 
 @torch.inference_mode()
@@ -883,11 +1164,15 @@ def save(what, path):
 def add_checkpoint_arguments(parser):
     """What every script that asks checkpoints takes."""
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, help="checkpoints of ResNets, a row each; random: untrained")
-    add("--arch", choices=tuple(ARCHITECTURES.values()), default="resnet50", help="of random; others have it in their shapes")
-    add("--teacher", action="store_true", help="the momentum encoder of each checkpoint, not the other one")
-    add("--prefix", help="which of several ResNets in a file, if that is not clear")
-    add("--trust-pickle", action="store_true", help="open pickles (detectron2's), which can run code")
+    add("--ckpt", nargs="+", required=True, metavar="ARM", help="a row each: FILE, FILE:teacher, FILE:PREFIX, 'NAME=GLOB' (the "
+        "mean over its files), random (untrained), colour (no network: the median colour of each box)")
+    add("--arch", choices=RESNETS, help="of random (default: the first file's, else resnet50)")
+    add("--teacher", action="store_true", help="the momentum encoder of every file, not the other one")
+    add("--prefix", help="which of several ResNets in every file, if that is not clear")
+    add("--statistics", choices=("saved", "clean"), default="saved", help="batch norm's: the file's, or those of 256 clean "
+        "train images; random, which has none, is always clean")
+    add("--roi", type=positive, help="side of RoIAlign's output on C4 (default: as the first of our files was trained, else 6 "
+        "for scenes, 14 for photographs)")
     add("--data", choices=tuple(SIZE), default="scenes")
     add("--root", help="the data set's folder (default data/DATA)")
     add("--seed", type=int, default=0, help="of random's weights and of what is drawn")
@@ -896,9 +1181,10 @@ def add_checkpoint_arguments(parser):
     add("--picture", help="write a PNG of the inputs there")
 
 
-def load_from(args, path):
-    """load_backbone of one --ckpt, by the arguments above."""
-    return load_backbone(path, args.arch, args.teacher, args.prefix, args.trust_pickle, args.seed)
+def load_from(args, entry):
+    """load_backbone of one --ckpt, FILE, FILE:PREFIX or FILE:teacher, by the arguments above."""
+    path, teacher, prefix = split_selector(entry, args.teacher, args.prefix)
+    return load_backbone(path, args.arch, teacher, prefix, seed=args.seed)
 
 
 def parse_arguments(arguments=None):
