@@ -251,9 +251,8 @@ def coupling(network, a, b, alone=False, **options):
 def reid(network, bank, **options):
     """Does an object find itself? R@1 in % of queries amid the next four objects of the bank, and alone in a corner (object i
     in corner i mod 4), in the bank, where each is alone in the centre: {name: Estimate}. options as `coupling`'s."""
-    n = len(bank.masks)
     stored = features(network, BANK, [(CENTRE, bank)], **options)
-    around = [(place, bank.take([(i + 1 + k) % n for i in range(n)])) for k, place in enumerate(NEIGHBOURS)]
+    around = neighbours(bank, range(len(bank.masks)))
     amid = features(network, BANK, [(CENTRE, bank), *around], read=1, **options)
     moved = [torch.empty_like(layer) for layer in stored]
     for c, corner in enumerate(CORNERS):
@@ -261,6 +260,11 @@ def reid(network, bank, **options):
             layer[c::4] = part
     return {"reid_neighbours": ratio_of_means([hits(q[:, 0], k[:, 0]) for q, k in zip(amid, stored)]),
             "reid_moved": ratio_of_means([hits(q[:, 0], k[:, 0]) for q, k in zip(moved, stored)])}
+
+
+def neighbours(bank, rows):
+    """The squares around objects `rows` of the bank: the four that follow each, left, right, above and below."""
+    return [(place, bank.take([(row + 1 + k) % len(bank.masks) for row in rows])) for k, place in enumerate(NEIGHBOURS)]
 
 
 def hits(queries, bank):
@@ -360,45 +364,41 @@ def cells(result, name, form):
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 def plot(results, path):
-    """Figures 3b and 4b and ours as a PNG: every measure by layer, a curve an arm with its standard errors, after the most
-    images seen; where an arm has several numbers of images seen, below it over these, at res4 and (dashed) at `roi`."""
+    """Figures 3b and 4b and ours, a PNG: every measure by layer, a curve an arm with its standard errors, after the most images
+    seen; where an arm has several numbers of images seen, below it over these, at res4 and at `roi` (dashed)."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    by_arm = defaultdict(list)
+    arms = defaultdict(list)
     for result in results:
-        by_arm[result["arm"]].append(result)
-    inks = dict(zip(by_arm, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000") * len(by_arm)))
-    learning = any(len(some) > 1 for some in by_arm.values())
-    figure, axes = pyplot.subplots(4 if learning else 2, 3, figsize=(13, 15 if learning else 7.5), layout="constrained")
-    for axis, (name, (title, ideal)) in zip(axes.flat, MEASURES.items()):
+        arms[result["arm"]].append(result)
+    inks = dict(zip(arms, CURVE_COLOURS * len(arms)))
+    learning = any(len(some) > 1 for some in arms.values())
+    figure, axes = pyplot.subplots(4 if learning else 2, 3, figsize=(13, 14 if learning else 7.5), layout="constrained")
+    for n, axis in enumerate(axes.flat):
+        name, (title, ideal) = list(MEASURES.items())[n % 6]
         axis.axhline(ideal, color="grey", linewidth=0.8, linestyle=":")
-        for arm, some in by_arm.items():
-            means, errors = (np.array(some[-1][key], float) for key in (name, f"{name}_se"))
-            axis.errorbar(LAYERS, means, errors, label=arm, color=inks[arm], marker="o", markersize=4, capsize=3)
-        axis.set(xlabel="layer")
         axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("layer" if n < 6 else "images seen (solid res4, dashed roi)")
         axis.grid(alpha=0.3)
-    for axis, (name, (title, ideal)) in zip(axes.flat[6:], MEASURES.items()):
-        axis.axhline(ideal, color="grey", linewidth=0.8, linestyle=":")
-        for arm, some in by_arm.items():
-            for layer, style in (("res4", "-"), ("roi", "--")):
-                values = [result[name][LAYERS.index(layer)] for result in some]
-                if len(some) > 1:
-                    errors = np.array([result[f"{name}_se"][LAYERS.index(layer)] for result in some], float)
-                    images, means = [result["images"] for result in some], np.array(values, float)
-                    axis.plot(images, means, color=inks[arm], marker="o", markersize=3, linestyle=style)
-                    axis.fill_between(images, means - errors, means + errors, color=inks[arm], alpha=0.18, linewidth=0)
-                elif values[0] is not None:
-                    axis.axhline(values[0], color=inks[arm], linewidth=1, linestyle=style)
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="images seen; solid res4, dashed roi")
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.grid(alpha=0.3)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(by_arm), 5), frameon=False)
+        for arm, some in arms.items():
+            means, errors = (np.array([result[key] for result in some], float) for key in (name, f"{name}_se"))
+            images, style = [result["images"] for result in some], dict(color=inks[arm], marker="o", markersize=4, capsize=3)
+            if n < 6:
+                axis.errorbar(LAYERS, means[-1], errors[-1], label=arm, **style)
+                continue
+            for layer, dashes in ((LAYERS.index("res4"), "-"), (LAYERS.index("roi"), "--")):
+                if images[-1]:
+                    axis.errorbar(images, means[:, layer], errors[:, layer], linestyle=dashes, **style)
+                else:
+                    axis.axhline(means[-1, layer], color=inks[arm], linewidth=1, linestyle=dashes)
+        if n >= 6:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(lambda value, _: short(int(value)))
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 5), frameon=False)
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
@@ -406,10 +406,28 @@ def plot(results, path):
 
 
 def picture(inputs, alone=False, fill="black", rows=3):
-    """A PIL picture of what is asked, a row an object: CR and rc, MCS and rp, re-identification; squares outlined."""
-    rows, n = min(rows, len(inputs.a.masks)), len(inputs.bank.masks)
-    gap, head = 8, 18
-    sheet = Image.new("RGB", (2 * PAIR[1] + GRID[1] + 4 * gap, 0), "#505050")
+    """A PIL picture of what is asked, a row a pair and an object of the bank; the squares that are read are outlined."""
+    gap, head, rows = 8, 18, min(rows, len(inputs.a.masks))
+    nine = "alone at each place in turn" if alone else "the centre against eight places"
+    titles = ("CR, rc: A1 beside B", "A2: A, without B", "B2: B at A's place", f"MCS, rp: {nine}",
+              "bank: in the centre", "amid four neighbours", "moved to a corner")
+    widths = (*[PAIR[1]] * 3, GRID[1], *[BANK[1]] * 3)
+    sheet = Image.new("RGB", (sum(widths) + gap * 8, head + rows * (GRID[0] + gap)), "#505050")
+    draw = ImageDraw.Draw(sheet)
+    for r in range(rows):
+        a, b, one = (squares.take([r]) for squares in inputs)
+        asked = ((PAIR, [(A, a), (B, b)]), (PAIR, [(A, a)]), (PAIR, [(A, b)]),
+                 (GRID, [(place, a) for place in PLACES[:1 if alone else 9]]),
+                 (BANK, [(CENTRE, one)]), (BANK, [(CENTRE, one), *neighbours(inputs.bank, [r])]), (BANK, [(CORNERS[r % 4], one)]))
+        left = gap
+        for title, (size, placed) in zip(titles, asked):
+            top = head + r * (GRID[0] + gap) + (GRID[0] - size[0]) // 2
+            draw.text((left, 3), title, fill="white")
+            sheet.paste(Image.fromarray(compose(size, placed, fill)[0].numpy()), (left, top))
+            for (x, y), squares in placed[:1] if size == BANK else placed:
+                side = squares.masks.shape[1] - 1
+                draw.rectangle([left + x, top + y, left + x + side, top + y + side], outline="#909090")
+            left += size[1] + gap
     return sheet
 
 
