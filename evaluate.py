@@ -1,15 +1,23 @@
 """Any ResNet checkpoint's object features: O-KNN and disturbed O-KNN (the paper's section 5.3, Table 4); transfer to
 detection and segmentation (section 5.2, Tables 1 and 3); export.
 
-    python evaluate.py --ckpt runs/scenes/last.pt random --arch resnet18         ours beside the untrained network
-    python evaluate.py --ckpt A.pth.tar B.pth --data coco --root data/coco       anybody's, a row each
+    python evaluate.py --ckpt runs/scenes/last.pt random colour                  ours, an untrained network, no network
+    python evaluate.py --ckpt 'D3SSL=runs/d3ssl-*/last.pt' 'w/o dp=runs/nodp-*/last.pt' random         means over seeds
+    python evaluate.py --ckpt A.pth.tar B.pth:teacher --data coco --root data/coco             anybody's, a row each
     torchrun --nproc_per_node 8 evaluate.py --ckpt X --transfer voc --root VOCdevkit        or coco; last.pt is resumed
-    python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                for detectron2; torchvision: a state dict
+    python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                or torchvision: a state dict
 
-O-KNN: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins. The bank holds
---objects objects of each train image, distinct categories first; every object of the val split is a query, and its k
-nearest in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies outside the boxes of
-these objects is replaced by another image of the split, in bank and queries.
+O-KNN: the bank holds --objects objects of each train image, distinct categories first; every object of the val split is
+a query, and its k nearest in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies
+outside the boxes of these objects is replaced by another image of the split, in bank and queries.
+
+--head map: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins: the paper's
+words, and the default. --head roi: C5 on RoIs of C4, as region-level methods train. It is the default for scenes: at
+their 112 pixels a C5 map has 4 x 4 cells, and a network trained on RoIs scores there little above chance.
+
+--statistics: a fresh network's running mean 0 and variance 1 normalise nothing, so `random` is always evaluated with
+batch-norm statistics of 256 clean train images; with "clean" every network is. A row is a mean over its files with its
+standard error; the last columns are its difference from the first row, paired by seed, else by image.
 
 Images are RGB with ImageNet's mean and deviation, as all these releases expect (detectron2's own MSRA networks, which
 want BGR, are not among them).
@@ -41,21 +49,22 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 from augment import COLOURS, normalise, to_float
-from d3ssl import Ranks, positive, roi_align
-from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader, open_labelled,
-                  resize, rng)
+from d3ssl import Ranks, clean_statistics, positive, roi_align
+from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader,
+                  open_labelled, resize, rng)
 
-SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}  # side of the input in pixels
-TEMPERATURE = 0.07                   # of a vote; not in the paper: instance discrimination's and DINO's
+# The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
+SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
+TEMPERATURE = 0.07  # of a vote; not in the paper: instance discrimination's and DINO's
 BATCH = 32
 
 
@@ -70,25 +79,31 @@ MOMENTUM = re.compile(r"_k(ey)?(?![a-z])|teacher|target|momentum|(?<![a-z])ema(?
 
 def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
     """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those
-    of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code of a pickle
-    is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
+    of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code of a
+    pickle is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
 
-    Args: path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum encoder,
-    not the other; prefix: settles which.
+    Args: path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum
+    encoder, not the other; prefix: settles which.
     Returns torchvision's ResNet with fc = Identity in eval mode, and its architecture's name. Raises UserError if there
     is no such file, if it is no checkpoint, holds no ResNet or several, or if one of its weights does not fit."""
     if path == "random":
         return build(arch or "resnet50", seed).eval(), arch or "resnet50"
     saved = read_checkpoint(path)
-    found = backbones(dict(flatten(saved)))
+    names = dict(flatten(saved))
+    found = backbones(names)
     if not found:
-        raise UserError(f"--ckpt {path} holds no ResNet: no layer1 to layer4 (or detectron2's res2 to res5) under a prefix")
+        simclr = any(re.search(r"(^|\.)net\.1\.blocks\.0\.net\.0\.weight", name) for name in names)
+        raise UserError(f"--ckpt {path} holds no ResNet: " + (
+            "it is SimCLR v2's, with other stems and shortcuts than torchvision's" if simclr else
+            "no layer1 to layer4 (detectron2's res2 to res5, Hugging Face's stages) under one prefix"))
     prefix, weights = choose(path, found, teacher, prefix)
+    if "conv1.0.weight" in weights:
+        raise UserError(f"--ckpt {path}: {prefix}conv1 is a deep stem, of a ResNet-D (or C): torchvision has none")
     blocks = [1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
     arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *blocks))
     if arch is None:
         raise UserError(f"--ckpt {path}: stages of {blocks} blocks under {prefix!r} are none of {', '.join(RESNETS)}")
-    if "d3ssl" in saved and "clean" in saved:
+    if "d3ssl" in saved and saved.get("clean"):
         weights.update(saved["clean"]["teacher" if "teacher" in prefix else "student"])
     network = build(arch, seed)
     fill(network, weights, f"--ckpt {path}", prefix, arch)
@@ -105,7 +120,8 @@ def build(arch, seed):
 
 
 def read_checkpoint(path):
-    """What a checkpoint file holds, on the CPU: torch.save's, a plain pickle (detectron2's) or safetensors. Raises UserError."""
+    """What a checkpoint holds, on the CPU: torch.save's file, a plain pickle (detectron2's) or safetensors. Raises
+    UserError."""
     try:
         file = open(path, "rb")
     except OSError as error:
@@ -146,8 +162,8 @@ def read_pickle(file, **options):
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Knows what tensors and arrays are made of; every other class or function of a pickle becomes a Stub, so that no code
-    of others runs, and a class that is not installed here is none that is missed."""
+    """Knows what tensors and arrays are made of. Every other class or function of a pickle becomes a Stub: no code of
+    others runs, and a class that is not installed is not missed."""
 
     def find_class(self, module, name):
         if (module, name) == ("torch.storage", "_load_from_bytes"):  # a tensor in a plain pickle is torch.save's bytes
@@ -158,7 +174,7 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class Stub(dict):
-    """In the place of an object of a class that is not run: takes whatever it is given, and keeps a dictionary's entries
+    """In the place of an object whose class is not run: takes whatever it is given, and keeps a dictionary's entries
     and an object's attributes, among which a module has its weights."""
     __hash__ = object.__hash__
 
@@ -177,18 +193,20 @@ class Stub(dict):
     extend = add = append
 
 
-SAFE_PICKLE = SimpleNamespace(__name__="safe", Unpickler=SafeUnpickler, load=read_pickle)  # what torch.load asks of a module
-HARMLESS = {"torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"),
-            "torch": ("Size", "device", "UntypedStorage"), "torch.storage": ("UntypedStorage", "TypedStorage"),
-            "collections": ("OrderedDict",), "_codecs": ("encode",), "numpy": ("ndarray", "dtype")}
+SAFE_PICKLE = SimpleNamespace(__name__="safe", Unpickler=SafeUnpickler, load=read_pickle)  # as torch.load asks
+HARMLESS = {
+    "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"),
+    "torch": ("Size", "device", "UntypedStorage"), "torch.storage": ("UntypedStorage", "TypedStorage"),
+    "collections": ("OrderedDict",), "_codecs": ("encode",), "numpy": ("ndarray", "dtype")}
 for package in ("numpy.core", "numpy._core"):  # before and since numpy 2
     HARMLESS.update({f"{package}.multiarray": ("_reconstruct", "scalar"), f"{package}.numeric": ("_frombuffer",)})
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+               "BOOL": torch.bool}
 
 
 def flatten(tree, prefix=""):
-    """(name, tensor) of every array in nested dictionaries and modules, names joined by dots, in torchvision's words."""
+    """(name, tensor) of every array in nested dictionaries and modules, names joined by dots in torchvision's words."""
     if isinstance(tree, dict):
         for key, value in [*tree.items(), *getattr(tree, "__dict__", {}).items()]:
             inside = key in ("_modules", "_parameters", "_buffers")  # of a module that was saved whole
@@ -197,9 +215,10 @@ def flatten(tree, prefix=""):
         yield torchvision_name(prefix), torch.as_tensor(tree)
 
 
-# Hugging Face's names (transformers, modeling_resnet.py), then detectron2's (modeling/backbone/resnet.py), in torchvision's words.
+# In torchvision's words: Hugging Face's (transformers, modeling_resnet.py), then detectron2's (backbone/resnet.py).
 SPELLINGS = [(re.compile(pattern), word) for pattern, word in (
-    (r"(^|\.)embedder\.embedder\.convolution\.", r"\1conv1."), (r"(^|\.)embedder\.embedder\.normalization\.", r"\1bn1."),
+    (r"(^|\.)embedder\.embedder\.convolution\.", r"\1conv1."),
+    (r"(^|\.)embedder\.embedder\.normalization\.", r"\1bn1."),
     (r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) + 1}."),
     (r"\.layer\.([0-2])\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
     (r"\.layer\.([0-2])\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
@@ -221,9 +240,11 @@ def to_detectron2(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
+# A tensor of a stage; what an optimiser keeps under such a name ends otherwise.
 STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.(?:conv\d|bn\d|downsample\.\d)\."
-                   r"(?:weight|bias|running_mean|running_var|num_batches_tracked)")  # an optimiser's state ends otherwise
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # nn.Sequential(*children)
+                   r"(?:weight|bias|running_mean|running_var|num_batches_tracked)")
+# Of nn.Sequential(*children), as lightly and others keep it.
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 def backbones(weights):
@@ -235,14 +256,14 @@ def backbones(weights):
     parts = {prefix: under(prefix, weights) for prefix in stages}
     found = {prefix: parts[prefix] for prefix, present in stages.items() if len(present) == 4}
     for momentum in (False, True):
-        bodies, heads = ([prefix for prefix, present in stages.items() if present == set(names)
-                          and bool(MOMENTUM.search(prefix)) == momentum]
-                         for names in (("layer1", "layer2", "layer3"), ("layer4",)))
+        alike = [prefix for prefix in stages if bool(MOMENTUM.search(prefix)) == momentum]
+        bodies = [prefix for prefix in alike if stages[prefix] == {"layer1", "layer2", "layer3"}]
+        heads = [prefix for prefix in alike if stages[prefix] == {"layer4"}]
         if len(bodies) == len(heads) == 1:
             found[bodies[0]] = {**parts[heads[0]], **parts[bodies[0]]}
-            extra = [key for key in weights if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", key)]
-            if extra:
-                print(f"left out, an extra norm after res5: {', '.join(extra)}", file=sys.stderr, flush=True)
+            norm = [key for key in weights if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", key)]
+            if norm:
+                print(f"left out, an extra norm after res5: {', '.join(norm)}", file=sys.stderr, flush=True)
     return found
 
 
@@ -264,15 +285,17 @@ def choose(path, found, teacher, prefix):
         wanted = prefix and prefix.rstrip(".") + "."
         left = {name: w for name, w in found.items() if name == wanted or (wanted and name.endswith("." + wanted))}
         if len(left) != 1:
-            raise UserError(f"--prefix {prefix} is {len(left) or 'none'} of the ResNets in {path}: name one of {listing}")
+            number = len(left) or "none"
+            raise UserError(f"--prefix {prefix} is {number} of the ResNets in {path}: name one of {listing}")
         return left.popitem()
     left = {}
     for name, weights in found.items():
         if bool(MOMENTUM.search(name)) == teacher and not any(same(weights, other) for other in left.values()):
             left[name] = weights  # OpenSelfSup saves its backbone under two names: equal weights count once
     if not left:
-        kind, cure = ("no momentum encoder", "leave out --teacher") if teacher else ("only momentum encoders", "add --teacher")
-        raise UserError(f"--ckpt {path} holds {kind} ({listing}): {cure}, or name one with --prefix")
+        raise UserError(f"--ckpt {path} holds " + (
+            f"no momentum encoder ({listing}): leave out --teacher" if teacher else
+            f"only momentum encoders ({listing}): add --teacher, or name one, {path}:PREFIX"))
     if len(left) > 1:
         raise UserError(f"--ckpt {path} holds {len(left)} ResNets: name one with --prefix, of {', '.join(left)}")
     return left.popitem()
@@ -283,11 +306,11 @@ def same(one, two):
 
 
 def fill(network, weights, where, prefix, arch):
-    """Copy `weights` into `network`: all must be there, fit and be finite, none be left over; num_batches_tracked aside."""
+    """Copy `weights` into `network`: all must be there, fit and be finite, none may be left but num_batches_tracked."""
     own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     for key, value in own.items():
         if key not in weights:
-            raise UserError(f"{where} lacks {prefix}{key}, which a {arch} has: the file is not whole, or of another network")
+            raise UserError(f"{where} lacks {prefix}{key}, which a {arch} has: it is not whole, or of another network")
         if weights[key].shape != value.shape:
             raise UserError(f"{where}: {prefix}{key} is {tuple(weights[key].shape)}, a {arch} has {tuple(value.shape)}")
         if not weights[key].isfinite().all():
@@ -302,7 +325,7 @@ def export(network, kind, path):
     """Write the backbone as others load it: detectron2: MODEL.WEIGHTS, with INPUT.FORMAT RGB and ImageNet's mean and
     deviation in pixels (MoCo's configs); torchvision: a state dict without fc, load_state_dict(..., strict=False)."""
     weights = network.state_dict()
-    named = {to_detectron2(key): value.numpy() for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    named = {to_detectron2(key): value.numpy() for key, value in weights.items() if not key.endswith("_tracked")}
     with atomic(path) as file:
         if kind == "torchvision":
             torch.save(weights, file)
@@ -321,7 +344,7 @@ class Row:
     arch: str = None
     seed: int = None             # of its training run, from the last.pt that it is or lies beside; None: not known
     images: int = None           # that it has seen, likewise
-    bins: int = 14               # side of RoIAlign's output on C4, as it was trained: for --head roi
+    bins: int = None             # side of RoIAlign's output on C4, as it was trained: for --head roi
     statistics: str = "saved"    # or clean: estimated here; or clean (training run): estimated where it was trained
     digest: str = None           # of its weights as they are in the file
 
@@ -343,35 +366,33 @@ class Arm(NamedTuple):
 
 
 def open_arms(args):
-    """The arms of --ckpt, in its order and by images seen: `random`, `colour`, `FILE`, `FILE:PREFIX`, `FILE:teacher`, a glob of
-    files, each also as NAME=... . Every file is read once, so that mistakes show before minutes have passed.
+    """The arms of --ckpt, in its order and by images seen: `random`, `colour`, `FILE`, `FILE:PREFIX`, `FILE:teacher` or
+    a glob of files, each also as NAME=... . Every file is read once, so that mistakes show before minutes have passed.
 
-    random has a row for each seed of the first arm that has seeds (else --seed), and its architecture. Raises UserError
-    for what load_backbone refuses, a glob without files, two files of one arm, seed and number of images."""
+    random has a row for each seed of the first arm that has seeds (else --seed), and the first file's architecture and
+    bins. Raises UserError for what load_backbone refuses, for a glob without files, for two files of one arm, one
+    seed and one number of images."""
     entries = [parse_entry(entry, args) for entry in args.ckpt]
     files = [row for _, rows in entries for row in rows if row.path not in ("random", "colour")]
     for row in files:
         run = run_of(row.path)
-        row.seed, row.images = run.get("seed"), images_of(row.path, run)
-        row.bins = args.roi or run.get("roi")
+        row.seed, row.images, row.bins = run.get("seed"), run.get("images"), args.roi or run.get("roi")
         row.statistics = "clean" if args.statistics == "clean" else run.get("statistics", "saved")
         row.load(lambda network, row: None)
-    bins = args.roi or next((row.bins for row in files if row.bins), None) or default_bins(args)
+    bins = args.roi or next(filter(None, (row.bins for row in files)), None) or default_bins(args)
     arch = args.arch or (files[0].arch if files else "resnet50")
     seeds = next(filter(None, (sorted({row.seed for row in rows} - {None}) for _, rows in entries)), [args.seed])
-    arms = []
+    arms = {}
     for name, rows in entries:
         if rows[0].path == "random":
             rows = [Row("random", arch=arch, seed=seed, images=0, statistics="clean") for seed in seeds]
-        for row in rows:
-            row.bins = row.bins if row in files and row.bins else bins
-        for images in sorted({row.images for row in rows}, key=lambda n: -1 if n is None else n):
-            some = [row for row in rows if row.images == images]
-            known = [row.seed for row in some if row.seed is not None]
-            if len(set(known)) < len(known):
-                raise UserError(f"--ckpt {name} has two files of one seed, as {some[0].path}: name them as two arms, A=FILE B=FILE")
-            arms.append(Arm(name, images, some))
-    return arms
+        for row in sorted(rows, key=lambda row: row.images or 0):
+            row.bins = row.bins or bins
+            arm = arms.setdefault((name, row.images), Arm(name, row.images, []))
+            if row.seed is not None and row.seed in [other.seed for other in arm.rows]:
+                raise UserError(f"--ckpt {name}: {row.path} is its second of seed {row.seed}: name two arms, A=... B=")
+            arm.rows.append(row)
+    return list(arms.values())
 
 
 def parse_entry(entry, args):
@@ -396,27 +417,20 @@ def split_selector(entry, teacher=False, prefix=None):
 
 @lru_cache(maxsize=None)
 def run_of(path):
-    """What our trainer's last.pt (`path`, or beside a backbone*.pth) says of its run: seed, roi, images, statistics; {} of
-    other files."""
+    """What our trainer's last.pt (`path`, or beside a backbone*.pth) says of its run: seed, roi, images seen,
+    statistics; {} of other files. A snapshot has its number of images in its name, and clean statistics."""
     beside = Path(path).with_name("last.pt")
-    path = beside if Path(path).name.startswith("backbone") and beside.exists() else path
-    saved = read_checkpoint(path)
+    saved = read_checkpoint(beside if Path(path).name.startswith("backbone") and beside.exists() else path)
     if not isinstance(saved, dict) or "d3ssl" not in saved:
         return {}
-    config = saved["config"]
-    images = saved["step"] * config["batch_size"] if "step" in saved and "batch_size" in config else None
-    return dict(seed=config.get("seed"), roi=config.get("roi"), images=images,
-                statistics="clean (training run)" if "clean" in saved else "saved")
-
-
-def images_of(path, run):
-    """The number of images that a file's network has seen, from a snapshot's name or its run; None if neither says."""
-    snapshot = re.fullmatch(r"backbone-(\d+)\.pth", Path(path).name)
-    return int(snapshot[1]) if snapshot else run.get("images")
+    config, snapshot = saved["config"], re.fullmatch(r"backbone-(\d+)\.pth", Path(path).name)
+    images = int(snapshot[1]) if snapshot else saved["step"] * config["batch_size"]
+    statistics = "clean (training run)" if snapshot or saved.get("clean") else "saved"
+    return dict(seed=config["seed"], roi=config["roi"], images=images, statistics=statistics)
 
 
 def default_bins(args):
-    """detectron2's C4 head has 14; the scenes' preset, for 112 pixels, has 6 (d3ssl.py)."""
+    """RoIAlign's on C4: detectron2's C4 head has 14; the scenes' preset, for 112 pixels, has 6 (d3ssl.py)."""
     return 6 if (getattr(args, "size", None) or SIZE[args.data]) <= 112 else 14
 
 
@@ -437,8 +451,8 @@ def reference(arm, arms):
 # -------------------------------------------------------------------------------------------------- objects of a split
 
 def select_objects(labels, crowd, number=None):
-    """Rows of `number` of an image's objects (None: all), without crowds, distinct categories first: the first object of
-    each category in the order of the annotations, then the second of each, and so on."""
+    """Rows of `number` of an image's objects (None: all), without crowds, distinct categories first: the first object
+    of each category in the order of the annotations, then the second of each, and so on."""
     rows, seen, rank = np.flatnonzero(~crowd), defaultdict(int), []
     for label in labels[rows].tolist():
         rank.append(seen[label])
@@ -449,12 +463,13 @@ def select_objects(labels, crowd, number=None):
 class Objects(torch.utils.data.Dataset):
     """The images of a split that have objects, with the selected ones.
 
-    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels and labels (K,) int64,
-    padded with zeros and -1 to the same K for all (labels of an unreadable image are all -1). `disturbed` is the
-    picture where an object's box touches a pixel, else another image of the split, drawn by (seed, index of the image).
+    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels, and their rows in
+    `labelled` (K,) int64, padded with zeros and -1 to the same K for all (rows of an unreadable image are all -1).
+    `disturbed` is the picture where an object's box touches a pixel, else another image of the split, drawn by (seed,
+    index of the image).
 
-    Args: labelled: data.Labelled; size: pixels; number: objects an image, None: all; limit: only the first so many images.
-    Raises UserError if there is no object, or no other image to disturb with."""
+    Args: labelled: data.Labelled; size: pixels; number: objects an image, None: all; limit: only the first so many
+    images. Raises UserError if there is no object, or no other image to disturb with."""
 
     def __init__(self, labelled, size, number=None, limit=None, seed=0):
         self.labelled, self.size, self.seed = labelled, size, seed
@@ -466,7 +481,7 @@ class Objects(torch.utils.data.Dataset):
         if not self.filled:
             raise UserError(f"{labelled.images.root} has no boxes in its first {self.n:,} images: raise --limit-images")
         if self.n < 2:
-            raise UserError(f"{labelled.images.root}: disturbed O-KNN needs a second image, raise --limit-images or add one")
+            raise UserError(f"{labelled.images.root}: disturbed O-KNN needs a second image, raise --limit-images")
         self.k = max(map(len, self.rows))
 
     def __len__(self):
@@ -474,19 +489,20 @@ class Objects(torch.utils.data.Dataset):
 
     def __getitem__(self, j):
         i, side = self.filled[j], self.size
-        rows, images = self.rows[i], self.labelled.images
-        boxes, labels, nothing = np.zeros((self.k, 4), np.float32), np.full(self.k, -1), np.zeros((side, side, 3), np.uint8)
+        images, own = self.labelled.images, self.rows[i]
+        boxes, rows = np.zeros((self.k, 4), np.float32), np.full(self.k, -1)
         try:
             image, background = images.read(i), self.background(i)
         except OSError:
             print(f"left out, cannot be read: {images.name(i)}", flush=True)
-            return nothing, nothing, boxes, labels
+            nothing = np.zeros((side, side, 3), np.uint8)
+            return nothing, nothing, boxes, rows
         picture, disturbed = resize(image, side, side), resize(background, side, side)
-        boxes[:len(rows)] = self.labelled.boxes[rows] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
-        labels[:len(rows)] = self.labelled.labels[rows]
+        boxes[:len(own)] = self.labelled.boxes[own] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
+        rows[:len(own)] = own
         for x1, y1, x2, y2 in np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).astype(int):
             disturbed[y1:y2, x1:x2] = picture[y1:y2, x1:x2]
-        return picture, disturbed, boxes, labels
+        return picture, disturbed, boxes, rows
 
     def background(self, i):
         """Another image than i, by (seed, i); the next one if it cannot be read. Raises OSError if none can be."""
@@ -501,22 +517,26 @@ class Objects(torch.utils.data.Dataset):
     def batches(self):
         return [list(range(j, min(j + BATCH, len(self)))) for j in range(0, len(self), BATCH)]
 
+    def image_of(self, rows):
+        """The index of the image that a row or each of the rows (M,) belongs to."""
+        image = np.searchsorted(self.labelled.offsets, rows, side="right") - 1
+        return torch.from_numpy(image) if np.ndim(image) else int(image)
+
 
 # ---------------------------------------------------------------------------------------------------- object features
 
 class ObjectFeatures(nn.Module):
-    """The features of objects by torchvision's ResNet, as a function of (images, boxes): normalised (B, 3, H, W) and
-    (B, K, 4) in their pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised.
+    """The features of objects by torchvision's ResNet: normalised images (B, 3, H, W) and boxes (B, K, 4) in their
+    pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised.
 
-    head "map": section 5.3's words, RoIAlign 7x7 on C5 of the whole image, averaged. head "roi": as region-level methods
-    train, C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
+    head "map": section 5.3's words, RoIAlign 7x7 on C5 of the whole image, averaged. head "roi": as region-level
+    methods train, C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
 
     def __init__(self, network, head="map", bins=14):
         super().__init__()
         self.network, self.head, self.bins = network, head, bins
 
-    def forward(self, inputs):
-        images, boxes = inputs
+    def forward(self, images, boxes):
         net = self.network
         x = net.maxpool(net.relu(net.bn1(net.conv1(images.contiguous(memory_format=torch.channels_last)))))
         c4 = net.layer3(net.layer2(net.layer1(x)))
@@ -525,124 +545,134 @@ class ObjectFeatures(nn.Module):
         features = None
         for k in range(boxes.shape[1]):  # the k-th object of every image that has one: nothing is spent on padding
             there = (boxes[:, k, 2] > boxes[:, k, 0]).nonzero()[:, 0]
-            regions = roi_align(c4[there], boxes[there, k:k + 1], self.bins, 1 / 16)
-            some = net.layer4(regions).mean((2, 3))
+            some = net.layer4(roi_align(c4[there], boxes[there, k:k + 1], self.bins, 1 / 16)).mean((2, 3))
             features = some.new_zeros(*boxes.shape[:2], some.shape[1]) if features is None else features
             features[there, k] = some
         return features.flatten(0, 1)
 
 
 def object_means(maps, boxes, scale):
-    """(B * K, C): RoIAlign 7x7 with 2x2 samples a bin, averaged over the bins, of the maps (B, C, h, w) at boxes (B, K, 4)
-    in pixels of the image; scale: map cells a pixel."""
-    return roi_align(maps.float(), boxes, 1, scale, ratio=14).flatten(1)  # 7x7 bins' mean is that of their 14x14 samples
+    """(B * K, C): RoIAlign 7x7 with 2x2 samples a bin, averaged over the bins, of the maps (B, C, h, w) at boxes
+    (B, K, 4) in pixels of the image; scale: map cells a pixel. (That is one bin with the 14x14 samples of all.)"""
+    return roi_align(maps.float(), boxes, 1, scale, ratio=14).flatten(1)
 
 
 class Clean:
-    """Batch norm's statistics on clean images of the evaluated data: `number` of the train split, drawn by seed, without
-    their labels, at the evaluation's size, along the evaluated head's path. With head "roi" C5 sees four random boxes an
-    image, whose sqrt(area share) is uniform in that of the proposals' filter."""
+    """Batch norm's statistics on clean images of the evaluated data: `number` of the train split, drawn by seed,
+    without their labels, at the evaluation's size, along the evaluated head's path. With head "roi" C5 sees four random
+    boxes an image, whose sqrt(area share) is uniform in that of the proposals' filter."""
 
     def __init__(self, images, size, head="map", number=256, seed=0, device="cpu"):
         self.images, self.size, self.head, self.seed, self.device = images, size, head, seed, device
         self.chosen = rng(seed).choice(len(images), min(number, len(images)), replace=False)
 
     def __call__(self, network, row):
-        """Replace the statistics of a ResNet by the mean over equal batches of about 32 images (torch's update_bn)."""
-        update_bn(self.batches(), ObjectFeatures(network.to(self.device), self.head, row.bins).eval())
+        """Replace the statistics of a ResNet by the mean over equal batches of about 32 images; row: an arm's Row."""
+        clean_statistics(ObjectFeatures(network.to(self.device), self.head, row.bins), self.batches())
 
     def batches(self):
-        """One-element lists, as update_bn takes them, of (images, boxes)."""
+        """(normalised images, boxes) of the images that can be read; the others are named when their own turn comes."""
         for some in np.array_split(self.chosen, max(1, round(len(self.chosen) / BATCH))):
-            readable = [pixels for pixels in map(self.picture, some) if pixels is not None]
-            if readable:
-                images = normalise(to_float(torch.from_numpy(np.stack(readable)).to(self.device)))
-                yield [(images, torch.stack([self.boxes(i) for i in some[:len(readable)]]).to(self.device))]
-
-    def picture(self, i):
-        try:
-            return resize(self.images.read(int(i)), self.size, self.size)
-        except OSError:
-            return None  # it is named when its own turn comes
+            pictures, boxes = [], []
+            for i in some.tolist():
+                try:
+                    pictures.append(resize(self.images.read(i), self.size, self.size))
+                    boxes.append(self.boxes(i))
+                except OSError:
+                    continue
+            if pictures:
+                images = normalise(to_float(torch.from_numpy(np.stack(pictures)).to(self.device)))
+                yield images, torch.stack(boxes).to(self.device)
 
     def boxes(self, i, number=4):
-        """(4, 4) float32, by (seed, i)."""
-        random = rng(self.seed, int(i))
+        """(4, 4) float32, by (seed, i), of aspects between 1/2 and 2."""
+        random = rng(self.seed, i)
         side = random.uniform(*SEARCH["share"], (number, 1)) * self.size
-        stretch = np.exp(random.uniform(-0.5, 0.5, (number, 1)) * math.log(2))  # aspects of 1/2 to 2
+        stretch = 2 ** random.uniform(-0.5, 0.5, (number, 1))
         sides = np.concatenate([side * stretch, side / stretch], 1).clip(max=self.size)
         corner = random.uniform(0, 1, (number, 2)) * (self.size - sides)
         return torch.from_numpy(np.concatenate([corner, corner + sides], 1)).float()
 
 
-@torch.inference_mode()
-def extract(network, objects, what="objects", workers=0, device="cpu"):
-    """The features of all objects, clean and disturbed, in half precision on the CPU, and their labels (M,).
+def median_colours(images, boxes):
+    """(B * K, 3): no network at all, the median colour of each box. Where colour wins, the benchmark is broken."""
+    corners = torch.cat([boxes[..., :2].floor(), boxes[..., 2:].ceil()], -1).long()
+    crops = [image[:, y1:y2, x1:x2] for image, own in zip(images, corners) for x1, y1, x2, y2 in own.tolist()]
+    return torch.stack([crop.flatten(1).median(1).values if crop.numel() else images.new_zeros(3) for crop in crops])
 
-    Args: network: normalised images (B, 3, H, W) -> a map (B, C, h, w), on `device`; objects: Objects.
-    Returns features (2, M, C) float16: [0] clean, [1] disturbed, and labels (M,) int64. Images stream: memory is that of the
-    features, 2 * M * C * 2 bytes (7 GB for COCO's 860,000 boxes at C = 2,048), and some batches. Raises UserError if
-    a feature is not finite."""
-    features, labels, filled, done, progress = None, [], 0, 0, Progress(what, len(objects))
-    for *pictures, boxes, marks in make_loader(objects, objects.batches(), workers):
-        some = max(1, int((marks >= 0).sum(1).max()))
-        marks, boxes = marks[:, :some].flatten(), boxes[:, :some].to(device)
-        kept = marks >= 0
-        for which, pixels in enumerate(pictures):
-            images = normalise(to_float(pixels.to(device)))
-            maps = network(images)
-            rows = object_features(maps, boxes, maps.shape[-1] / images.shape[-1]).half().cpu()[kept]
-            if features is None:
-                features = torch.empty(2, objects.count, rows.shape[1], dtype=torch.float16)
-            if not rows.isfinite().all():
+
+@torch.inference_mode()
+def extract(features, objects, what="objects", workers=0, device="cpu"):
+    """The L2-normalised features of all objects, clean and disturbed, in half precision on the CPU, and their rows.
+
+    Args: features: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`; objects: Objects.
+    Returns features (2, M, C) float16, [0] clean, [1] disturbed, and rows (M,) int64 of objects.labelled. Images
+    stream: memory is that of the features, 2 * M * C * 2 bytes (7 GB for COCO's 860,000 boxes at C = 2,048).
+    Raises UserError if a feature is not finite."""
+    found, rows, filled, done, progress = None, [], 0, 0, Progress(what, len(objects))
+    for *pictures, boxes, own in make_loader(objects, objects.batches(), workers):
+        some = max(1, int((own >= 0).sum(1).max()))
+        own, boxes = own[:, :some].flatten(), boxes[:, :some].to(device)
+        kept = own >= 0
+        for which, pixels in enumerate(pictures if kept.any() else ()):
+            values = features(normalise(to_float(pixels.to(device))), boxes)
+            values = F.normalize(values.float(), dim=1).half().cpu()[kept]
+            if found is None:
+                found = torch.empty(2, objects.count, values.shape[1], dtype=torch.float16)
+            if not values.isfinite().all():
                 raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
-            features[which, filled:filled + len(rows)] = rows
-        filled, done = filled + len(rows), done + len(pixels)
-        labels.append(marks[kept])
+            found[which, filled:filled + len(values)] = values
+        filled, done = filled + int(kept.sum()), done + len(own) // some
+        rows.append(own[kept])
         progress.update(done)
     if not filled:
         raise UserError(f"none of the {len(objects):,} images in {objects.labelled.images.root} can be read")
-    return features[:, :filled], torch.cat(labels)
+    return found[:, :filled], torch.cat(rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- O-KNN
 
 @torch.inference_mode()
-def nearest(queries, bank, k, device="cpu", rows=4096, columns=16384, slack=12):
-    """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine; ties to the lower index.
-
-    Chunks of the product Q x M in float32 on `device` (half precision times half precision is exact in TF32) keep a running
-    k + slack, which are scored again in float64, so that rounding decides nothing; queries with more near-ties than the
-    slack go again with a larger one (up to 6,144). Beyond the features it takes rows * columns * 4 bytes a few times (0.3 GB
-    each) and 0.15 GB for the scoring at D = 2,048, whatever Q and M.
+def nearest(queries, bank, k, device="cpu", slack=12, rows=4096, columns=16384):
+    """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine; ties to the lower
+    index. k + slack candidates are found in float32 and scored again in float64, so that rounding decides nothing;
+    queries with more near-ties than the slack go again with eight times as many (up to 6,144).
 
     Returns cosines (Q, k) float64, descending, and indices (Q, k). Raises UserError if k > M."""
     if k > len(bank):
         raise UserError(f"--k {k} is larger than the bank of {len(bank):,} objects: lower --k, or take more images")
-    keep, found, close = min(k + slack, len(bank)), [], []
+    number = min(k + slack, len(bank))
+    index, unclear = candidates(queries, bank, k, number, device, rows, columns)
+    parts = [tensor.split(max(1, 8192 // number)) for tensor in (queries, index)]
+    exact = torch.cat([(some.double()[:, None] * bank[i].double()).sum(2) for some, i in zip(*parts)])
+    exact, order = exact.sort(dim=1, descending=True, stable=True)
+    exact, index = exact[:, :k].contiguous(), index.gather(1, order)[:, :k]
+    if unclear.any() and slack < 6000:
+        exact[unclear], index[unclear] = nearest(queries[unclear], bank, k, device, 8 * slack, rows, columns)
+    return exact, index
+
+
+def candidates(queries, bank, k, number, device, rows, columns):
+    """The indices (Q, number), ascending, of each query's largest cosines in float32, and whether one that is left out
+    may belong to the first k (Q,): the least of them is as near as rounding to the k-th. (Half precision times half
+    precision is exact in TF32.) The product Q x M is made in chunks of rows x columns, 0.3 GB, whatever Q and M."""
+    found, unclear = [], []
     for some in queries.split(rows):
         some = some.to(device).float()
         best, index = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long, device=device)
         for start in range(0, len(bank), columns):
             similarity = some @ bank[start:start + columns].to(device).float().T
-            value, place = similarity.topk(min(keep, similarity.shape[1]), 1)
+            value, place = similarity.topk(min(number, similarity.shape[1]), 1)
             best, order = torch.cat([best, value], 1).sort(1, descending=True)
-            best, index = best[:, :keep], torch.cat([index, place + start], 1).gather(1, order)[:, :keep]
-        found.append(index.cpu())
-        close.append((best[:, -1] > best[:, k - 1] - 4e-6).cpu())
-    index, close, chunk = torch.cat(found).sort(1).values, torch.cat(close), max(1, 8192 // keep)
-    parts = zip(queries.split(chunk), index.split(chunk))
-    exact = torch.cat([(some.double()[:, None] * bank[i].double()).sum(2) for some, i in parts])
-    exact, order = exact.sort(dim=1, descending=True, stable=True)
-    exact, index = exact[:, :k].contiguous(), index.gather(1, order)[:, :k]
-    if keep < len(bank) and slack < 6000 and close.any():
-        exact[close], index[close] = nearest(queries[close], bank, k, device, rows, columns, 8 * slack)
-    return exact, index
+            best, index = best[:, :number], torch.cat([index, place + start], 1).gather(1, order)[:, :number]
+        found.append(index.sort(1).values.cpu())
+        unclear.append((best[:, -1] > best[:, k - 1] - 4e-6).cpu() & (number < len(bank)))
+    return torch.cat(found), torch.cat(unclear)
 
 
 def vote(cosines, labels, categories):
-    """The first five categories (Q, 5) for neighbours' cosines and labels (Q, k): summed weights exp(cos / 0.07), ties to the
-    lower category; -1 where fewer have a vote."""
+    """The first five categories (Q, 5) for neighbours' cosines and labels (Q, k): summed weights exp(cos / 0.07), ties
+    to the lower category; -1 where fewer have a vote."""
     votes = torch.zeros(len(labels), max(categories, 5), dtype=torch.float64)
     votes.scatter_add_(1, labels, (cosines / TEMPERATURE).exp())
     votes, order = votes.sort(dim=1, descending=True, stable=True)
@@ -657,14 +687,62 @@ def o_knn(queries, query_labels, bank, bank_labels, categories, k=20, device="cp
     return torch.stack([hits[:, 0], hits.any(1)], 1)
 
 
-def evaluate(network, bank, queries, k=20, workers=0, device="cpu"):
-    """Section 5.3 for one network (images -> map): hits (4, Q) bool of O-KNN's top-1 and top-5 and disturbed O-KNN's, the
-    queries' labels (Q,) and the number of objects in the bank."""
-    stored, stored_labels = extract(network, bank, "bank", workers, device)
-    asked, labels = extract(network, queries, "queries", workers, device)
+MEASURES = ("oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5", "lost")
+
+
+class Answers(NamedTuple):
+    """Section 5.3 for one network: points (5, Q) float64, a row a measure of MEASURES, 100 or 0 a query (`lost`:
+    O-KNN's top-1 less the disturbed one's); the queries' and the bank's features (2, ..., C) and rows."""
+    points: torch.Tensor
+    asked: torch.Tensor
+    rows: torch.Tensor
+    bank: torch.Tensor
+    bank_rows: torch.Tensor
+
+
+def evaluate(features, bank, queries, k=20, workers=0, device="cpu"):
+    """Answers of (images, boxes) -> features to O-KNN and disturbed O-KNN; bank, queries: Objects."""
+    stored, stored_rows = extract(features, bank, "bank", workers, device)
+    asked, rows = extract(features, queries, "queries", workers, device)
+    labels, stored_labels = (torch.from_numpy(objects.labelled.labels)[some]
+                             for objects, some in ((queries, rows), (bank, stored_rows)))
     categories = len(bank.labelled.categories)
-    hits = [o_knn(asked[i], labels, stored[i], stored_labels, categories, k, device).T for i in (0, 1)]
-    return torch.cat(hits), labels, len(stored_labels)
+    hits = torch.cat([o_knn(asked[i], labels, stored[i], stored_labels, categories, k, device).T for i in (0, 1)])
+    points = 100 * hits.double()
+    return Answers(torch.cat([points, points[:1] - points[2:3]]), asked, rows, stored, stored_rows)
+
+
+# ----------------------------------------------------------------------------------------------- means and their errors
+
+def over_images(values, images):
+    """Means (...,) of values (..., Q) and their standard errors, the queries of one image (images: (Q,) int64) going
+    together: that of the bootstrap over images, to first order (the sandwich formula)."""
+    mean, number = values.mean(-1), len(images.unique())
+    sums = torch.zeros(*values.shape[:-1], int(images.max()) + 1, dtype=values.dtype)
+    sums.index_add_(-1, images, values - mean[..., None])
+    return mean, (sums.square().sum(-1) * number / (number - 1)).sqrt() / values.shape[-1]
+
+
+def over_seeds(values):
+    """Means (...,) of values (R, ...) and their standard errors."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
+
+
+def arm_mean(points, images):
+    """Means and standard errors of an arm's points (R, ..., Q): over its files; of one file, over images."""
+    return over_seeds(points.mean(-1)) if len(points) > 1 else over_images(points[0], images)
+
+
+def difference(points, seeds, first, first_seeds, images):
+    """An arm less the first one, its standard error, and what is paired: "seed" where two or more seeds are in both
+    (the same initialisation and order of data), else "image" (the same queries: without the seeds' part of the error).
+
+    Args: points (R, ..., Q) and first (R', ..., Q); seeds and first_seeds: lists of R and R' numbers or None."""
+    both = sorted({*seeds} & {*first_seeds} - {None})
+    if len(both) < 2:
+        return *over_images(points.mean(0) - first.mean(0), images), "image"
+    mine, theirs = ([known.index(seed) for seed in both] for known in (seeds, first_seeds))
+    return *over_seeds(points[mine].mean(-1) - first[theirs].mean(-1)), "seed"
 
 
 # ------------------------------------------------------------------------ transfer to detection (section 5.2, Tables 1, 3)
@@ -1134,24 +1212,93 @@ def transfer(args):
 
 def picture(objects, columns=6, tile=224):
     """A PIL picture of what is evaluated: images on top, below them disturbed, with the selected boxes."""
-    columns, gap, head = min(columns, len(objects)), 4, 18
-    sheet = Image.new("RGB", (columns * (tile + gap) + gap, 2 * (tile + gap + head)), "#303030")
-    draw = ImageDraw.Draw(sheet)
-    for c in range(columns):
-        *pictures, boxes, labels = objects[c]
-        for r, (title, pixels) in enumerate(zip(("as it is", "disturbed: another image outside the boxes"), pictures)):
-            left, top = gap + c * (tile + gap), head + r * (tile + gap + head)
-            sheet.paste(Image.fromarray(cv2.resize(pixels, (tile, tile), interpolation=cv2.INTER_AREA)), (left, top))
-            if c == 0:
-                draw.text((left + 2, top - head + 3), title, fill="white")
-            for number, (box, label) in enumerate(zip(boxes * tile / objects.size, labels.tolist())):
-                if label >= 0:
-                    x1, y1, x2, y2 = (box + (left, top) * 2).tolist()
-                    ink = COLOURS[number % len(COLOURS)]
-                    draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=ink, width=2)
-                    draw.text((x1 + 4, min(y1 + 2, top + tile - 14)), objects.labelled.categories[label], fill="white",
-                              stroke_width=1, stroke_fill="black")
-    return sheet
+    tiles = ([], [])
+    for j in range(min(columns, len(objects))):
+        *pictures, boxes, rows = objects[j]
+        names = [objects.labelled.categories[label] for label in objects.labelled.labels[rows[rows >= 0]]]
+        boxes = torch.from_numpy(boxes[rows >= 0]) * tile / objects.size
+        colours = [COLOURS[n % len(COLOURS)] for n in range(len(boxes))]
+        for line, pixels in zip(tiles, pictures):
+            image = torch.from_numpy(resize(pixels, tile, tile)).permute(2, 0, 1)
+            line.append(draw_bounding_boxes(image, boxes, names, colours, width=2))
+    return as_picture(tiles[0] + tiles[1], len(tiles[0]))
+
+
+def as_picture(tiles, columns):
+    """Tiles (3, H, W) uint8 -> a PIL picture, `columns` to a line."""
+    return Image.fromarray(make_grid(tiles, nrow=columns, padding=5, pad_value=32).permute(1, 2, 0).numpy())
+
+
+def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
+    """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query in white, then
+    its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
+    chosen = sorted(rng(seed).choice(len(answers.rows), min(number, len(answers.rows)), replace=False).tolist())
+    neighbours, lines = min(neighbours, len(answers.bank_rows)), {}
+    for which in (0, 1):
+        index = nearest(answers.asked[which][chosen], answers.bank[which], neighbours)[1]
+        for query, nearby in zip(answers.rows[chosen].tolist(), answers.bank_rows[index].tolist()):
+            lines[query, which] = [object_tile(queries, query, which, "white", "disturbed" if which else None)]
+            for row in nearby:
+                right = bank.labelled.labels[row] == queries.labelled.labels[query]
+                lines[query, which].append(object_tile(bank, row, which, "#3fcf5f" if right else "#ff4d4d"))
+    return as_picture([tile for key in sorted(lines) for tile in lines[key]], neighbours + 1)
+
+
+def object_tile(objects, row, which, colour, name=None, side=104, below=17):
+    """(3, 121, 104) uint8: the object of `row` with some of its surroundings, as it is (which 0) or disturbed (1),
+    framed, over the name of its category."""
+    item = objects[objects.filled.index(objects.image_of(row))]
+    x1, y1, x2, y2 = item[2][item[3] == row][0]
+    half = min(0.65 * max(x2 - x1, y2 - y1), objects.size / 2)
+    x, y = (min(max((low + high) / 2, half), objects.size - half) for low, high in ((x1, x2), (y1, y2)))
+    canvas = Image.new("RGB", (side, side + below), "#202020")
+    around = (x - half, y - half, x + half, y + half)
+    canvas.paste(Image.fromarray(item[which]).resize((side, side), Image.BICUBIC, box=around))
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle([0, 0, side - 1, side - 1], outline=colour, width=4)
+    name = name or objects.labelled.categories[objects.labelled.labels[row]]
+    draw.text((side / 2, side + below / 2), name, fill=colour, anchor="mm", font_size=12)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+
+
+def draw_curves(panels, path):
+    """The figure of learning: each measure over images seen, a PNG.
+
+    panels: a list of (title, curves, levels); curves {arm: (images, means, errors)}, lists of one length, drawn as a
+    line in a band of one error to both sides; levels {name: value}: horizontal lines."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    names = list(dict.fromkeys(name for _, curves, _ in panels for name in curves))
+    inks = {name: CURVE_COLOURS[n % len(CURVE_COLOURS)] for n, name in enumerate(names)}
+    wide = 4.6 * len(panels)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(wide, 4.4), layout="constrained", squeeze=False)
+    for axis, (title, curves, levels) in zip(axes[0], panels):
+        for name, (images, means, errors) in curves.items():
+            means, errors = np.array(means), np.nan_to_num(errors)
+            axis.plot(images, means, color=inks[name], marker="o", markersize=4, linewidth=2, label=name, zorder=3)
+            axis.fill_between(images, means - errors, means + errors, color=inks[name], alpha=0.18, linewidth=0)
+        for n, (name, value) in enumerate(levels.items()):
+            axis.axhline(value, color="#666666", linewidth=1.2, linestyle=(0, (4, 1.5 + 2 * n)), zorder=1)
+            axis.annotate(name, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                          horizontalalignment="right", fontsize=9, color="#444444")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
+        axis.set_title(title, fontsize=11, loc="left")
+        axis.set_xlabel("images seen")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    pyplot.close(figure)
+    print(f"wrote {path}")
 
 
 def save(what, path):
@@ -1164,15 +1311,15 @@ def save(what, path):
 def add_checkpoint_arguments(parser):
     """What every script that asks checkpoints takes."""
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, metavar="ARM", help="a row each: FILE, FILE:teacher, FILE:PREFIX, 'NAME=GLOB' (the "
-        "mean over its files), random (untrained), colour (no network: the median colour of each box)")
+    add("--ckpt", nargs="+", required=True, metavar="ARM", help="a row each: FILE, FILE:teacher, FILE:PREFIX, "
+        "'NAME=GLOB' (the mean over its files), random (untrained), colour (no network: the median colour of each box)")
     add("--arch", choices=RESNETS, help="of random (default: the first file's, else resnet50)")
     add("--teacher", action="store_true", help="the momentum encoder of every file, not the other one")
     add("--prefix", help="which of several ResNets in every file, if that is not clear")
-    add("--statistics", choices=("saved", "clean"), default="saved", help="batch norm's: the file's, or those of 256 clean "
-        "train images; random, which has none, is always clean")
-    add("--roi", type=positive, help="side of RoIAlign's output on C4 (default: as the first of our files was trained, else 6 "
-        "for scenes, 14 for photographs)")
+    add("--statistics", choices=("saved", "clean"), default="saved",
+        help="batch norm's: the file's, or those of 256 clean train images; random, which has none, is always clean")
+    add("--roi", type=positive, help="side of RoIAlign's output on C4 (default: as the file, else the first of our "
+        "files was trained; else scenes 6, photographs 14)")
     add("--data", choices=tuple(SIZE), default="scenes")
     add("--root", help="the data set's folder (default data/DATA)")
     add("--seed", type=int, default=0, help="of random's weights and of what is drawn")
@@ -1191,10 +1338,13 @@ def parse_arguments(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_arguments(parser)
     add = parser.add_argument
-    add("--size", type=positive, help="side of the input in pixels, a multiple of 32 (default: scenes 224, coco 448)")
+    add("--size", type=positive, help="side of the input, a multiple of 16 pixels (default: scenes 112, voc 224, 448)")
+    add("--head", choices=("map", "roi"), help="RoIAlign on C5 of the image, or C5 on RoIs of C4 (default: scenes roi)")
     add("--k", type=positive, default=20, help="neighbours that vote")
     add("--objects", type=positive, default=3, help="N, objects of a train image in the bank")
     add("--limit-images", type=positive, help="only the first so many images of each split")
+    add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
+    add("--plot", metavar="FILE", help="write a PNG of every arm over images seen (needs matplotlib)")
     add("--per-category", action="store_true", help="print the top-1 accuracy of each category too")
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint and test it (Tables 1 and 3)")
     add("--out", help="of --transfer: last.pt, which is resumed, and results.json (default runs/TASK-CKPT)")
@@ -1209,58 +1359,162 @@ def parse_arguments(arguments=None):
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
-    if args.size % 32:
-        raise UserError(f"--size {args.size}: a multiple of 32, so that C5's cells are 32 pixels")
+    args.head = args.head or ("roi" if args.data == "scenes" else "map")
+    if args.size % 16:
+        raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
     if args.transfer and len(args.ckpt) > 1:
         raise UserError(f"--transfer {args.transfer} fine-tunes one network: name one --ckpt, and run it once for each")
+    if not args.transfer and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("evaluate.py without --transfer is one process: start it with python, without torchrun")
     if args.export and (args.export[0] not in ("detectron2", "torchvision") or len(args.ckpt) > 1):
-        raise UserError("--export FORMAT FILE: the format is detectron2 or torchvision, and --ckpt names one checkpoint")
+        raise UserError("--export FORMAT FILE: the format is detectron2 or torchvision, and --ckpt names one file")
     return args
 
 
-def print_categories(categories, hits, labels):
-    """Top-1 of each category that has queries, clean and disturbed."""
-    width = max(len(name) for name in categories)
-    print(f"{'category':{width}}  queries  O-KNN  disturbed")
+def evaluate_arms(args, arms, bank, queries, clean, device):
+    """Evaluate every network of the arms. Returns [(arm, points (R, 5, Q))], the files' results (dictionaries) and the
+    queries' rows (Q,)."""
+    answered, files = [], []
+    for arm in arms:
+        points = []
+        for row in arm.rows:
+            network = None if row.path == "colour" else ObjectFeatures(row.load(clean).to(device), args.head, row.bins)
+            answers = evaluate(network or median_colours, bank, queries, args.k, args.workers, device)
+            if args.neighbours and not files:
+                save(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
+            points.append(answers.points)
+            means = over_images(answers.points, queries.image_of(answers.rows))
+            files.append({"arm": arm.name, **asdict(row), **columns(*means),
+                          "bank": len(answers.bank_rows), "queries": len(answers.rows)})
+        answered.append((arm, torch.stack(points)))
+    return answered, files, answers.rows
+
+
+def summarise(answered, images, areas):
+    """A dictionary an arm: means, standard errors, O-KNN by size of the object ({name: (Q,) bool}), the difference from
+    the first arm."""
+    results, arms = [], [arm for arm, _ in answered]
+    for arm, points in answered:
+        result = {"arm": arm.name, "images": arm.images, "files": len(arm.rows), **columns(*arm_mean(points, images))}
+        for name, here in areas.items():
+            result[f"oknn_top1_{name}"] = points[:, 0, here].mean().item() if here.any() else None
+        first = reference(arm, arms)
+        if first is not arm:
+            seeds, first_seeds = ([row.seed for row in one.rows] for one in (arm, first))
+            *means, paired = difference(points, seeds, answered[arms.index(first)][1], first_seeds, images)
+            result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired, **columns(*means)}
+        results.append(result)
+    return results
+
+
+def columns(means, errors):
+    """{measure: mean, measure_se: error} of MEASURES, as plain numbers; None for an error that cannot be told."""
+    named = {name: mean for name, mean in zip(MEASURES, means.tolist())}
+    return {**named, **{f"{name}_se": None if math.isnan(error) else error
+                        for name, error in zip(MEASURES, errors.tolist())}}
+
+
+def size_classes(labelled, rows):
+    """COCO's small, medium and large, by the box's area in pixels of the photograph (COCO's own are of the mask): under
+    32 x 32, under 96 x 96, more. {name: (Q,) bool}."""
+    area = torch.from_numpy(np.prod(labelled.boxes[rows, 2:] - labelled.boxes[rows, :2], axis=1))
+    return {"small": area < 32**2, "medium": (area >= 32**2) & (area < 96**2), "large": area >= 96**2}
+
+
+def name_of(result):
+    """An arm's name, with the number of images it has seen."""
+    return result["arm"] + (f", {result['images']:,} images" if result["images"] else "")
+
+
+def print_table(results):
+    """A line an arm: means, standard errors, differences from the first arm."""
+    def cell(numbers, name, sign=""):
+        error = numbers[f"{name}_se"]
+        return f"{numbers[name]:{sign}.1f} +-" + ("   ?" if error is None else f"{error:4.1f}")
+
+    sizes = [name for name in ("small", "medium", "large") if f"oknn_top1_{name}" in results[0]]
+    width = max(len("arm"), *(len(name_of(result)) for result in results))
+    print(f"\n{'arm':{width}} files   O-KNN top-1  top-5  disturbed top-1 top-5          lost"
+          + "".join(f"{name:>8}" for name in sizes) + "    from the first: O-KNN     disturbed")
+    for result in results:
+        clean, disturbed, lost = (cell(result, name) for name in ("oknn_top1", "disturbed_top1", "lost"))
+        print(f"{name_of(result):{width}} {result['files']:5} {clean:>13}  {result['oknn_top5']:5.1f}  {disturbed:>15} "
+              f"{result['disturbed_top5']:5.1f} {lost:>13}", end="")
+        for name in sizes:
+            share = result[f"oknn_top1_{name}"]
+            print(f"{'-' if share is None else f'{share:.1f}':>8}", end="")
+        less = result.get("difference")
+        print(f"    {cell(less, 'oknn_top1', '+'):>21} {cell(less, 'disturbed_top1', '+'):>13}, by {less['paired_by']}"
+              if less else "")
+
+
+def print_categories(name, categories, points, labels):
+    """Top-1 of each category that has queries, clean and disturbed, of an arm's points (R, 5, Q)."""
+    width = max(len(category) for category in categories)
+    print(f"\n{name}\n{'category':{width}}  queries  O-KNN  disturbed")
     for label in labels.unique().tolist():
-        of = labels == label
-        clean, disturbed = (100 * hits[i, of].double().mean() for i in (0, 2))
-        print(f"{categories[label]:{width}}  {int(of.sum()):7,}  {clean:5.1f}  {disturbed:9.1f}")
+        clean, disturbed = points[:, 0, labels == label].mean(), points[:, 2, labels == label].mean()
+        print(f"{categories[label]:{width}}  {int((labels == label).sum()):7,}  {clean:5.1f}  {disturbed:9.1f}")
+
+
+def curves_of(results, chance):
+    """draw_curves' panels: an arm that has seen images is a curve, another one a level."""
+    panels = []
+    for measure, title in (("oknn_top1", "O-KNN, top-1 in %"), ("disturbed_top1", "Disturbed O-KNN, top-1 in %"),
+                           ("lost", "Lost when disturbed, in points")):
+        curves, levels = defaultdict(lambda: ([], [], [])), {} if measure == "lost" else {"chance": chance}
+        for result in results:
+            if result["images"]:
+                for values, key in zip(curves[result["arm"]], ("images", measure, f"{measure}_se")):
+                    values.append(math.nan if result[key] is None else result[key])
+            else:
+                levels["untrained" if result["arm"] == "random" else result["arm"]] = result[measure]
+        panels.append((title, curves, levels))
+    return panels
 
 
 def main():
     args = parse_arguments()
     if args.transfer:
         return transfer(args)
-    networks = [(path, *load_from(args, path)) for path in args.ckpt]  # mistakes show before minutes have passed
     if args.export:
-        export(networks[0][1], *args.export)
-        return print(f"wrote {args.export[1]}: {networks[0][2]} of {args.ckpt[0]} for {args.export[0]}")
-    bank = Objects(open_labelled(args.data, args.root, "train"), args.size, args.objects, args.limit_images, args.seed)
-    queries = Objects(open_labelled(args.data, args.root, "val"), args.size, None, args.limit_images, args.seed)
+        network, arch = load_from(args, args.ckpt[0])
+        export(network, *args.export)
+        return print(f"wrote {args.export[1]}: {arch} of {args.ckpt[0]} for {args.export[0]}")
+    arms = open_arms(args)
+    stored, asked = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
+    bank = Objects(stored, args.size, args.objects, args.limit_images, args.seed)
+    queries = Objects(asked, args.size, None, args.limit_images, args.seed)
     if args.k > bank.count:
-        raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower --k, or take more images")
+        raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower it, or take more images")
     if args.picture:
         save(picture(queries), args.picture)
-    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    for path, network, arch in networks:
-        hits, labels, stored = evaluate(c5(network.to(device)), bank, queries, args.k, args.workers, device)
-        names = ("oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5")
-        percent = (100 * hits.double().mean(1)).tolist()
-        rows.append(dict(ckpt=path, arch=arch, **dict(zip(names, percent)), bank=stored, queries=len(labels)))
-        if args.per_category:
-            print(f"\n{path}")
-            print_categories(bank.labelled.categories, hits, labels)
-    width = max(len("checkpoint"), *(len(row["ckpt"]) for row in rows))
-    print(f"\n{'checkpoint':{width}}  arch       O-KNN top-1  top-5   disturbed top-1  top-5")
-    for row in rows:
-        print(f"{row['ckpt']:{width}}  {row['arch']:9}  {row['oknn_top1']:11.1f}  {row['oknn_top5']:5.1f}   "
-              f"{row['disturbed_top1']:15.1f}  {row['disturbed_top5']:5.1f}")
-    print(f"bank: {rows[0]['bank']:,} objects of {len(bank):,} images, queries: {rows[0]['queries']:,} of {len(queries):,}; "
-          f"k {args.k}, {args.size} x {args.size} pixels")
+    clean = Clean(stored.images, args.size, args.head, seed=args.seed, device=device)
+    answered, files, rows = evaluate_arms(args, arms, bank, queries, clean, device)
+    labels = torch.from_numpy(asked.labels)[rows]
+    results = summarise(answered, queries.image_of(rows), {} if args.data == "scenes" else size_classes(asked, rows))
+    if args.per_category:
+        for result, (_, points) in zip(results, answered):
+            print_categories(name_of(result), asked.categories, points, labels)
+    print_table(results)
+    kinds = dict.fromkeys(file["statistics"] for file in files)
+    print("statistics: " + "; ".join(kind + ": " + ", ".join(dict.fromkeys(
+        file["arm"] for file in files if file["statistics"] == kind)) for kind in kinds))
+    commonest = np.bincount(stored.labels[np.concatenate(bank.rows)]).argmax()
+    chance = 100 * (labels == commonest).double().mean().item()
+    print(f"bank: {files[0]['bank']:,} objects of {len(bank):,} images, queries: {files[0]['queries']:,} of "
+          f"{len(queries):,}; k {args.k}, {args.size} x {args.size} pixels, head {args.head}; "
+          f"chance (the bank's commonest category): {chance:.1f}")
     if args.json:
-        save(rows, args.json)
+        options = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}
+        settings = {**{name: getattr(args, name) for name in options}, "root": str(stored.images.root),
+                    "bank": "train", "queries": "val", "chance": chance, "versions": versions}
+        save({"settings": settings, "arms": results, "files": files}, args.json)
+    if args.plot:
+        draw_curves(curves_of(results, chance), args.plot)
 
 
 if __name__ == "__main__":
