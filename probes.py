@@ -28,15 +28,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw
 
 from augment import normalise, to_float
 from d3ssl import positive, roi_align
 from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, resize, rng
-from evaluate import SIZE, Clean, add_checkpoint_arguments, open_arms, reference, save
+from evaluate import CURVE_COLOURS, SIZE, Clean, add_checkpoint_arguments, open_arms, reference, save
 
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
@@ -397,7 +399,7 @@ def plot(results, path):
                     axis.axhline(means[-1, layer], color=inks[arm], linewidth=1, linestyle=dashes)
         if n >= 6:
             axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(lambda value, _: short(int(value)))
+            axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 5), frameon=False)
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=110)
@@ -463,7 +465,8 @@ def main():
     if args.json:
         names = ("data", "root", "seed", "pairs", "cut", "alone", "fill", "statistics")
         settings = {**{name: getattr(args, name) for name in names}, "side": SIDE, "bank": len(inputs.bank.masks),
-                    "bank_side": BANK_SIDE, "layers": LAYERS}
+                    "bank_side": BANK_SIDE, "layers": LAYERS,
+                    "versions": {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}}
         save({"settings": settings, "arms": results, "files": files}, args.json)
     if args.plot:
         plot(results, args.plot)
