@@ -3,25 +3,28 @@
     python probes.py --ckpt runs/scenes/last.pt random --arch resnet18 --plot curves.png --picture probe.png
     python probes.py --ckpt A.pth.tar B.pth --data coco --root data/coco --plot curves.png --json curves.json
 
-Objects of the val split are cut out and placed on black as squares; a feature is the mean of the cells of its square, in the
-maps after res2 to res5 and, `roi`, in C5 of RoIAlign of the square on C4, as region-level C4 networks were trained.
+Objects of the val split are cut out and placed on black as squares; a feature is the mean of the cells of its
+square, in the maps after res2 to res5 and, `roi`, in C5 of RoIAlign of the square on C4, as region-level C4
+networks were trained.
 
-Of the paper, 1 is ideal: the coupling rate CR = cos(A1, B) / cos(A2, B), A1 and B being two neighbouring objects of different
-categories and A2 being A when B is gone; the mean cosine similarity MCS of an object with itself at the other places of a 3x3
-grid. Both are near 1 as well where features of all objects are alike, so they compare networks whose features differ equally.
+Of the paper, 1 is ideal: the coupling rate CR = cos(A1, B) / cos(A2, B), A1 and B being two neighbouring objects of
+different categories and A2 being A when B is gone; the mean cosine similarity MCS of an object with itself at the
+other places of a 3x3 grid. Both are near 1 as well where features of all objects are alike, so they compare
+networks whose features differ equally.
 
-Relative to how much objects differ, not in the paper, 0 is ideal: rc = mean(1 - cos(A1, A2)) / mean(1 - cos(A2, B2)) and
-rp = mean(1 - MCS) / mean(1 - cos(A2, B2)), B2 being B alone at A's place. At 1 a neighbour (a place) changes a feature as much
-as another object would. A constant added to all features changes neither; but they tell nothing of a network that sees only
-what does not matter, and one large difference between objects (their colour) hides what becomes of all small ones.
+Relative to how much objects differ, not in the paper, 0 is ideal: rc = mean(1 - cos(A1, A2)) / mean(1 - cos(A2,
+B2)) and rp = mean(1 - MCS) / mean(1 - cos(A2, B2)), B2 being B alone at A's place. At 1 a neighbour (a place)
+changes a feature as much as another object would. A constant added to all features changes neither; but they tell
+nothing of a network that sees only what does not matter, and one large difference between objects (their colour)
+hides what becomes of all small ones.
 
-Re-identification, not in the paper, needs no scale; 100 is ideal: does an object's feature, amid four neighbours or moved to a
-corner, find the same object, alone in the centre, among 150 (R@1 in %, by cosine; a tie is a miss)? It tells nothing of how
-alike two objects of one category are.
+Re-identification, not in the paper, needs no scale; 100 is ideal: does an object's feature, amid four neighbours or
+moved to a corner, find the same object, alone in the centre, among 150 (R@1 in %, by cosine; a tie is a miss)? It
+tells nothing of how alike two objects of one category are.
 
-From Python: `probe(network, open_inputs(open_labelled("scenes")), bins=6)`, a torchvision ResNet in eval mode, gives all of
-these by name, `reid(network, bank, bins=6)` the last two alone: each .value and .error, five numbers in the order of LAYERS.
-"""
+From Python: `probe(network, open_inputs(open_labelled("scenes")), bins=6)`, a torchvision ResNet in eval mode,
+gives all of these by name, `reid(network, bank, bins=6)` the last two alone: each .value and .error, five numbers
+in the order of LAYERS. """
 import argparse
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -91,8 +94,9 @@ class Inputs(NamedTuple):
 def cut_out(image, box, mask, side):
     """An object as a square: pixels (side, side, 3) uint8, and which of them are the object's (side, side) bool.
 
-    Args: image (H, W, 3) uint8; box: [x1, y1, x2, y2] in it; mask: None, then the crop fills the square, as the paper places
-    images of objects; or (H, W) bool, then proportions are kept, the object is in the middle and the rest is not the object."""
+    Args: image (H, W, 3) uint8; box: [x1, y1, x2, y2] in it; mask: None, then the crop fills the square, as the
+    paper places images of objects; or (H, W) bool, then proportions are kept, the object is in the middle and the
+    rest is not the object."""
     (x1, y1), (x2, y2) = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
     crop = image[y1:y2, x1:x2]
     if mask is None:
@@ -108,10 +112,11 @@ def cut_out(image, box, mask, side):
 
 
 def open_inputs(labelled, pairs=150, seed=0, cut="box", workers=1):
-    """Inputs of a split (data.Labelled): pairs of objects, A uniform over all, B over those of other categories, and 150
-    objects (or as many as there are) for the bank; crowds and sides of less than 24 pixels are left out.
+    """Inputs of a split (data.Labelled): pairs of objects, A uniform over all, B over those of other categories,
+    and 150 objects (or as many as there are) for the bank; crowds and sides of less than 24 pixels are left out.
 
-    Args: cut: box | mask; workers: threads. Raises UserError if there are too few objects, or no masks to cut along."""
+    Args: cut: box | mask; workers: threads. Raises UserError if there are too few objects, or no masks to cut
+along."""
     sides = (labelled.boxes[:, 2:] - labelled.boxes[:, :2]).min(1)
     rows, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng(seed, 0)
     if len(rows) < 5 or len(np.unique(labelled.labels[rows])) < 2:
@@ -188,8 +193,8 @@ def stages(network, images):
 
 
 def object_mean(cells, masks):
-    """(N, C) float64: the mean of cells (N, C, h, w) of a square, each weighed by the share of it that is the object's,
-    masks (N, side, side) bool: with --cut box the plain mean."""
+    """(N, C) float64: the mean of cells (N, C, h, w) of a square, each weighed by the share of it that is the
+    object's, masks (N, side, side) bool: with --cut box the plain mean."""
     share = F.adaptive_avg_pool2d(masks[:, None].double(), cells.shape[2:])
     return (cells.double() * share).sum((2, 3)) / share.sum((2, 3))
 
@@ -197,8 +202,8 @@ def object_mean(cells, masks):
 # ------------------------------------------------------------------------------------------------------------ measures
 
 class Estimate(NamedTuple):
-    """A measure by layer, and the same of bootstrap resamples of its objects. Two networks' resamples are the same objects,
-    so that the difference of two estimates is paired."""
+    """A measure by layer, and the same of bootstrap resamples of its objects. Two networks' resamples are the same
+    objects, so that the difference of two estimates is paired."""
     value: np.ndarray      # (L,)
     resampled: np.ndarray  # (R, L)
 
@@ -212,8 +217,8 @@ class Estimate(NamedTuple):
 
 
 def ratio_of_means(numerator, denominator=None):
-    """Estimate of mean(numerator) / mean(denominator) by layer, lists by layer of (N,); None: 1. Not a number where the
-    denominator is 0: no two objects differ."""
+    """Estimate of mean(numerator) / mean(denominator) by layer, lists by layer of (N,); None: 1. Not a number where
+    the denominator is 0: no two objects differ."""
     above = torch.stack(numerator, 1).cpu().numpy()
     below = np.ones_like(above) if denominator is None else torch.stack(denominator, 1).cpu().numpy()
     n = len(above)
@@ -226,8 +231,8 @@ def ratio_of_means(numerator, denominator=None):
 def coupling(network, a, b, alone=False, **options):
     """CR and rc (section 3.1), MCS and rp (section 3.2) of a network on pairs of Squares: {name: Estimate}.
 
-    alone: for MCS and rp the object is alone at each of the nine places, not repeated at all: what remains of them is place,
-    through padding, without the neighbours. options: bins, fill and seen of `features`."""
+    alone: for MCS and rp the object is alone at each of the nine places, not repeated at all: what remains of them
+    is place, through padding, without the neighbours. options: bins, fill and seen of `features`."""
     cosine = torch.cosine_similarity
     both = features(network, PAIR, [(A, a), (B, b)], **options)
     only_a = features(network, PAIR, [(A, a)], **options)
@@ -251,8 +256,9 @@ def coupling(network, a, b, alone=False, **options):
 
 
 def reid(network, bank, **options):
-    """Does an object find itself? R@1 in % of queries amid the next four objects of the bank, and alone in a corner (object i
-    in corner i mod 4), in the bank, where each is alone in the centre: {name: Estimate}. options as `coupling`'s."""
+    """Does an object find itself? R@1 in % of queries amid the next four objects of the bank, and alone in a corner
+    (object i in corner i mod 4), in the bank, where each is alone in the centre: {name: Estimate}. options as
+    `coupling`'s."""
     stored = features(network, BANK, [(CENTRE, bank)], **options)
     around = neighbours(bank, range(len(bank.masks)))
     amid = features(network, BANK, [(CENTRE, bank), *around], read=1, **options)
@@ -277,7 +283,8 @@ def hits(queries, bank):
 
 
 def probe(network, inputs, what="probes", alone=False, bins=6, fill="black"):
-    """All measures of a network, torchvision's ResNet in eval mode, on Inputs: {name: Estimate}, in the order of MEASURES.
+    """All measures of a network, torchvision's ResNet in eval mode, on Inputs: {name: Estimate}, in the order of
+MEASURES.
 
     Raises UserError if one is not finite."""
     pairs, objects = len(inputs.a.masks), len(inputs.bank.masks)
@@ -293,7 +300,7 @@ def probe(network, inputs, what="probes", alone=False, bins=6, fill="black"):
     found = {**reid(network, inputs.bank, **options), **coupling(network, inputs.a, inputs.b, alone, **options)}
     if not np.isfinite(found["cr"].value + found["mcs"].value).all():
         raise UserError(f"{what}: CR or MCS is not finite, features vanish or diverge: is it a trained ResNet?")
-    return found
+    return {name: found[name] for name in MEASURES}
 
 
 # ------------------------------------------------------------------------------------------------- arms of a comparison
@@ -306,8 +313,8 @@ def over_networks(estimates):
 
 
 def difference(rows, seeds, first, first_seeds):
-    """An arm's estimates less the first one's, mean and standard error by layer, and what is paired: "seed" where two or more
-    seeds are in both arms, else "object" (which leaves the seeds' part of the error out)."""
+    """An arm's estimates less the first one's, mean and standard error by layer, and what is paired: "seed" where
+    two or more seeds are in both arms, else "object" (which leaves the seeds' part of the error out)."""
     both = sorted({seed for seed in seeds if seed is not None} & {*first_seeds})
     if len(both) > 1:
         return *over_networks([rows[seeds.index(seed)].minus(first[first_seeds.index(seed)]) for seed in both]), "seed"
@@ -366,8 +373,9 @@ def cells(result, name, form):
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 def plot(results, path):
-    """Figures 3b and 4b and ours, a PNG: every measure by layer, a curve an arm with its standard errors, after the most images
-    seen; where an arm has several numbers of images seen, below it over these, at res4 and at `roi` (dashed)."""
+    """Figures 3b and 4b and ours, a PNG: every measure by layer, a curve an arm with its standard errors, after the
+    most images seen; where an arm has several numbers of images seen, below it over these, at res4 and at `roi`
+    (dashed)."""
     try:
         import matplotlib
     except ImportError:
@@ -408,7 +416,8 @@ def plot(results, path):
 
 
 def picture(inputs, alone=False, fill="black", rows=3):
-    """A PIL picture of what is asked, a row a pair and an object of the bank; the squares that are read are outlined."""
+    """A PIL picture of what is asked, a row a pair and an object of the bank; the squares that are read are
+outlined."""
     gap, head, rows = 8, 18, min(rows, len(inputs.a.masks))
     nine = "alone at each place in turn" if alone else "the centre against eight places"
     titles = ("CR, rc: A1 beside B", "A2: A, without B", "B2: B at A's place", f"MCS, rp: {nine}",
