@@ -240,9 +240,8 @@ def to_detectron2(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-# A tensor of a stage; what an optimiser keeps under such a name ends otherwise.
-STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.(?:conv\d|bn\d|downsample\.\d)\."
-                   r"(?:weight|bias|running_mean|running_var|num_batches_tracked)")
+# A stage is where its convolutions are: an optimiser's state by name ends otherwise, clean statistics are of norms alone.
+STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.conv\d\.weight")
 # Of nn.Sequential(*children), as lightly and others keep it.
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
@@ -397,7 +396,8 @@ def open_arms(args):
 
 def parse_entry(entry, args):
     """An entry of --ckpt -> its name and its rows, of which only path, teacher and prefix are known."""
-    name, files = entry.split("=", 1) if "=" in entry and not Path(entry).exists() else (entry, entry)
+    named = "=" in entry and not Path(split_selector(entry)[0]).exists()
+    name, files = entry.split("=", 1) if named else (entry, entry)
     if files in ("random", "colour"):
         return name, [Row(files, statistics="none")]
     path, teacher, prefix = split_selector(files, args.teacher, args.prefix)
@@ -1230,8 +1230,8 @@ def as_picture(tiles, columns):
 
 
 def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
-    """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query in white, then
-    its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
+    """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query in white,
+    then its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
     chosen = sorted(rng(seed).choice(len(answers.rows), min(number, len(answers.rows)), replace=False).tolist())
     neighbours, lines = min(neighbours, len(answers.bank_rows)), {}
     for which in (0, 1):
@@ -1284,10 +1284,11 @@ def draw_curves(panels, path):
             means, errors = np.array(means), np.nan_to_num(errors)
             axis.plot(images, means, color=inks[name], marker="o", markersize=4, linewidth=2, label=name, zorder=3)
             axis.fill_between(images, means - errors, means + errors, color=inks[name], alpha=0.18, linewidth=0)
-        for n, (name, value) in enumerate(levels.items()):
-            axis.axhline(value, color="#666666", linewidth=1.2, linestyle=(0, (4, 1.5 + 2 * n)), zorder=1)
-            axis.annotate(name, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          horizontalalignment="right", fontsize=9, color="#444444")
+        for name, value in levels.items():
+            above = value == max(levels.values())  # the others have their names below: two may lie close together
+            axis.axhline(value, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+            axis.annotate(name, (1, value), (-2, 2 if above else -2), xycoords=("axes fraction", "data"), ha="right",
+                          va="bottom" if above else "top", textcoords="offset points", fontsize=9, color="#444444")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
         axis.set_title(title, fontsize=11, loc="left")
@@ -1486,7 +1487,7 @@ def main():
     bank = Objects(stored, args.size, args.objects, args.limit_images, args.seed)
     queries = Objects(asked, args.size, None, args.limit_images, args.seed)
     if args.k > bank.count:
-        raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower it, or take more images")
+        raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower it, or add images")
     if args.picture:
         save(picture(queries), args.picture)
     device = "cuda" if torch.cuda.is_available() else "cpu"

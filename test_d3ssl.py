@@ -35,6 +35,7 @@ from data import Labelled, Scenes, UserError, open_labelled
 
 HERE = Path(__file__).resolve().parent
 COCO = HERE.parent / "shared" / "data" / "coco256"
+VOC = COCO.parent / "voc2007"
 needs_coco = pytest.mark.skipif(not COCO.exists(), reason="../shared/data/coco256 is not here")
 
 
@@ -463,9 +464,9 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     assert data.proposals_state(images, tmp_path / "whole") == "ready"
     data.compute_proposals(images, tmp_path / "parts", workers=1, part=(1, 2))
     assert data.proposals_state(images, tmp_path / "parts") == "missing"
-    chunk = next((tmp_path / "parts").glob(".partial-*/*.npz"))
+    chunk = next((tmp_path / "parts").glob(".chunks-*/*.npz"))
     stamp, done = chunk.stat().st_mtime_ns, []
-    monkeypatch.setattr(data, "_join", lambda *a: done.append(a))  # a kill before the joining
+    monkeypatch.setattr(data.Making, "join", lambda making: done.append(making))  # a kill before the joining
     data.compute_proposals(images, tmp_path / "parts", workers=1, part=(0, 2))
     assert done and chunk.stat().st_mtime_ns == stamp  # finished chunks are not done again
     monkeypatch.undo()
@@ -484,6 +485,93 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     foreign = json.loads((tmp_path / "whole" / "settings.json").read_text()) | {"method": "my own"}
     (tmp_path / "whole" / "settings.json").write_text(json.dumps(foreign))
     assert data.proposals_state(images, tmp_path / "whole") == "ready"  # somebody else's are taken as they are
+
+
+def test_scenes_of_another_version_recompute_their_proposals(tmp_path, monkeypatch):
+    """Other pictures under the same names: boxes of the old ones would be taken without a word."""
+    for version, state in (("old", "missing"), ("old", "ready"), ("new", "other settings: version old")):
+        monkeypatch.setattr(data.Scenes, "VERSION", version)
+        scenes = data.Scenes(number=3)
+        assert data.proposals_state(scenes, tmp_path).startswith(state)
+        data.compute_proposals(scenes, tmp_path, workers=1)
+    assert data.proposals_state(scenes, tmp_path) == "ready"
+
+
+def test_a_rank_that_others_have_left_does_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 2)
+    monkeypatch.setattr(data, "PATIENCE", 1)
+    with pytest.raises(data.UserError, match="no proposals came from the other ranks for 1 s.*the same command goes on"):
+        data.compute_proposals(data.Scenes(number=4), tmp_path, workers=1, part=(1, 2), wait=True)
+    assert [path.name for path in tmp_path.glob(".chunks-*/*")] == ["000001.npz"]  # its own share is done and kept
+
+
+# A user's script, with classes of its own: forkserver and spawn import it anew in every process.
+STARTS = """
+import multiprocessing, os, signal, sys
+import numpy as np, torch
+import data
+
+class Deadly(data.Scenes):  # the kernel's out-of-memory killer, for one picture
+    def read(self, i):
+        if i == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(i)
+
+class Marks(torch.utils.data.Dataset):
+    def __init__(self, splits):
+        self.splits = splits
+    def __getitem__(self, row):
+        return [np.packbits(found.mask(row)) for found in self.splits]
+
+def main():
+    method, out, searched, loaded = sys.argv[1:]  # the last two: the picture that kills the process that reads it
+    multiprocessing.set_start_method(method)
+    data.CHUNK = 2
+    scenes = Deadly(number=6)
+    scenes.deadly = int(searched)
+    data.compute_proposals(scenes, out + "/boxes", workers=1)
+    scenes.deadly = int(loaded)
+    views = data.TwoViews(scenes, data.Proposals(out + "/boxes"), 64, 2)
+    made = list(data.make_loader(views, data.Schedule(6, 2, 0, 0, 6), workers=1))
+    splits = data.open_labelled("scenes"), data.open_labelled("coco", out, "train", strict=True)
+    marks = list(data.make_loader(Marks(splits), [[0, 1], [2]], workers=1))
+    torch.save([made, marks], out + "/made.pt")
+
+if __name__ == "__main__":
+    data.error_exit(main)
+"""
+
+
+def starts(folder, method, searched=-1, loaded=-1, ok=True):
+    (folder / "starts.py").write_text(STARTS)
+    path = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return command(folder / "starts.py", method, folder, searched, loaded, env=path, ok=ok)
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_proposals_and_loaders_under_any_start_method(tmp_path, method):
+    """Python 3.14 starts processes by forkserver, macOS by spawn: their batches are those of this process."""
+    data.write_scenes(tmp_path, 2)
+    starts(tmp_path, method)
+    made, marks = torch.load(tmp_path / "made.pt", weights_only=True)
+    views = data.TwoViews(data.Scenes(number=6), data.Proposals(tmp_path / "boxes"), 64, 2)
+    for batch, items in zip(made, data.Schedule(6, 2, 0, 0, 6), strict=True):
+        for got, wanted in zip(batch, zip(*[views[item] for item in items]), strict=True):
+            assert np.array_equal(got, np.stack(wanted))
+    for found, split in zip(zip(*marks), ("val", "train"), strict=True):
+        wanted = np.concatenate([data.Scenes(split).render(i)[3] for i in (0, 1)])[:3]
+        assert np.array_equal(torch.cat(found), [np.packbits(mask) for mask in wanted])
+
+
+def test_a_process_that_is_killed_ends_the_command_with_one_line(tmp_path):
+    data.write_scenes(tmp_path, 2)
+    for killed, said in ((dict(searched=5), "a process of the selective search was killed"),
+                         (dict(loaded=3), "a loading process died")):
+        done = starts(tmp_path, "fork", **killed, ok=False)
+        last = done.stdout.splitlines()[-1]
+        assert done.returncode == 2 and re.fullmatch(f"starts.py: error: {said}.*: the same command goes on.*", last)
+        assert "Traceback" not in done.stdout
+        assert (tmp_path / "boxes/settings.json").exists() == ("loaded" in killed)  # the second run went on where it stopped
 
 
 def test_filter_relaxes_step_by_step():
@@ -792,22 +880,20 @@ def test_memory_is_flat(tmp_path):
     assert sizes[5] > 200_000 and abs(sizes[50] / sizes[5] - 1) < 0.02, sizes
 
 
-def test_proposals_of_a_large_set_open_at_once_and_are_not_copied(tmp_path):
-    import pickle
+def test_proposals_of_a_large_set_are_not_copied(tmp_path):
     n = 150_000
     names = [f"{i:012d}.jpg" for i in range(n)]
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
-    np.save(tmp_path / "offsets.npy", np.arange(n + 1, dtype=np.int64) * 40)
-    np.save(tmp_path / "boxes.npy", np.ones((n * 40, 4), np.float32))
-    images = data.Images(tmp_path, names)
-    began = time.perf_counter()
-    views = data.TwoViews(images, data.Proposals(tmp_path), 224, 4)
-    assert time.perf_counter() - began < 1 and len(views) == n
-    assert isinstance(views.proposals.boxes, np.memmap) and len(pickle.dumps(views.proposals)) < 1000  # a worker gets the path
-    assert pickle.loads(pickle.dumps(views)).proposals[n - 1].shape == (40, 4)
+    np.save(tmp_path / "offsets.npy", np.arange(n + 1, dtype=np.int64) * 4)
+    np.save(tmp_path / "boxes.npy", np.ones((n * 4, 4), np.float32))
+    views = data.TwoViews(data.Images(tmp_path, names), data.Proposals(tmp_path), 224, 4)
+    assert len(views) == n and isinstance(views.proposals.boxes, np.memmap)
+    assert len(pickle.dumps(views.proposals)) < n / 100  # a process gets the path, not the boxes
+    assert pickle.loads(pickle.dumps(views)).proposals[n - 1].shape == (4, 4)
 
 
 @needs_coco
+@pytest.mark.bench
 def test_loader_is_faster_than_the_usual_way(tmp_path):
     """Per core, decode included: our views and boxes against PIL and torchvision's v1 transforms of the same views."""
     from torchvision import transforms as T
@@ -834,6 +920,7 @@ def test_loader_is_faster_than_the_usual_way(tmp_path):
     assert rates["ours"] > 2.5 * rates["usual"]
 
 
+@pytest.mark.bench
 def test_nearest_neighbours_grow_as_bank_times_queries():
     """Doubling the bank about doubles the time of O-KNN's search; its memory stays a chunk's."""
     def seconds(bank, queries=512, width=256):
@@ -847,13 +934,12 @@ def test_nearest_neighbours_grow_as_bank_times_queries():
     seconds(1000)
     times = [seconds(n) for n in (32_768, 65_536, 131_072)]
     print("bank 32,768 65,536 131,072 x 512 queries of 256: " + ", ".join(f"{t:.2f} s" for t in times))
-    assert times[2] < 2 * 2.0 * times[0] * 1.35
 
 
 # ------------------------------------------------------------------------------------- evaluate.py: any ResNet checkpoint
 
-def resnet_state(arch="resnet50", seed=0):
-    """torchvision's state dict with every buffer and parameter different from its default, so that none can be mixed up."""
+def resnet_state(arch="resnet18", seed=0):
+    """torchvision's state dict, every buffer and parameter different from its default, so that none can be mixed up."""
     torch.manual_seed(seed)
     state = torchvision.models.get_model(arch, weights=None).state_dict()
     return {key: value if value.dtype == torch.long else
@@ -895,118 +981,234 @@ def moco_to_detectron2(state, prefix):
     return {"model": named, "__author__": "MOCO", "matching_heuristics": True}
 
 
+def numbered(prefix, state):
+    """The state dict of nn.Sequential(*list(resnet.children())[:-1]) under a prefix."""
+    network = torchvision.models.resnet18(weights=None)
+    network.load_state_dict(state)
+    return under(prefix, nn.Sequential(*list(network.children())[:-1]).state_dict())
+
+
+def hugging_face(state):
+    """huggingface/transformers, convert_resnet_to_pytorch.py's result, models/resnet/modeling_resnet.py's names."""
+    named = {}
+    for key, value in under("", state, fc=False).items():
+        first, *rest = key.split(".")
+        if first in ("conv1", "bn1"):
+            kind = "convolution" if first == "conv1" else "normalization"
+            named[".".join(["resnet.embedder.embedder", kind, *rest])] = value
+            continue
+        block, layer, *rest = rest
+        where = f"resnet.encoder.stages.{int(first[-1]) - 1}.layers.{block}"
+        if layer == "downsample":
+            kind, rest = ("convolution", "normalization")[int(rest[0])], rest[1:]
+            named[".".join([where, "shortcut", kind, *rest])] = value
+        else:
+            kind = "convolution" if layer.startswith("conv") else "normalization"
+            named[".".join([where, "layer", str(int(layer[-1]) - 1), kind, *rest])] = value
+    return {**named, "classifier.1.weight": torch.ones(1000, 512), "classifier.1.bias": torch.ones(1000)}
+
+
+def c4(state):
+    """The first three stages with the stem, and the fourth, of a C4 detector."""
+    head = {key: value for key, value in state.items() if key.startswith("layer4.")}
+    return {key: value for key, value in under("", state, fc=False).items() if key not in head}, head
+
+
+def detectron2_c4(state):
+    body, head = (moco_to_detectron2(part, "")["model"] for part in c4(state))
+    head = {key.removeprefix("stem."): value for key, value in head.items()}
+    return {**under("backbone.", body), **under("roi_heads.", head), "roi_heads.res5.norm.weight": np.ones(512, np.float32),
+            "proposal_generator.rpn_head.conv.weight": np.ones((1024, 1024, 3, 3), np.float16)[:1]}
+
+
+def our_detector(state):
+    network = evaluate.build("resnet18", 0)
+    network.load_state_dict(under("", state, fc=False))
+    return evaluate.c4_detector(network, 3).state_dict()
+
+
+class NotInstalled:
+    """Stands for a class of a package that is not here: unpickling it by reference would run its __setstate__."""
+
+    def __init__(self):
+        self.path, self.number = Path("/a/path"), np.float64(3)
+
+    def __setstate__(self, state):
+        raise ModuleNotFoundError("mmengine")
+
+
+def safetensors(state):
+    """huggingface/safetensors, README's "Format", written from its description."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for key, value in state.items():
+        raw = value.contiguous().numpy().tobytes()
+        kind = "I64" if value.dtype == torch.long else "F32"
+        header[key] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
 QUEUE = {"queue": torch.zeros(128, 64), "queue_ptr": torch.zeros(1, dtype=torch.long)}
 
 LAYOUTS = {
-    # torchvision.models.resnet50().state_dict()
+    # torchvision.models.resnet18().state_dict()
     "torchvision": lambda p, s: p,
-    # facebookresearch/moco: moco/builder.py (encoder_q, encoder_k, queue; v2's fc is an MLP), main_moco.py (state_dict, DDP)
+    # facebookresearch/moco: moco/builder.py (encoder_q, encoder_k, queue; v2's fc is an MLP), main_moco.py (DDP)
     "moco": lambda p, s: {"epoch": 200, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}, "state_dict": {
-        **under("module.encoder_q.", p, fc=False), **mlp("module.encoder_q.fc", (0, (2048, 2048)), (2, (128, 2048))),
+        **under("module.encoder_q.", p, fc=False), **mlp("module.encoder_q.fc", (0, (512, 512)), (2, (128, 512))),
         **under("module.encoder_k.", s, fc=False), **under("module.", QUEUE)}},
     # Tete-Xiao/ReSim: detection/convert-pretrain-to-detectron2.py (MoCo's keys, and an fpn beside the stages)
     "resim": lambda p, s: {"state_dict": {
         **under("module.encoder_k.", s), **under("module.encoder_q.", p),
-        "module.encoder_q.fpn.fpn_lateral5.weight": torch.ones(256, 2048, 1, 1)}},
-    # hologerry/SoCo: converter_detectron2/convert_detectron2_C4.py (model, model_ema), contrast/option.py (opt, a Namespace)
+        "module.encoder_q.fpn.fpn_lateral5.weight": torch.ones(256, 512, 1, 1)}},
+    # hologerry/SoCo: converter_detectron2/convert_detectron2_C4.py (model, model_ema), contrast/option.py (a Namespace)
     "soco": lambda p, s: {"opt": argparse.Namespace(arch="resnet50"), "model_ema": under("encoder.", s), "model": {
         **under("module.encoder.", p, fc=False), **under("module.encoder_k.", s, fc=False),
-        "module.projector.linear1.weight": torch.ones(4096, 2048), "module.projector_k.linear1.weight": torch.ones(4096, 2048)}},
+        "module.projector.linear1.weight": torch.ones(64, 512), "module.projector_k.linear1.weight": torch.ones(64, 512)}},
     # zdaxie/PixPro: contrast/models/PixPro.py, main_pretrain.py (save_checkpoint)
     "pixpro": lambda p, s: {"opt": argparse.Namespace(model="PixPro"), "scheduler": {"last_epoch": 3}, "model": {
         **under("module.encoder_k.", s, fc=False), **under("module.encoder.", p, fc=False),
-        "module.projector.linear1.weight": torch.ones(4096, 2048, 1, 1), "module.value_transform.weight": torch.ones(256, 256, 1, 1)}},
+        "module.projector.linear1.weight": torch.ones(64, 512, 1, 1),
+        "module.value_transform.weight": torch.ones(256, 256, 1, 1)}},
     # WXinlong/DenseCL: openselfsup/models/densecl.py (backbone is encoder_q[0] under a second name)
     "densecl": lambda p, s: {"meta": {"epoch": 800}, "state_dict": {
         **under("encoder_q.0.", p, fc=False), **under("backbone.", p, fc=False), **under("encoder_k.0.", s, fc=False),
-        **mlp("encoder_q.1.mlp", (0, (2048, 2048)), (2, (128, 2048))), **QUEUE, "queue2": torch.zeros(128, 64)}},
+        **mlp("encoder_q.1.mlp", (0, (512, 512)), (2, (128, 512))), **QUEUE, "queue2": torch.zeros(128, 64)}},
     # WXinlong/DenseCL and open-mmlab/mmselfsup: tools/extract_backbone_weights.py (bare names)
     "densecl extracted": lambda p, s: {"author": "DenseCL", "state_dict": under("", p, fc=False)},
-    # open-mmlab/mmselfsup (OpenSelfSup): openselfsup/models/byol.py (online_net, target_net, backbone is online_net[0])
+    # open-mmlab/mmselfsup (OpenSelfSup): models/byol.py (online_net, target_net, backbone is online_net[0])
     "openselfsup byol": lambda p, s: {"state_dict": {
         **under("target_net.0.", s, fc=False), **under("online_net.0.", p, fc=False), **under("backbone.", p, fc=False)}},
     # lucidrains/byol-pytorch: byol_pytorch.py (net, online_encoder.net, target_encoder.net)
     "byol-pytorch": lambda p, s: {
         **under("net.", p), **under("online_encoder.net.", p), **under("target_encoder.net.", s),
-        **mlp("online_encoder.projector", (0, (4096, 2048)), (3, (256, 4096)))},
+        **mlp("online_encoder.projector", (0, (64, 512)), (3, (256, 64)))},
     # facebookresearch/PLRC: PLRC/models/builder.py and resnet.py (encoder_q.enc, encoder_k.enc, fcs, fcs_2)
     "plrc": lambda p, s: {"state_dict": {
         **under("module.encoder_q.enc.", p, fc=False), **under("module.encoder_k.enc.", s, fc=False),
-        **mlp("module.encoder_q.enc.fcs", (0, (2048, 2048)), (2, (128, 2048)))}},
+        **mlp("module.encoder_q.enc.fcs", (0, (512, 512)), (2, (128, 512)))}},
     # facebookresearch/dino: main_dino.py (save_dict), utils.py (MultiCropWrapper: backbone, head)
-    "dino": lambda p, s: {"student": {**under("module.backbone.", p, fc=False), **mlp("module.head.mlp", (0, (2048, 2048)))},
-                          "teacher": {**under("module.backbone.", s, fc=False), **mlp("module.head.mlp", (0, (2048, 2048)))},
+    "dino": lambda p, s: {"student": {**under("module.backbone.", p, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
+                          "teacher": {**under("module.backbone.", s, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
                           "epoch": 800, "args": argparse.Namespace(arch="resnet50"), "dino_loss": {"center": torch.zeros(1, 9)}},
     # facebookresearch/moco: detection/convert-pretrain-to-detectron2.py
     "detectron2": lambda p, s: moco_to_detectron2({**under("module.encoder_q.", p), **under("module.encoder_k.", s)},
                                                   "module.encoder_q."),
+    # a query and a key encoder, written out (encoder_query, encoder_key), as MoCo's ports in many course projects do
+    "query and key": lambda p, s: {**under("encoder_query.", p), **under("encoder_key.", s), **QUEUE},
+    # lightly-ai/lightly: examples/pytorch/moco.py (backbone = nn.Sequential(*list(resnet.children())[:-1]), backbone_momentum)
+    "lightly": lambda p, s: {"state_dict": {
+        **numbered("backbone.", p), **numbered("backbone_momentum.", s), **mlp("projection_head.layers", (0, (64, 512)))}},
+    # huggingface/pytorch-image-models: timm's ResNet has torchvision's names, in a model.safetensors
+    "timm, safetensors": lambda p, s: safetensors(p),
+    # huggingface/transformers: models/resnet/modeling_resnet.py, in a model.safetensors
+    "hugging face": lambda p, s: safetensors(hugging_face(p)),
+    # limbo0000/InstanceLoc: transfer/detection/convert_pretrained.py (backbone, backbone_k, roi_head.shared_head)
+    "insloc c4": lambda p, s: {"meta": {}, "state_dict": {
+        **under("backbone.", c4(p)[0]), **under("backbone_k.", c4(s)[0]), **under("roi_head.shared_head.", c4(p)[1])}},
+    # facebookresearch/detectron2: modeling/roi_heads (Res5ROIHeads: res5), with moco's detection/train_net.py (res5.norm)
+    "detectron2 c4": lambda p, s: {"model": detectron2_c4(p), "__author__": "MOCO"},
+    # our own fine-tuned detector: evaluate.c4_detector
+    "our detector": lambda p, s: {"transfer": {}, "step": 3, "model": our_detector(p)},
+    # pytorch/pytorch: torch.save(model), the whole module (BasicBlock and all of its classes)
+    "whole module": lambda p, s: evaluate.build("resnet18", 0),
+    # Lightning-AI/pytorch-lightning: trainer/connectors/checkpoint_connector.py (hyper_parameters: any object; callbacks)
+    "lightning": lambda p, s: {"state_dict": under("model.", p), "hyper_parameters": NotInstalled(), "epoch": np.int64(7),
+                               "callbacks": {"best": Path("a/b"), "classes": np.array(["cat", "dog"]), NotInstalled: 1}},
+    # an optimiser's state by parameter name (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict)
+    "named optimiser": lambda p, s: {"model": p, "optimizer": {"state": {
+        key: {"exp_avg": value, "exp_avg_sq": value, "step": torch.tensor(3.0)} for key, value in p.items()}}},
 }
-WITH_MOMENTUM = ("moco", "resim", "pixpro", "densecl", "openselfsup byol", "byol-pytorch", "plrc", "dino")
+WITH_MOMENTUM = ("moco", "resim", "pixpro", "densecl", "openselfsup byol", "byol-pytorch", "plrc", "dino", "query and key",
+                 "lightly")
 
 
 def write_checkpoint(path, content):
+    if isinstance(content, bytes):
+        return path.write_bytes(content)
     with open(path, "wb") as file:
-        pickle.dump(content, file) if "__author__" in content else torch.save(content, file)
+        pickle.dump(content, file) if isinstance(content, dict) and "__author__" in content else torch.save(content, file)
 
 
-def reference_features(state, images):
-    network = torchvision.models.resnet50(weights=None)
-    network.load_state_dict(state)
+def reference_features(state, images, arch="resnet18"):
+    network = torchvision.models.get_model(arch, weights=None)
+    network.load_state_dict({**network.state_dict(), **state})
     network.fc = torch.nn.Identity()
     with torch.no_grad():
         return network.eval()(images)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_plain_features(layout, plain, shifted, tmp_path):
-    write_checkpoint(tmp_path / "x", LAYOUTS[layout](plain, shifted))
-    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    network, arch = evaluate.load_backbone(tmp_path / "x", trust_pickle=layout == "detectron2")
-    assert arch == "resnet50" and not network.training
-    expected, decoy = reference_features(plain, images), reference_features(shifted, images)
+def test_every_layout_gives_the_plain_features(layout, plain, shifted, tmp_path, capfd):
+    content = LAYOUTS[layout](plain, shifted)
+    write_checkpoint(tmp_path / "x", content)
+    images = torch.rand(1, 3, 64, 64, generator=seeded(1))
+    network, arch = evaluate.load_backbone(tmp_path / "x")
+    assert arch == "resnet18" and not network.training
+    expected = reference_features(content.state_dict() if isinstance(content, nn.Module) else plain, images)
+    decoy = reference_features(shifted, images)
     assert not torch.allclose(expected, decoy, rtol=1e-2)
     with torch.no_grad():
         torch.testing.assert_close(network(images), expected, rtol=0, atol=0)
         if layout in WITH_MOMENTUM:
             teacher, _ = evaluate.load_backbone(tmp_path / "x", teacher=True)
             torch.testing.assert_close(teacher(images), decoy, rtol=0, atol=0)
+    said = "left out, an extra norm after res5" in capfd.readouterr().err
+    assert said == (layout in ("detectron2 c4", "our detector"))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet101", "resnet152"])
-def test_architecture_is_read_off_the_shapes(arch, tmp_path):
-    state = torchvision.models.get_model(arch, weights=None).state_dict()
-    torch.save(state, tmp_path / "x.pth")
-    network, found = evaluate.load_backbone(tmp_path / "x.pth")
-    assert found == arch
+def test_a_bottleneck_network(tmp_path):
+    state = resnet_state("resnet50")
+    torch.save(hugging_face(state), tmp_path / "x.pth")
+    network, arch = evaluate.load_backbone(tmp_path / "x.pth")
+    assert arch == "resnet50"
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
-def test_our_own_checkpoints(tmp_path):
+@pytest.mark.parametrize("arch", ["resnet34", "resnet101", "resnet152"])
+def test_architecture_is_read_off_the_shapes(arch, monkeypatch):
+    with torch.device("meta"):
+        state = torchvision.models.get_model(arch, weights=None).state_dict()
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: state)
+    monkeypatch.setattr(evaluate, "fill", lambda *arguments: None)
+    network, found = evaluate.load_backbone("x")
+    assert found == arch and network.state_dict().keys() == {key for key in state if not key.startswith("fc.")}
+
+
+def write_run(folder, seed=0, clean=True, **more):
+    """A trainer's folder: last.pt of a fresh model with clean statistics of 1 and 2, backbone.pth, snapshots; the model."""
+    torch.manual_seed(seed)
     model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
     for p in model.teacher.parameters():
         p.data += 0.1
-    torch.save({"d3ssl": 1, "config": {"data": "scenes"}, "model": model.state_dict(), "optimizer": {"state": {}}},
-               tmp_path / "last.pt")
-    torch.save(model.student.backbone.state_dict(), tmp_path / "backbone.pth")
-    student, arch = evaluate.load_backbone(tmp_path / "last.pt")
-    teacher, _ = evaluate.load_backbone(tmp_path / "last.pt", teacher=True)
-    backbone, _ = evaluate.load_backbone(tmp_path / "backbone.pth")
-    assert arch == "resnet18"
-    for network, expected in ((student, model.student), (teacher, model.teacher), (backbone, model.student)):
-        for key, value in expected.backbone.state_dict().items():
-            assert torch.equal(network.state_dict()[key], value), key
+    names = [key for key in model.student.backbone.state_dict() if "running_" in key]
+    statistics = {name: {key: torch.full_like(model.student.backbone.state_dict()[key], number) for key in names}
+                  for name, number in (("student", 1.0), ("teacher", 2.0))}
+    folder.mkdir(parents=True)
+    config = {"data": "scenes", "seed": seed, "roi": 6, "batch_size": 16, **more}
+    torch.save({"d3ssl": 2, "config": config, "step": 64, "model": model.state_dict(), "optimizer": {"state": {}},
+                "clean": statistics if clean else None}, folder / "last.pt")
+    for name in ("backbone.pth", "backbone-256.pth", "backbone-1024.pth"):
+        torch.save(model.student.backbone.state_dict(), folder / name)
+    return model
+
+
+def test_our_own_checkpoints_and_their_clean_statistics(tmp_path):
+    for clean in (True, False):
+        model = write_run(tmp_path / str(clean), clean=clean)
+        for name, teacher, source, number in (("last.pt", False, model.student, 1.0), ("last.pt", True, model.teacher, 2.0),
+                                              ("backbone.pth", False, model.student, None)):
+            network, arch = evaluate.load_backbone(tmp_path / str(clean) / name, teacher=teacher)
+            assert arch == "resnet18"
+            for key, value in source.backbone.state_dict().items():
+                if "running_" in key and clean and number:
+                    value = torch.full_like(value, number)
+                assert torch.equal(network.state_dict()[key], value), key
 
 
 def without(state, key):
     return {k: v for k, v in state.items() if k != key}
-
-
-SMALL = {}  # a resnet18's weights, made once
-
-
-def small_state():
-    SMALL.update(SMALL or resnet_state("resnet18", 1))
-    return dict(SMALL)
 
 
 BROKEN = {
@@ -1017,29 +1219,37 @@ BROKEN = {
                 "lacks layer4.1.bn2.bias"),
     "left over": (lambda s: {**s, "layer2.0.se.weight": torch.ones(3)}, "layer2.0.se.weight has no place"),
     "other shape": (lambda s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)}, r"conv1.weight is \(64, 3, 3, 3\)"),
-    "other depth": (lambda s: {**s, **{k.replace("layer2.1", "layer2.2"): v for k, v in s.items()}}, r"stages of \[2, 3, 2, 2\]"),
+    "other depth": (lambda s: {**s, **{k.replace("layer2.1", "layer2.2"): v for k, v in s.items()}},
+                    r"stages of \[2, 3, 2, 2\]"),
     "not finite": (lambda s: {**s, "bn1.weight": torch.full((64,), float("nan"))}, "bn1.weight is not finite"),
     "no ResNet": (lambda s: {"features.0.weight": torch.ones(3)}, "holds no ResNet"),
     "only momentum": (lambda s: under("teacher.", s), "only momentum encoders.*add --teacher"),
-    "two": (lambda s: {**under("a.", s), **under("b.", {k: v + 1 for k, v in s.items()})}, "holds 2 ResNets.*--prefix.*a., b."),
+    "two": (lambda s: {**under("a.", s), **under("b.", {k: v + 1 for k, v in s.items()})},
+            "holds 2 ResNets.*--prefix.*a., b."),
+    # two heads: which is res5?
+    "two heads": (lambda s: {**under("a.", c4(s)[0]), **under("b.", c4(s)[1]), **under("c.", c4(s)[1])}, "holds no ResNet"),
+    # huggingface/pytorch-image-models: timm/models/resnet.py, resnet50d's deep stem
+    "ResNet-D": (lambda s: {**without(s, "conv1.weight"), "conv1.0.weight": torch.ones(32, 3, 3, 3)}, "ResNet-D"),
+    # Separius/SimCLRv2-Pytorch: resnet.py (Stem, BlockGroup.blocks, BottleneckBlock.net), convert.py (resnet, head)
+    "SimCLR v2": (lambda s: {"resnet": {"net.0.0.weight": torch.ones(64, 3, 7, 7),
+                                        "net.1.blocks.0.net.0.weight": torch.ones(64, 64, 1, 1)}}, "SimCLR v2"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_backbone_that_does_not_fit_is_named(case, tmp_path):
+def test_a_backbone_that_does_not_fit_is_named(case, plain, tmp_path):
     change, message = BROKEN[case]
-    torch.save(change(small_state()), tmp_path / "x.pth")
+    torch.save(change(dict(plain)), tmp_path / "x.pth")
     with pytest.raises(UserError, match=message) as error:
         evaluate.load_backbone(tmp_path / "x.pth")
     assert "\n" not in str(error.value)
 
 
-def test_prefix_settles_which(tmp_path):
-    state = small_state()
-    torch.save({"model": {**under("a.", state), **under("b.", {k: v + 1 for k, v in state.items()})}}, tmp_path / "x.pth")
+def test_prefix_settles_which(plain, tmp_path):
+    torch.save({"model": {**under("a.", plain), **under("b.", {k: v + 1 for k, v in plain.items()})}}, tmp_path / "x.pth")
     for prefix, plus in (("a", 0), ("model.b.", 1)):
         network, _ = evaluate.load_backbone(tmp_path / "x.pth", prefix=prefix)
-        assert torch.equal(network.conv1.weight, state["conv1.weight"] + plus)
+        assert torch.equal(network.conv1.weight, plain["conv1.weight"] + plus)
     with pytest.raises(UserError, match="--prefix c is none of the ResNets.*model.a., model.b."):
         evaluate.load_backbone(tmp_path / "x.pth", prefix="c")
 
@@ -1055,19 +1265,19 @@ class Harmful:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_pickle_runs_no_code_unasked(write, tmp_path):
-    write({"state_dict": small_state(), "extra": Harmful(tmp_path / "harm")}, tmp_path / "x.pkl")
-    with pytest.raises(UserError, match="--trust-pickle"):
-        evaluate.load_backbone(tmp_path / "x.pkl")
-    assert not (tmp_path / "harm").exists()
+def test_a_pickle_runs_no_code(write, plain, tmp_path):
+    write({"state_dict": plain, "extra": Harmful(tmp_path / "harm")}, tmp_path / "x.pkl")
+    network, _ = evaluate.load_backbone(tmp_path / "x.pkl")
+    assert torch.equal(network.conv1.weight, plain["conv1.weight"]) and not (tmp_path / "harm").exists()
 
 
-def test_files_that_are_no_checkpoints(tmp_path):
-    torch.save(small_state(), tmp_path / "whole.pth")
+def test_files_that_are_no_checkpoints(plain, tmp_path):
+    torch.save(plain, tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:10000])
+    (tmp_path / "cut.safetensors").write_bytes(safetensors(plain)[:-9])
     (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "empty.pth").write_bytes(b"")
-    for name in ("cut.pth", "text.pth", "empty.pth"):
+    for name in ("cut.pth", "cut.safetensors", "text.pth", "empty.pth"):
         with pytest.raises(UserError, match=f"{name} is not a checkpoint, or cut short"):
             evaluate.load_backbone(tmp_path / name)
     with pytest.raises(UserError, match="No such file"):
@@ -1096,10 +1306,59 @@ def test_export(plain, tmp_path):
     assert written["matching_heuristics"] is True and written["model"].keys() == expected.keys()
     assert all(np.array_equal(written["model"][key], value) for key, value in expected.items())
     evaluate.export(network, "torchvision", tmp_path / "out.pth")
-    other = torchvision.models.resnet50(weights=None)
+    other = torchvision.models.resnet18(weights=None)
     report = other.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=False)
     assert report.missing_keys == ["fc.weight", "fc.bias"] and not report.unexpected_keys
-    assert torch.equal(other.layer4[2].bn3.running_var, plain["layer4.2.bn3.running_var"])
+    assert torch.equal(other.layer4[1].bn2.running_var, plain["layer4.1.bn2.running_var"])
+
+
+# arms
+
+def arms_of(*words):
+    return evaluate.open_arms(evaluate.parse_arguments(["--ckpt", *map(str, words)]))
+
+
+def test_arms_know_their_files_seeds_images_and_statistics(plain, tmp_path):
+    for seed in (3, 5):
+        write_run(tmp_path / f"run-{seed}", seed, clean=seed == 3)
+    torch.save({**under("student.", plain), **under("teacher.", {k: v + 1 for k, v in plain.items()})}, tmp_path / "a=b.pth")
+    arms = arms_of(f"ours={tmp_path}/run-*/last.pt", f"snap={tmp_path}/run-*/backbone-*.pth", tmp_path / "a=b.pth",
+                   f"{tmp_path}/a=b.pth:teacher", f"{tmp_path}/run-3/last.pt:teacher.backbone", "untrained=random", "colour")
+    names = [str(name).removeprefix(f"{tmp_path}/") for name, *_ in arms]
+    assert names == ["ours", "snap", "snap", "a=b.pth", "a=b.pth:teacher", "run-3/last.pt:teacher.backbone", "untrained",
+                     "colour"]
+    assert [arm.images for arm in arms] == [1024, 256, 1024, None, None, 1024, 0, None]
+    assert [[row.seed for row in arm.rows] for arm in arms] == [[3, 5]] * 3 + [[None]] * 2 + [[3], [3, 5], [None]]
+    clean, saved = "clean (training run)", "saved"
+    assert [[row.statistics for row in arm.rows] for arm in arms] == [
+        [clean, saved], [clean] * 2, [clean] * 2, [saved], [saved], [clean], ["clean"] * 2, ["none"]]
+    assert all(row.bins == 6 and row.arch == "resnet18" for arm in arms[:-1] for row in arm.rows)
+    student, teacher = (arm.rows[0].load(None) for arm in arms[3:5])
+    assert torch.equal(teacher.conv1.weight, student.conv1.weight + 1) and len(arms[3].rows[0].digest) == 16
+    assert arms[3].rows[0].digest != arms[4].rows[0].digest
+    assert [evaluate.reference(arm, arms[1:]).images for arm in arms[1:]] == [256, 1024, 1024, 1024, 1024, 1024, 1024]
+    first_of_two = arms[6].rows[1]  # random's are the runs' own initialisations
+    expected = evaluate.load_backbone(tmp_path / "run-5" / "backbone.pth")[0].conv1.weight
+    assert torch.equal(first_of_two.load(lambda network, row: None).conv1.weight, expected)
+
+
+def test_arms_that_are_mistakes_are_one_line(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    with pytest.raises(UserError, match="its second of seed 0"):
+        arms_of(f"ours={tmp_path}/?/last.pt")
+    with pytest.raises(UserError, match=r"\*.pt: No such file"):
+        arms_of(f"ours={tmp_path}/*.pt")
+
+
+def test_random_is_never_evaluated_without_statistics(tmp_path):
+    """Whatever --statistics says; a file is re-estimated only when it asks."""
+    torch.save(evaluate.build("resnet18", 0).state_dict(), tmp_path / "x.pth")
+    for words, expected in (([], ["random"]), (["--statistics", "clean"], [f"{tmp_path}/x.pth", "random"])):
+        called = []
+        for arm in arms_of(tmp_path / "x.pth", "random", *words):
+            arm.rows[0].load(lambda network, row: called.append(row.path))
+        assert called == expected
 
 
 # --------------------------------------------------------------------------------------------------- evaluate.py: O-KNN
@@ -1167,33 +1426,209 @@ def test_objects_are_selected_with_distinct_categories_first():
     assert evaluate.select_objects(labels[5:6], crowd[5:6], 3).tolist() == []
 
 
-def test_object_features_are_roi_align_7x7_averaged():
-    torch.manual_seed(0)
-    maps = torch.randn(2, 5, 14, 14)
-    boxes = torch.tensor([[[3.0, 5, 200, 300], [0, 0, 448, 448]], [[100, 90, 131, 121], [400, 380, 448, 447.5]]])
-    rois = torch.cat([torch.tensor([[0.0], [0], [1], [1]]), boxes.flatten(0, 1)], 1)
-    expected = torchvision.ops.roi_align(maps, rois, 7, 1 / 32, sampling_ratio=2, aligned=True).mean((2, 3))
-    torch.testing.assert_close(evaluate.object_features(maps, boxes, 1 / 32), F.normalize(expected, dim=1), atol=1e-5, rtol=1e-5)
+def network_and_boxes(size=128):
+    network = evaluate.load_backbone("random", "resnet18", seed=2)[0]
+    boxes = random_boxes(3, 4, (size, size), seed=3)
+    boxes[1, 2:] = boxes[2, 0] = 0  # padding, also before an object
+    return network, torch.randn(3, 3, size, size, generator=seeded(4)), boxes
+
+
+def test_head_map_is_roi_align_7x7_on_c5_averaged():
+    network, images, boxes = network_and_boxes()
+    with torch.no_grad():
+        c5 = nn.Sequential(*list(network.children())[:8])(images)
+        rois = torch.cat([torch.arange(3).repeat_interleave(4)[:, None].float(), boxes.flatten(0, 1)], 1)
+        expected = torchvision.ops.roi_align(c5, rois, 7, 1 / 32, sampling_ratio=2, aligned=True).mean((2, 3))
+        found = evaluate.ObjectFeatures(network, "map")(images, boxes)
+    kept = boxes.flatten(0, 1)[:, 2] > 0
+    torch.testing.assert_close(found[kept], expected[kept], atol=1e-5, rtol=1e-4)
+
+
+def test_head_roi_is_what_the_encoder_trains():
+    network, images, boxes = network_and_boxes(112)
+    encoder = Encoder("resnet18", roi=6).eval()
+    encoder.backbone.load_state_dict(network.state_dict())
+    encoder.projector = nn.Identity()
+    with torch.no_grad():
+        found, expected = evaluate.ObjectFeatures(network, "roi", 6)(images, boxes), encoder(images, boxes)
+    kept = boxes.flatten(0, 1)[:, 2] > 0
+    torch.testing.assert_close(F.normalize(found[kept], dim=1), expected[kept], atol=1e-5, rtol=1e-4)
+    assert not found[~kept].any()
+
+
+@pytest.mark.parametrize("head", ["map", "roi"])
+def test_clean_statistics_are_a_plain_loops(head):
+    """Each norm's statistics: the mean over batches of its inputs' mean and (unbiased) variance, a batch in training mode;
+    the first layer's inputs are made without the network."""
+    clean = evaluate.Clean(Scenes("train"), 64, head, number=40, seed=1)
+    network, row = evaluate.build("resnet18", 0).eval(), evaluate.Row("random", bins=4)
+    means = {name: [] for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    sides, first = [], []
+    copy = evaluate.build("resnet18", 0).train()
+    for name, module in copy.named_modules():
+        if name in means:
+            module.register_forward_pre_hook(lambda _, inputs, name=name: means[name].append(
+                (inputs[0].mean((0, 2, 3)), inputs[0].var((0, 2, 3)))))
+    with torch.no_grad():
+        for images, boxes in clean.batches():
+            x = F.conv2d(images.double(), network.conv1.weight.double(), stride=2, padding=3).transpose(0, 1).flatten(1)
+            first.append((x.mean(1).float(), x.var(1).float()))
+            sides.append((boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt() / 64)
+            c4 = nn.Sequential(*list(copy.children())[:7])(images)
+            rois = torch.cat([torch.arange(len(images)).repeat_interleave(4)[:, None].float(), boxes.flatten(0, 1)], 1)
+            regions = torchvision.ops.roi_align(c4, rois, 4, 1 / 16, sampling_ratio=2, aligned=True)
+            if head == "map":
+                copy.layer4(c4)
+            else:
+                [copy.layer4(regions[k::4]) for k in range(4)]  # the k-th boxes of all images are a batch
+    clean(network, row)
+    assert not network.training
+    torch.testing.assert_close(network.bn1.running_mean, torch.stack([m for m, _ in first]).mean(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(network.bn1.running_var, torch.stack([v for _, v in first]).mean(0), atol=0, rtol=1e-4)
+    for name, module in network.named_modules():
+        if name in means:
+            mean, var = (torch.stack([values[i] for values in means[name]]).mean(0) for i in (0, 1))
+            torch.testing.assert_close(module.running_mean, mean, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(module.running_var, var, atol=1e-4, rtol=1e-3)
+    sides = torch.cat(sides)
+    assert sides.shape == (40, 4) and 0.29 < sides.min() < 0.4 and 0.7 < sides.max() < 0.81
+
+
+class Pictures(list):
+    """What Labelled needs of its images."""
+    root, read, name = "painted", list.__getitem__, str
+
+
+def painted(images=12, seed=0):
+    """Labelled pictures of 64 x 64, two squares of 20 each, whose colour is that of their category, on a background whose
+    colour is another image's label: what lies inside the boxes tells all, what lies outside nothing."""
+    random = np.random.default_rng(seed)
+    inks = np.uint8([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 30]])
+    labels, boxes, pictures = random.permutation(np.arange(images * 2) % 4), [], Pictures()
+    for i in range(images):
+        picture = np.full((64, 64, 3), inks[random.integers(4)])
+        for j, (x, y) in enumerate(((4, 8), (36, 30))):
+            picture[y:y + 20, x:x + 20] = inks[labels[2 * i + j]]
+            boxes.append([x, y, x + 20, y + 20])
+        pictures.append(picture)
+    return Labelled(pictures, ["red", "green", "blue", "yellow"], np.arange(0, 2 * images + 1, 2), np.float32(boxes), labels,
+                    np.zeros(2 * images, bool))
+
+
+def test_measures_on_networks_made_by_hand():
+    """One that reads the box alone, one that reads the picture alone, one that always says the same."""
+    labelled = painted()
+    bank, queries = evaluate.Objects(labelled, 64, None), evaluate.Objects(labelled, 64, None, seed=1)
+    inside = evaluate.evaluate(evaluate.median_colours, bank, queries, k=1)
+    assert inside.points.mean(1).tolist() == [100, 100, 100, 100, 0]
+    assert inside.rows.tolist() == list(range(24)) and queries.image_of(inside.rows).tolist() == [i // 2 for i in range(24)]
+
+    def whole(images, boxes):  # the corner of the picture, out of reach of every box, and the first box
+        return torch.cat([images[:, :, 0, 0], images[:, :, 10, 10]], 1).repeat_interleave(boxes.shape[1], 0)
+    context = evaluate.evaluate(whole, bank, queries, k=1).points
+    by_loop = []
+    for i in range(12):  # its nearest is the first image with the same corner and the same first square
+        image = [labelled.images[i][0, 0].tolist(), labelled.images[i][10, 10].tolist()]
+        same = next(j for j in range(12) if [labelled.images[j][0, 0].tolist(), labelled.images[j][10, 10].tolist()] == image)
+        by_loop += [100.0 * (labelled.labels[2 * same] == label) for label in labelled.labels[2 * i:2 * i + 2]]
+    assert context[0].tolist() == by_loop
+    assert torch.equal(context[4], context[0] - context[2])
+    constant = evaluate.evaluate(lambda images, boxes: torch.ones(boxes.shape[0] * boxes.shape[1], 3), bank, queries, k=24)
+    assert constant.points.mean(1).tolist() == [25, 100, 25, 100, 0]  # six of each: the lowest category
+
+
+def test_median_colours_are_numpys():
+    image = np.random.default_rng(0).random((3, 30, 40)).astype(np.float32)
+    boxes = torch.tensor([[[3.2, 4.0, 9.7, 8.9], [0, 0, 0, 0], [39, 29, 40, 30]]])
+    found = evaluate.median_colours(torch.from_numpy(image)[None], boxes).numpy()
+    ranked = np.sort(image[:, 4:9, 3:10].reshape(3, -1))
+    assert np.array_equal(found[0], ranked[:, (ranked.shape[1] - 1) // 2]) and not found[1].any()
+    assert np.array_equal(found[2], image[:, 29, 39])
+
+
+def test_colour_alone_does_not_tell_the_scenes():
+    """Below three times chance (1 in 15). Scenes with free hue: 14.7 +- 1.6 % on all; scenes whose category fixes the hue: 64.
+    The scenes are the same on every machine."""
+    bank, queries = (evaluate.Objects(open_labelled("scenes", split=split), 112, None, limit=limit)
+                     for split, limit in (("train", 400), ("val", 200)))
+    points = evaluate.evaluate(evaluate.median_colours, bank, queries).points
+    assert points[0].mean() < 3 * 100 / 15 and torch.equal(points[0], points[2])
+
+
+def test_errors_are_those_of_a_bootstrap_over_images():
+    """4,000 resamples of 300 images: the bootstrap's own error is 1 % of it, so 6 % are five of these. Queries of an image
+    are alike: an error that takes them as independent is half as large."""
+    random = np.random.default_rng(0)
+    images = np.repeat(np.arange(300), random.integers(1, 8, 300))
+    luck = random.normal(size=(2, 300))
+    one, two = 100.0 * (0.9 * luck[:, images] + random.normal(0, 0.3, (2, len(images))) > 0)
+    sizes, sums = np.bincount(images), {name: np.bincount(images, values) for name, values in (("a", one), ("d", one - two))}
+    for name, values in (("a", one), ("d", one - two)):
+        drawn = random.integers(300, size=(4000, 300))
+        means = sums[name][drawn].sum(1) / sizes[drawn].sum(1)
+        if name == "a":
+            mean, error = evaluate.arm_mean(torch.from_numpy(one)[None], torch.from_numpy(images))
+        else:
+            mean, error, paired = evaluate.difference(*(x for values in (one, two) for x in (
+                torch.from_numpy(values)[None], [3])), torch.from_numpy(images))
+            assert paired == "image"
+        assert mean.item() == pytest.approx(values.mean()) and error.item() == pytest.approx(means.std(), rel=0.06)
+        assert error > 1.5 * values.std() / len(values) ** 0.5
+
+
+def test_an_arm_is_the_mean_of_its_files_and_differences_are_paired_by_seed():
+    """Seeds move both arms together: paired, the error is that of the differences alone."""
+    random = np.random.default_rng(1)
+    images = torch.arange(40) // 2
+    rows = lambda *seeds: [evaluate.Row("x", seed=seed) for seed in seeds]
+    arms = [evaluate.Arm("A", 64, rows(0, 1, 2)), evaluate.Arm("A", 128, rows(0, 1, 2)), evaluate.Arm("B", 128, rows(2, 0, 9)),
+            evaluate.Arm("C", None, rows(None))]
+    answered = [(arm, torch.from_numpy(random.integers(0, 2, (len(arm.rows), 5, 40)) * 100.0)) for arm in arms]
+    small = torch.arange(40) < 7
+    results = evaluate.summarise(answered, images, {"small": small, "large": torch.zeros(40, dtype=torch.bool)})
+    files = [points.mean(2).numpy() for _, points in answered]
+    for m, name in enumerate(evaluate.MEASURES):
+        for result, file in zip(results[:3], files):
+            assert result[name] == pytest.approx(np.mean(file[:, m]))
+            assert result[f"{name}_se"] == pytest.approx(np.std(file[:, m], ddof=1) / 3 ** 0.5)
+        pairs = [files[2][1, m] - files[1][0, m], files[2][0, m] - files[1][2, m]]  # seeds 0 and 2, at 128 images
+        assert results[2]["difference"][name] == pytest.approx(np.mean(pairs))
+        assert results[2]["difference"][f"{name}_se"] == pytest.approx(abs(pairs[0] - pairs[1]) / 2)
+        assert results[3]["difference"][name] == pytest.approx(files[3][0, m] - files[1][:, m].mean())
+    assert [result.get("difference", {}).get("paired_by") for result in results] == [None, None, "seed", "image"]
+    assert results[3]["difference"]["to_images"] == 128  # of its own it has no number: the first arm's last
+    assert results[0]["oknn_top1_small"] == pytest.approx(answered[0][1][:, 0, :7].mean().item())
+    assert results[0]["oknn_top1_large"] is None
+    panels = evaluate.curves_of(results, 6.7)
+    assert panels[0][1]["A"][0] == [64, 128] and panels[0][2] == {"chance": 6.7, "C": results[3]["oknn_top1"]}
+
+
+def test_sizes_are_of_the_photograph():
+    boxes = np.float32([[0, 0, 31, 33], [0, 0, 32, 32], [5, 5, 101, 100], [0, 0, 96, 96], [10, 10, 300, 300]])
+    found = evaluate.size_classes(SimpleNamespace(boxes=boxes), torch.tensor([4, 0, 1, 2, 3]))
+    assert {name: here.tolist() for name, here in found.items()} == {
+        "small": [False, True, False, False, False], "medium": [False, False, True, True, False],
+        "large": [True, False, False, False, True]}
 
 
 def test_disturbance_moves_whole_image_features_only():
-    objects = evaluate.Objects(open_labelled("scenes", split="val"), 224, None, limit=10)
-    (clean, disturbed), labels = evaluate.extract(lambda images: images, objects)  # the mean colour of the box
-    assert len(clean) == len(labels) == sum(len(Scenes("val").render(i)[2]) for i in range(10))
+    objects = evaluate.Objects(open_labelled("scenes", split="val"), 112, None, limit=10)
+    (clean, disturbed), rows = evaluate.extract(evaluate.median_colours, objects)
+    assert len(clean) == len(rows) == sum(len(Scenes("val").render(i)[2]) for i in range(10))
     assert torch.equal(clean, disturbed)
-    assert labels.tolist() == [label for i in range(10) for label in Scenes("val").render(i)[2]]
-    pooled = evaluate.extract(lambda images: images.mean((2, 3), keepdim=True).expand_as(images), objects)[0]
-    assert ((pooled[0] - pooled[1]).abs().amax(1) > 0.05).float().mean() > 0.9
+    assert objects.labelled.labels[rows].tolist() == [label for i in range(10) for label in Scenes("val").render(i)[2]]
+    pooled = evaluate.extract(lambda images, boxes: images.mean((2, 3)).repeat_interleave(boxes.shape[1], 0), objects)[0]
+    assert ((pooled[0] - pooled[1]).abs().amax(1) > 0.05).float().mean() > 0.8
 
 
 def test_disturbed_pictures():
     objects = evaluate.Objects(open_labelled("scenes", split="train"), 112, 2, limit=8)
     seen = set()
     for j in range(len(objects)):
-        picture, disturbed, boxes, labels = objects[j]
-        assert np.array_equal(picture, Scenes("train").read(j)) and (labels >= 0).sum() <= 2
+        picture, disturbed, boxes, rows = objects[j]
+        assert np.array_equal(picture, Scenes("train").read(j)) and (rows >= 0).sum() <= 2
         inside = np.zeros((112, 112), bool)
-        for x1, y1, x2, y2 in boxes[labels >= 0].astype(int):
+        for x1, y1, x2, y2 in boxes[rows >= 0].astype(int):
             inside[y1:y2, x1:x2] = True
         assert np.array_equal(disturbed[inside], picture[inside])
         source = [i for i in range(8) if np.array_equal(disturbed[~inside], Scenes("train").read(i)[~inside])]
@@ -1207,10 +1642,10 @@ def test_disturbed_pictures():
 
 def test_extract_does_not_depend_on_workers_nor_on_batches(monkeypatch):
     objects = evaluate.Objects(open_labelled("scenes", split="val"), 64, None, limit=9)
-    network = evaluate.c5(evaluate.load_backbone("random", "resnet18")[0])
-    features, labels = evaluate.extract(network, objects)
+    network = evaluate.ObjectFeatures(evaluate.load_backbone("random", "resnet18")[0], "roi", 4)
+    features, rows = evaluate.extract(network, objects)
     again, same = evaluate.extract(network, objects, workers=2)
-    assert torch.equal(features, again) and torch.equal(labels, same) and features.dtype == torch.float16
+    assert torch.equal(features, again) and torch.equal(rows, same) and features.dtype == torch.float16
     monkeypatch.setattr(evaluate, "BATCH", 4)
     torch.testing.assert_close(evaluate.extract(network, objects)[0], features, atol=2e-3, rtol=0)
 
@@ -1233,17 +1668,20 @@ def test_crowds_and_empty_boxes_are_left_out(tmp_path):
     write_coco(tmp_path, [(0, [8, 12, 16, 24], 3), (0, [0, 0, 9, 9], 7), (1, [5, 5, 0, 3], 7), (2, [32, 0, 32, 48], 7)],
                crowd=(1,))
     objects = evaluate.Objects(open_labelled("coco", tmp_path, "train"), 128)
+    labels = objects.labelled.labels
     assert objects.count == 2 and len(objects) == 2
-    assert objects[0][2].tolist() == [[16, 32, 48, 96]] and objects[0][3].tolist() == [0]  # dog is 3, before cat's 7
-    assert objects[1][2].tolist() == [[64, 0, 128, 128]] and objects[1][3].tolist() == [1]
+    assert objects[0][2].tolist() == [[16, 32, 48, 96]] and labels[objects[0][3]].tolist() == [0]  # dog, 3, is before cat
+    assert objects[1][2].tolist() == [[64, 0, 128, 128]] and labels[objects[1][3]].tolist() == [1]
 
 
 def test_an_unreadable_image_is_left_out(tmp_path, capfd):
     write_coco(tmp_path, [(0, [8, 12, 16, 24], 3), (1, [0, 0, 20, 20], 7), (2, [32, 0, 32, 48], 7)])
     (tmp_path / "train2017" / "1.png").write_bytes(b"no image")
-    features, labels = evaluate.extract(lambda images: images, evaluate.Objects(open_labelled("coco", tmp_path, "train"), 64))
-    assert labels.tolist() == [0, 1] and features.shape == (2, 2, 3)
+    objects = evaluate.Objects(open_labelled("coco", tmp_path, "train"), 64)
+    features, rows = evaluate.extract(evaluate.median_colours, objects)
+    assert rows.tolist() == [0, 2] and features.shape == (2, 2, 3)
     assert "cannot be read: 1.png" in capfd.readouterr().out
+    assert [len(images) for images, _ in evaluate.Clean(objects.labelled.images, 64).batches()] == [2]
 
 
 @needs_coco
@@ -1258,41 +1696,88 @@ def test_coco256():
         assert objects.count == sum(min(len(value), number or len(value)) for value in by_image.values())
         names = {c["id"]: c["name"] for c in found["categories"]}
         for j in (0, 5, 100):
-            image = next(im for im in found["images"] if im["file_name"] == objects.labelled.images.name(objects.filled[j]))
+            name = objects.labelled.images.name(objects.filled[j])
+            image = next(im for im in found["images"] if im["file_name"] == name)
             sx, sy = 64 / image["width"], 64 / image["height"]
             want = [(names[a["category_id"]], [x * sx, y * sy, (x + w) * sx, (y + h) * sy])
                     for a in by_image[image["id"]] for x, y, w, h in [a["bbox"]]]
-            _, _, boxes, labels = objects[j]
-            have = [(objects.labelled.categories[label], box) for label, box in zip(labels, boxes) if label >= 0]
+            _, _, boxes, rows = objects[j]
+            have = [(objects.labelled.categories[objects.labelled.labels[row]], box) for row, box in zip(rows, boxes)
+                    if row >= 0]
             assert all(any(n == name and np.allclose(b, box, atol=0.05) for n, b in want) for name, box in have)
             assert len(have) == min(len(want), number or len(want))
             distinct = len({name for name, _ in want})
             assert len({name for name, _ in have}) == min(distinct, number or distinct)
 
 
+def colours_in(picture):
+    return {tuple(pixel) for pixel in np.asarray(picture).reshape(-1, 3)[::3].tolist()}
+
+
 @needs_coco
 def test_evaluate_command(tmp_path):
-    done = run("evaluate.py", "--ckpt", "random", "random", "--arch", "resnet18", "--data", "coco", "--root", COCO,
-               "--limit-images", 12, "--size", 64, "--k", 5, "--objects", 2, "--per-category",
-               "--json", tmp_path / "o.json", "--picture", tmp_path / "o.png")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "o.json").read_text())
-    assert len(rows) == 2 and rows[0] == rows[1]
-    assert list(rows[0]) == ["ckpt", "arch", "oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5", "bank", "queries"]
-    assert rows[0]["bank"] <= 24 and 0 <= rows[0]["oknn_top1"] <= rows[0]["oknn_top5"] <= 100
-    assert f"bank: {rows[0]['bank']} objects of" in done.stdout and f"{rows[0]['oknn_top1']:.1f}" in done.stdout
-    assert re.search(r"^person +\d+", done.stdout, re.M)
-    assert Image.open(tmp_path / "o.png").size[0] > 1000
+    write_run(tmp_path / "run")
+    done = command("evaluate.py", "--ckpt", f"ours={tmp_path}/run/backbone-*.pth", "random", "colour", "--data", "coco",
+                   "--root", COCO, "--limit-images", 12, "--size", 64, "--k", 5, "--objects", 2, "--per-category",
+                   "--json", tmp_path / "o.json", "--picture", tmp_path / "o.png", "--neighbours", tmp_path / "n.png",
+                   "--plot", tmp_path / "c.png", "--workers", 0).stdout
+    found = json.loads((tmp_path / "o.json").read_text())
+    arms, files, settings = found["arms"], found["files"], found["settings"]
+    assert [(arm["arm"], arm["images"], arm["files"]) for arm in arms] == [
+        ("ours", 256, 1), ("ours", 1024, 1), ("random", 0, 1), ("colour", None, 1)]
+    for arm, file in zip(arms, files):
+        assert all(arm[name] == file[name] for name in evaluate.MEASURES)
+        assert 0 <= arm["oknn_top1"] <= arm["oknn_top5"] <= 100
+    assert arms[0]["oknn_top1"] == arms[1]["oknn_top1"] and files[0]["digest"] == files[1]["digest"]
+    assert "difference" not in arms[0] and arms[3]["difference"]["to_images"] == 1024
+    assert files[0]["bank"] <= 24 and files[0]["bins"] == files[2]["bins"] == 6 and files[2]["statistics"] == "clean"
+    assert (settings["data"], settings["root"], settings["size"], settings["head"], settings["k"], settings["objects"],
+            settings["seed"]) == ("coco", str(COCO / "train2017"), 64, "map", 5, 2, 0)
+    assert settings["versions"]["torch"] == torch.__version__ and {"small", "medium", "large"} <= set(done.split())
+    assert f"bank: {files[0]['bank']} objects of" in done and f"{arms[0]['oknn_top1']:.1f}" in done
+    assert "statistics: clean (training run): ours; clean: random; none: colour" in done
+    assert re.search(r"^person +\d+", done, re.M)
+    assert Image.open(tmp_path / "o.png").size[0] > 1000 and Image.open(tmp_path / "c.png").size[0] > 1000
+    sheet = Image.open(tmp_path / "n.png")
+    assert sheet.size == (9 * 109 + 5, 16 * 126 + 5) and (255, 77, 77) in colours_in(sheet)
+
+
+@pytest.mark.skipif(not VOC.exists(), reason="../shared/data/voc2007 is not here")
+def test_evaluate_reads_voc(tmp_path):
+    command("evaluate.py", "--ckpt", "colour", "--data", "voc", "--root", VOC, "--limit-images", 40, "--json",
+            tmp_path / "o.json", "--workers", 0)
+    found = json.loads((tmp_path / "o.json").read_text())
+    lines = (VOC / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "val.txt").read_text().split()[:40]
+    objects = sum((VOC / "VOCdevkit" / "VOC2007" / "Annotations" / f"{name}.xml").read_text().count("<object>")
+                  for name in lines)
+    assert found["files"][0]["queries"] == objects and found["settings"]["size"] == 224
+    assert found["arms"][0]["oknn_top1_large"] is not None
+
+
+def test_the_neighbours_frames_are_right():
+    """Objects of one colour a category, features that are the colours: all eight are right, framed green; with features
+    that are the same for all, the bank's first eight are shown, right and wrong by their labels."""
+    objects = evaluate.Objects(painted(24), 64)
+    green, red = (63, 207, 95), (255, 77, 77)
+    for features, reds in ((evaluate.median_colours, False), (lambda images, boxes: torch.ones(boxes.numel() // 4, 2), True)):
+        sheet = evaluate.neighbour_sheet(evaluate.evaluate(features, objects, objects, k=3), objects, objects, number=2)
+        frames = np.asarray(sheet)[7::126, 10::109]  # a pixel in each tile's upper frame
+        assert frames.shape[:2] == (4, 9) and (frames[:, 0] == 255).all()
+        shown = {tuple(pixel) for pixel in frames[:, 1:].reshape(-1, 3).tolist()}
+        assert shown == ({green, red} if reds else {green})
 
 
 ERRORS = {
     "no file": (["--ckpt", "none.pth"], "none.pth: No such file"),
-    "annotations": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/nowhere"], "annotations are missing"),
+    "annotations": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/nowhere"],
+                    "annotations are missing"),
     "no boxes": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/empty"], "no sound box"),
-    "k": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/tiny"], "--k 20 is larger than the bank of 3"),
-    "size": (["--ckpt", "random", "--size", "100"], "--size 100: a multiple of 32"),
+    "k": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/tiny"],
+          "--k 20 is larger than the bank of 3"),
+    "size": (["--ckpt", "random", "--size", "100"], "--size 100: a multiple of 16"),
     "format": (["--ckpt", "random", "--export", "onnx", "x"], "detectron2 or torchvision"),
     "option": (["--ckpt", "random", "--what"], "unrecognized arguments: --what"),
+    "torchrun": (["--ckpt", "random"], "is one process: start it with python, without torchrun"),
 }
 
 
@@ -1303,6 +1788,7 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
     for split in ("train", "val"):
         write_coco(tmp_path / "tiny", [(i, [8, 12, 16, 24], 3) for i in range(3)], split=split)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *(a.format(tmp=tmp_path) for a in arguments)])
+    monkeypatch.setenv("WORLD_SIZE", "2" if case == "torchrun" else "1")
     with pytest.raises(SystemExit) as stop:
         evaluate.error_exit(evaluate.main)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -1670,10 +2156,11 @@ def test_openimages_mini_trains_on_its_list_and_is_evaluated_on_validation(tmp_p
 def test_every_shared_name_is_in_the_published_class_list():
     index, names = data.read_classes(CLASSES.parent)
     assert len(names) == len(index) == 601 and all(names)
-    assert len(data.COCO_CATEGORIES) == len(set(data.COCO_CATEGORIES)) == 80
-    assert set(data.SHARED.values()) <= set(names) and len(set(data.SHARED.values())) == len(data.SHARED) == 79
-    assert data.SHARED["mouse"] == "Computer mouse" and set(data.COCO_CATEGORIES) - set(data.SHARED) == {"cup"}
-    assert set(data.coco_counts(COCO / "annotations" / "instances_val2017.json")) == set(data.COCO_CATEGORIES)
+    cocos = set(data.coco_counts(COCO / "annotations" / "instances_val2017.json"))
+    shared = data.shared_names(cocos)
+    assert len(cocos) == 80 and cocos - set(shared) == {"cup"} and set(data.SPELLED) <= cocos
+    assert set(shared.values()) <= set(names) and len(set(shared.values())) == len(shared) == 79
+    assert shared["mouse"] == "Computer mouse" and shared["person"] == "Person"
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -1699,7 +2186,7 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     random = np.random.default_rng(0)
     rows = [box_row(i, f"/m/{c}") for i in range(1, 41) for c in random.integers(1, 4, 3)]
     openimages(tmp_path / "oi", rows, images=(), split="train")
-    coco = coco_file(tmp_path / "coco.json", {"person": 11, "cow": 9, "cup": 5})
+    coco = coco_file(tmp_path / "coco.json", {"person": 11, "cow": 9, "cup": 5, "bus": 3})
     out = tmp_path / "openimages-mini.txt"
 
     def build(seed):
@@ -1718,12 +2205,13 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     assert re.search(r"paper +146,000 +9.10 +3.20 +569", said)
     for name, cap in (("Person", 11), ("Cattle", 9)):
         assert re.search(rf"{name} +{number[name]} of at most +{cap}\n", said)
-    assert "not shared: airplane is not in" in said and "without a counterpart: cup" in said
+    assert "not shared: Bus is not in" in said and "without a counterpart: cup" in said
     assert build(3) == (chosen, said) and build(4)[0] != chosen
     (tmp_path / "oi/train-annotations-bbox.csv").write_text(HEADER + "".join(rows[::-1]))
     assert build(3)[0] == chosen  # of the seed and the boxes, not of the order of the rows
 
 
+@pytest.mark.bench
 def test_a_million_rows_take_little_memory_and_time(tmp_path):
     random, n = np.random.default_rng(0), 1_000_000
     openimages(tmp_path, [], images=(), split="train")
@@ -1764,7 +2252,8 @@ def test_stats_gives_table_2_and_the_recall_of_the_proposals(tmp_path, run_data)
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc", "scenes"])
-def test_stats_reads_every_data_set(tmp_path, kind, run_data):
+def test_stats_reads_every_data_set(tmp_path, kind, run_data, monkeypatch):
+    monkeypatch.setitem(data.Scenes.NUMBER, "train", 40)
     if kind == "coco":
         data.write_scenes(tmp_path, 4)
     if kind == "voc":
@@ -1791,7 +2280,8 @@ BROKEN_ROWS = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_ROWS)
-def test_a_broken_row_is_named_and_the_others_are_read(tmp_path, capfd, kind):
+def test_a_broken_row_is_named_and_the_others_are_read(tmp_path, capfd, monkeypatch, kind):
+    monkeypatch.setattr(data, "BLOCK", 7)  # the end of a block is no place for a mistake either
     sound = [box_row(1 + i % 2, "/m/1") for i in range(50)]
     openimages(tmp_path, sound[:30] + [BROKEN_ROWS[kind]] + sound[30:])
     assert len(data.open_labelled("openimages", tmp_path).labels) == 50
@@ -1868,6 +2358,47 @@ def test_broken_voc_files_are_named_and_the_others_are_read(tmp_path, capfd):
         path.write_text("")
     with pytest.raises(data.UserError, match="holds no sound box"):
         data.open_labelled("voc", tmp_path, "train")
+
+
+def test_an_absent_image_is_an_error_where_it_has_to_be(tmp_path):
+    data.write_scenes(tmp_path / "coco", 4)
+    (tmp_path / "coco/train2017/000000000002.png").unlink()
+    voc(tmp_path / "voc", 2007, {"train": ["1", "2"]})
+    (tmp_path / "voc/VOCdevkit/VOC2007/JPEGImages/1.jpg").unlink()
+    openimages(tmp_path / "openimages", [box_row(1, "/m/1"), box_row(9, "/m/1")], images=(1,), split="train")
+    shutil.copytree(tmp_path / "openimages", tmp_path / "openimages-mini")
+    (tmp_path / "openimages-mini/openimages-mini.txt").write_text(f"train/{1:016x}\ntrain/{9:016x}\n")
+    for kind, name in (("coco", "000000000002.png"), ("voc", "line 1: 1"), ("openimages", f"{9:016x}"),
+                       ("openimages-mini", f"line 2: train/{9:016x}")):
+        assert len(data.open_labelled(kind, tmp_path / kind, "train").labels)
+        with pytest.raises(data.UserError, match=f"image listed but absent from .*: 1 in .*{name}.*download them again"):
+            data.open_labelled(kind, tmp_path / kind, "train", strict=True)
+
+
+def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
+    """Polygons of all sizes, with parts that overlap, and run lengths, compressed or not, against COCO's own reader."""
+    from pycocotools.coco import COCO as Reader
+    random, shapes = np.random.default_rng(0), []
+    for size in (6, 12, 24, 32) * 3:
+        corners = random.uniform(0, 33 - size, (2, 1, 2)) + random.uniform(0, size, (2, 7, 2))
+        shapes.append(corners.reshape(2, -1).round(2).tolist())
+    shapes += [{"size": [32, 64], "counts": [100, 30, 2, 600, 1316]}, {"size": [32, 64], "counts": "d3>2N000000000Qh0"}]
+    shapes += [None, [], [[1, 2, 3, 4]]]  # no mask: none, no part, two corners
+    picture(tmp_path / "train2017/1.jpg", 64, 32)
+    found = dict(images=[dict(id=5, file_name="1.jpg", width=64, height=32)], categories=[dict(id=3, name="cat")], annotations=[
+        dict(id=n + 1, image_id=5, category_id=3, bbox=[0, 0, 9, 9], segmentation=shape) for n, shape in enumerate(shapes)])
+    path = tmp_path / "annotations/instances_train2017.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(found))
+    ours, reader = pickle.loads(pickle.dumps(data.open_labelled("coco", tmp_path, "train"))), Reader(str(path))
+    for row in range(len(shapes) - 3):
+        wanted = reader.annToMask(reader.anns[row + 1]).astype(bool)
+        assert wanted.any() and ours.mask(row).dtype == bool and np.array_equal(ours.mask(row), wanted), row
+    assert [ours.mask(row) for row in range(len(shapes) - 3, len(shapes))] == [None] * 3
+    monkeypatch.setitem(sys.modules, "pycocotools", None)  # as if it were not installed: only masks need it
+    assert len(data.open_labelled("coco", tmp_path, "train").boxes) == len(shapes)
+    with pytest.raises(data.UserError, match="pip install pycocotools"):
+        ours.mask(0)
 
 
 def test_broken_coco_annotations_are_named_and_the_others_are_read(tmp_path, capfd):
