@@ -46,7 +46,7 @@ from evaluate import CURVE_COLOURS, SIZE, Clean, add_checkpoint_arguments, open_
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
-FILLS = {"black": (0, 0, 0), "mean": (124, 116, 104)}  # what is around the objects; mean: ImageNet's colour, 0 once normalised
+FILLS = {"black": (0, 0, 0), "mean": (124, 116, 104)}  # around the objects; mean: ImageNet's colour, 0 once normalised
 BATCH = 16                               # images that a network sees at once
 RESAMPLES = 1000                         # of the bootstrap
 MEASURES = {                             # title, ideal
@@ -120,8 +120,8 @@ along."""
     sides = (labelled.boxes[:, 2:] - labelled.boxes[:, :2]).min(1)
     rows, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng(seed, 0)
     if len(rows) < 5 or len(np.unique(labelled.labels[rows])) < 2:
-        raise UserError(f"{labelled.images.root} has no five objects of two categories with sides of at least {SMALLEST} pixels: "
-                        "name another data set")
+        raise UserError(f"{labelled.images.root} has no five objects of two categories with sides of at least {SMALLEST} "
+                        "pixels: name another data set")
     a = random.choice(rows, pairs)
     b = [random.choice(rows[labelled.labels[rows] != labelled.labels[row]]) for row in a]
     bank = rng(seed, 1).permutation(rows)[:OBJECTS]  # the same for any number of pairs
@@ -336,15 +336,17 @@ def compare(arms, inputs, clean, device, **options):
         for row in arm.rows:
             what = row.path if row.seed is None else f"{row.path}, seed {row.seed}"
             found.append(probe(row.load(clean).to(device), inputs, what, bins=row.bins, **options))
-            files.append({"arm": arm.name, **asdict(row), **columns({k: (e.value, e.error) for k, e in found[-1].items()})})
+            measured = columns({name: (one.value, one.error) for name, one in found[-1].items()})
+            files.append({"arm": arm.name, **asdict(row), **measured})
         probed[arm.name, arm.images] = found
         result = {"arm": arm.name, "images": arm.images, "files": len(found),
                   **columns({name: over_networks([one[name] for one in found]) for name in MEASURES})}
         first = reference(arm, arms)
         if first is not arm:
             seeds, first_seeds = ([row.seed for row in some.rows] for some in (arm, first))
-            paired = {name: difference([one[name] for one in found], seeds,
-                                       [one[name] for one in probed[first.name, first.images]], first_seeds) for name in MEASURES}
+            theirs = probed[first.name, first.images]
+            paired = {name: difference([one[name] for one in found], seeds, [one[name] for one in theirs], first_seeds)
+                      for name in MEASURES}
             result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired["rc"][2],
                                     **columns({name: values[:2] for name, values in paired.items()})}
         results.append(result)
@@ -366,8 +368,11 @@ def print_tables(results):
 
 
 def cells(result, name, form):
-    pairs = zip(result[name], result[f"{name}_se"])
-    return "".join(f"{'-':>18}" if None in pair else f"{pair[0]:{form}} +-{pair[1]:{form.lstrip('+')}}".rjust(18) for pair in pairs)
+    """A measure's means and errors, a column a layer."""
+    texts = []
+    for mean, error in zip(result[name], result[f"{name}_se"]):
+        texts.append("-" if mean is None or error is None else f"{mean:{form}} +-{error:{form.lstrip('+')}}")
+    return "".join(f"{text:>18}" for text in texts)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -396,7 +401,8 @@ def plot(results, path):
         axis.grid(alpha=0.3)
         for arm, some in arms.items():
             means, errors = (np.array([result[key] for result in some], float) for key in (name, f"{name}_se"))
-            images, style = [result["images"] for result in some], dict(color=inks[arm], marker="o", markersize=4, capsize=3)
+            images = [result["images"] for result in some]
+            style = dict(color=inks[arm], marker="o", markersize=4, capsize=3)
             if n < 6:
                 axis.errorbar(LAYERS, means[-1], errors[-1], label=arm, **style)
                 continue
@@ -408,7 +414,7 @@ def plot(results, path):
         if n >= 6:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 5), frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
@@ -429,7 +435,8 @@ outlined."""
         a, b, one = (squares.take([r]) for squares in inputs)
         asked = ((PAIR, [(A, a), (B, b)]), (PAIR, [(A, a)]), (PAIR, [(A, b)]),
                  (GRID, [(place, a) for place in PLACES[:1 if alone else 9]]),
-                 (BANK, [(CENTRE, one)]), (BANK, [(CENTRE, one), *neighbours(inputs.bank, [r])]), (BANK, [(CORNERS[r % 4], one)]))
+                 (BANK, [(CENTRE, one)]), (BANK, [(CENTRE, one), *neighbours(inputs.bank, [r])]),
+                 (BANK, [(CORNERS[r % 4], one)]))
         left = gap
         for title, (size, placed) in zip(titles, asked):
             top = head + r * (GRID[0] + gap) + (GRID[0] - size[0]) // 2
@@ -449,10 +456,10 @@ def main():
     add_checkpoint_arguments(parser)
     add = parser.add_argument
     add("--pairs", type=positive, default=100, help="pairs of objects for CR, MCS, rc and rp, at least 2")
-    add("--cut", choices=("box", "mask"), default="box", help="box: an object's crop fills its square, as the paper places images; "
-        "mask: it is cut along its mask, and its feature is the mean of its own cells")
-    add("--alone", action="store_true", help="for MCS and rp, one object alone at nine places instead of nine times in one image")
-    add("--fill", choices=tuple(FILLS), default="black", help="what is around the objects: black, or ImageNet's mean colour")
+    add("--cut", choices=("box", "mask"), default="box", help="box: a crop fills its square, as the paper places "
+        "images; mask: an object is cut along its mask, its feature the mean of its own cells")
+    add("--alone", action="store_true", help="MCS and rp of one object alone at nine places, not nine times in an image")
+    add("--fill", choices=tuple(FILLS), default="black", help="around the objects: black or ImageNet's mean colour")
     add("--plot", help="write the curves there, a PNG (needs matplotlib)")
     args = parser.parse_args()
     if args.pairs < 2:

@@ -1,7 +1,6 @@
 """Tests of D3SSL, each against an independent check. `python -m pytest -q` runs all; those that need ../shared are skipped
 where it is not. Runs of the command line are subprocesses: what a user types is what is tested."""
 import argparse
-import functools
 import json
 import math
 import os
@@ -1814,23 +1813,24 @@ def asked(cut="box", objects=12, pairs=8):
 
 class Pointwise(nn.Module):
     """The parts of a ResNet, without spatial mixing beyond its strides' whole cells. fault: a module after the first
-    stage; constant: added to all features of that stage."""
+    stage."""
 
-    def __init__(self, fault=nn.Identity()):
+    def __init__(self, fault=nn.Identity(), seed=0):
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.conv1, self.bn1, self.relu, self.maxpool = nn.Conv2d(3, 16, 1), nn.Identity(), nn.ReLU(), nn.AvgPool2d(4)
         self.layer1 = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), fault)
         self.layer2, self.layer3, self.layer4 = nn.AvgPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(2)
 
 
 class Place(nn.Module):
-    """Adds a cell's coordinates to its feature: a positional bias."""
+    """A cell's coordinates enter its feature: a positional bias. Added alone they would move all features alike, and an
+    object would still find itself; so they weigh the channels too."""
 
     def forward(self, x):
-        across = torch.linspace(-1, 1, x.shape[3]).expand(x.shape[2], -1)
-        down = torch.linspace(-1, 1, x.shape[2])[:, None].expand(-1, x.shape[3])
-        return torch.cat([x[:, 2:], across.expand(len(x), 1, -1, -1), down.expand(len(x), 1, -1, -1)], 1)
+        across = torch.linspace(-1, 1, x.shape[3]).expand(len(x), 1, x.shape[2], -1)
+        weights = torch.cos(across * torch.arange(x.shape[1])[:, None, None])
+        return torch.cat([x * weights, across], 1)
 
 
 class Function(nn.Module):
@@ -1848,17 +1848,17 @@ def test_no_spatial_mixing_is_ideal():
     found = probes.probe(Pointwise(), asked())
     assert list(found) == list(probes.MEASURES)
     for name, (_, ideal) in probes.MEASURES.items():
-        np.testing.assert_allclose(found[name].value[:4], ideal, atol=1e-6)  # roi: RoIAlign itself reads over the border
+        np.testing.assert_allclose(found[name].value[:4], ideal, atol=1e-6)  # roi: RoIAlign reads over a border
         np.testing.assert_allclose(found[name].error[:4], 0, atol=1e-6)
-    assert (found["rc"].value[4] < 0.05) and (found["reid_neighbours"].value[4] == 100)
+    assert found["rc"].value[4] < 0.05
 
 
 def test_place_shows_in_the_measures_of_place_alone():
     inputs = asked()
     found = probes.probe(Pointwise(Place()), inputs)
     np.testing.assert_allclose(found["rc"].value[:4], 0, atol=1e-6)
-    assert (found["rp"].value > 0.5).all() and (found["mcs"].value < 0.99).all()
-    assert (found["reid_neighbours"].value[:4] == 100).all() and (found["reid_moved"].value < 50).all()
+    assert (found["rp"].value > 0.1).all() and (found["mcs"].value < 0.99).all()
+    assert (found["reid_neighbours"].value[:4] == 100).all() and (found["reid_moved"].value < 60).all()
     alone = probes.probe(Pointwise(Place()), inputs, alone=True)  # without coupling neighbours change nothing
     np.testing.assert_allclose(alone["rp"].value[:4], found["rp"].value[:4], rtol=1e-4)
 
@@ -1889,7 +1889,7 @@ def cosine(a, b):
 
 
 def loop_features(network, size, placed, read):
-    """Features of square `read` by layer: placed is [(x, y, pixels, mask)], each cell weighed by its share of the mask."""
+    """Features of square `read` of placed, [(x, y, pixels, mask)], by layer; cells weighed by their share of the mask."""
     image = np.zeros((*size, 3), np.uint8)
     for x, y, pixels, mask in placed:
         image[y:y + len(mask), x:x + len(mask)][mask] = pixels[mask]
@@ -1953,7 +1953,8 @@ def test_errors_and_differences_against_formulas():
     np.testing.assert_allclose(one.error, influence.std() / 20, rtol=0.12)  # 1,000 resamples: 2 % a standard deviation
     other = (x + 1 + u - two.value * y) / y.mean()
     np.testing.assert_allclose(two.minus(one).error, (other - influence).std() / 20, rtol=0.12)
-    arms = [[probes.Estimate(np.array([v]), np.zeros((2, 1))) for v in values] for values in ((1.0, 2.0, 4.0), (3.0, 1.5, 1.0))]
+    arms = [[probes.Estimate(np.array([value]), np.zeros((2, 1))) for value in values]
+            for values in ((1.0, 2.0, 4.0), (3.0, 1.5, 1.0))]
     mean, error = probes.over_networks(arms[0])
     assert mean == pytest.approx(7 / 3) and error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3 ** 0.5)
     mean, error, paired = probes.difference(arms[0], [0, 1, 2], arms[1], [2, 1, 7])  # seeds 1 and 2: 2 - 1.5, 4 - 3
@@ -1967,7 +1968,8 @@ def test_inputs_are_what_they_say():
     assert len(torch.unique(inputs.bank.pixels.flatten(1), dim=0)) == 150
     assert torch.equal(inputs.bank.pixels, probes.open_inputs(labelled, 3).bank.pixels)
     assert not torch.equal(inputs.bank.pixels, probes.open_inputs(labelled, 3, seed=1).bank.pixels)
-    for change in (dict(labels=np.zeros_like(labelled.labels)), dict(boxes=labelled.boxes / 10), dict(crowd=~labelled.crowd)):
+    alike = np.zeros_like(labelled.labels)
+    for change in (dict(labels=alike), dict(boxes=labelled.boxes / 10), dict(crowd=~labelled.crowd)):
         with pytest.raises(UserError, match="no five objects of two categories"):
             probes.open_inputs(Labelled(**{**labelled._asdict(), **change}))
     with pytest.raises(UserError, match="without a mask: --cut box"):
@@ -1987,27 +1989,33 @@ def test_cut_out():
 
 
 def test_probes_command(tmp_path, monkeypatch, capsys):
+    """Arms, files, JSON and pictures; the networks are small ones, that real ones are read is tested with evaluate.py."""
     for seed in (0, 1):
         (tmp_path / f"s{seed}").mkdir()
         for images in (32, 64):
-            state = torchvision.models.resnet18().state_dict()
-            torch.save(state, tmp_path / f"s{seed}" / f"backbone-{images}.pth")
-        torch.save({"d3ssl": 1, "config": {"seed": seed, "roi": 6, "batch_size": 16}, "step": 4,
-                    "model": {f"student.backbone.{key}": value for key, value in state.items()}}, tmp_path / f"s{seed}" / "last.pt")
+            torch.save({}, tmp_path / f"s{seed}" / f"backbone-{images}.pth")
+        run = {"d3ssl": 1, "config": {"seed": seed, "roi": 6, "batch_size": 16}, "step": 4, "model": {}}
+        torch.save(run, tmp_path / f"s{seed}" / "last.pt")
+
+    def load(row, clean):
+        assert (row.path == "random") == (row.statistics == "clean")
+        return Pointwise(Function(leak), row.seed)
+    monkeypatch.setattr(evaluate.Row, "load", load)
     monkeypatch.setattr(probes, "OBJECTS", 5)
-    monkeypatch.setattr(probes, "Clean", functools.partial(evaluate.Clean, number=8))
-    monkeypatch.setattr(sys, "argv", ["probes.py", "--ckpt", f"ours={tmp_path}/s*/backbone-*.pth", "random",
-                                      "--pairs", "2", "--fill", "mean", *(f"--{kind}={tmp_path / kind}" for kind in ("plot", "picture", "json"))])
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("plot", "picture", "json")]
+    arms = [f"ours={tmp_path}/s*/backbone-*.pth", "random"]
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--pairs", "2", "--fill", "mean", *files, "--ckpt", *arms])
     probes.main()
     out, saved = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
-    assert [(arm["arm"], arm["images"], arm["files"]) for arm in saved["arms"]] == [("ours", 32, 2), ("ours", 64, 2), ("random", 0, 2)]
-    assert saved["arms"][2]["difference"]["paired_by"] == "seed" and len(saved["files"]) == 6
-    assert saved["settings"]["cut"] == "box" and saved["settings"]["fill"] == "mean" and saved["settings"]["pairs"] == 2
+    found = [(arm["arm"], arm["images"], arm["files"]) for arm in saved["arms"]]
+    assert found == [("ours", 32, 2), ("ours", 64, 2), ("random", 0, 2)] and len(saved["files"]) == 6
+    assert saved["arms"][2]["difference"]["paired_by"] == "seed"
+    assert (saved["settings"]["cut"], saved["settings"]["fill"], saved["settings"]["pairs"]) == ("box", "mean", 2)
     for name in probes.MEASURES:
         for arm in saved["arms"]:
+            own = [file[name] for file in saved["files"] if (file["arm"], file["images"]) == (arm["arm"], arm["images"])]
             assert len(arm[name]) == len(arm[f"{name}_se"]) == 5
-            files = [file[name] for file in saved["files"] if (file["arm"], file["images"]) == (arm["arm"], arm["images"])]
-            np.testing.assert_allclose(arm[name], np.mean(files, 0))
+            np.testing.assert_allclose(arm[name], np.mean(own, 0))
     assert f"{saved['arms'][1]['rc'][2]:.4f}" in out and "random clean" in out
     for kind in ("plot", "picture"):
         assert Image.open(tmp_path / kind).size[0] > 1000
