@@ -120,8 +120,8 @@ along."""
     sides = (labelled.boxes[:, 2:] - labelled.boxes[:, :2]).min(1)
     rows, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng(seed, 0)
     if len(rows) < 5 or len(np.unique(labelled.labels[rows])) < 2:
-        raise UserError(f"{labelled.images.root} has no five objects of two categories with sides of at least {SMALLEST} "
-                        "pixels: name another data set")
+        raise UserError(f"{labelled.images.root} has no five objects of two categories with sides of at least "
+                        f"{SMALLEST} pixels: name another data set")
     a = random.choice(rows, pairs)
     b = [random.choice(rows[labelled.labels[rows] != labelled.labels[row]]) for row in a]
     bank = rng(seed, 1).permutation(rows)[:OBJECTS]  # the same for any number of pairs
@@ -458,7 +458,7 @@ def main():
     add("--pairs", type=positive, default=100, help="pairs of objects for CR, MCS, rc and rp, at least 2")
     add("--cut", choices=("box", "mask"), default="box", help="box: a crop fills its square, as the paper places "
         "images; mask: an object is cut along its mask, its feature the mean of its own cells")
-    add("--alone", action="store_true", help="MCS and rp of one object alone at nine places, not nine times in an image")
+    add("--alone", action="store_true", help="MCS and rp of one object alone at nine places, not of nine at once")
     add("--fill", choices=tuple(FILLS), default="black", help="around the objects: black or ImageNet's mean colour")
     add("--plot", help="write the curves there, a PNG (needs matplotlib)")
     args = parser.parse_args()

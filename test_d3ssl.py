@@ -1889,7 +1889,7 @@ def cosine(a, b):
 
 
 def loop_features(network, size, placed, read):
-    """Features of square `read` of placed, [(x, y, pixels, mask)], by layer; cells weighed by their share of the mask."""
+    """Features of square `read` of placed, [(x, y, pixels, mask)], by layer; cells weighed by their part of the mask."""
     image = np.zeros((*size, 3), np.uint8)
     for x, y, pixels, mask in placed:
         image[y:y + len(mask), x:x + len(mask)][mask] = pixels[mask]
@@ -1916,7 +1916,7 @@ def loop_features(network, size, placed, read):
 @pytest.mark.parametrize("cut", ["box", "mask"])
 @torch.no_grad()
 def test_measures_equal_a_plain_loop(cut):
-    inputs, network = asked(cut, objects=6, pairs=4), Pointwise(Function(leak))
+    inputs, network = asked(cut, objects=6, pairs=2), Pointwise(Function(leak))
     a, b, bank = ([(p.numpy(), m.numpy()) for p, m in zip(*squares)] for squares in inputs)
     assert all(m.all() for _, m in a) == (cut == "box")
     found = probes.probe(network, inputs)
@@ -1989,7 +1989,7 @@ def test_cut_out():
 
 
 def test_probes_command(tmp_path, monkeypatch, capsys):
-    """Arms, files, JSON and pictures; the networks are small ones, that real ones are read is tested with evaluate.py."""
+    """Arms, files, JSON and pictures; the networks are small ones, real files are evaluate.py's tests."""
     for seed in (0, 1):
         (tmp_path / f"s{seed}").mkdir()
         for images in (32, 64):
@@ -2013,7 +2013,8 @@ def test_probes_command(tmp_path, monkeypatch, capsys):
     assert (saved["settings"]["cut"], saved["settings"]["fill"], saved["settings"]["pairs"]) == ("box", "mean", 2)
     for name in probes.MEASURES:
         for arm in saved["arms"]:
-            own = [file[name] for file in saved["files"] if (file["arm"], file["images"]) == (arm["arm"], arm["images"])]
+            own = [file[name] for file in saved["files"]
+                   if (file["arm"], file["images"]) == (arm["arm"], arm["images"])]
             assert len(arm[name]) == len(arm[f"{name}_se"]) == 5
             np.testing.assert_allclose(arm[name], np.mean(own, 0))
     assert f"{saved['arms'][1]['rc'][2]:.4f}" in out and "random clean" in out
