@@ -1811,130 +1811,225 @@ def test_a_trained_checkpoint_beats_the_untrained_network(scenes_run, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- probes.py
 
-def pairs_of_scenes(number=6):
-    return probes.Pairs(open_labelled("scenes", split="val"), number)
+def asked(cut="box", objects=12, pairs=8):
+    """Inputs of a few scenes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "OBJECTS", objects)
+        return probes.open_inputs(open_labelled("scenes", split="val"), pairs, cut=cut)
 
 
-class Pointwise(torch.nn.Module):
-    """Four layers of 1x1 convolutions, strides 4 to 32: no spatial mixing."""
+class Pointwise(nn.Module):
+    """The parts of a ResNet, without spatial mixing beyond its strides' whole cells. fault: a module after the first
+    stage."""
 
-    def __init__(self):
+    def __init__(self, fault=nn.Identity(), seed=0):
         super().__init__()
-        torch.manual_seed(0)
-        shapes = ((3, 16, 4), (16, 32, 2), (32, 64, 2), (64, 64, 2))
-        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(i, o, 1, stride) for i, o, stride in shapes)
+        torch.manual_seed(seed)
+        self.conv1, self.bn1, self.relu, self.maxpool = nn.Conv2d(3, 16, 1), nn.Identity(), nn.ReLU(), nn.AvgPool2d(4)
+        self.layer1 = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), fault)
+        self.layer2, self.layer3, self.layer4 = nn.AvgPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(2)
+
+
+class Place(nn.Module):
+    """A cell's coordinates enter its feature: a positional bias. Added alone they would move all features alike, and an
+    object would still find itself; so they weigh the channels too."""
 
     def forward(self, x):
-        maps = []
-        for layer in self.layers:
-            x = F.relu(layer(x))
-            maps.append(x)
-        return maps
+        across = torch.linspace(-1, 1, x.shape[3]).expand(len(x), 1, x.shape[2], -1)
+        weights = torch.cos(across * torch.arange(x.shape[1])[:, None, None])
+        return torch.cat([x * weights, across], 1)
 
 
-def test_probes_are_one_without_spatial_mixing():
-    curves = probes.probe(Pointwise(), pairs_of_scenes())
-    assert len(curves.cr) == len(curves.mcs) == 4
-    for values in (curves.cr, curves.mcs):
-        np.testing.assert_allclose(values, 1, atol=1e-6)
-    for errors in (curves.cr_se, curves.mcs_se):
-        np.testing.assert_allclose(errors, 0, atol=1e-6)
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
-def leaky(images):
-    """One zero-padded box blur of 33 x 33 pixels; of positive values, so that no cosine is near 0, and with a constant beside
-    it, so that the darker border of the padding turns the feature."""
-    return [F.pad(F.avg_pool2d(images + 2.2, 33, 1, 16), (0, 0, 0, 0, 0, 1), value=1.0)]
+def leak(x):
+    """Every feature mixed with what lies within 44 pixels: coupling."""
+    return F.avg_pool2d(F.pad(x, (11, 11, 11, 11), mode="replicate"), 23, 1)
 
 
-def numpy_blur(image):
-    """The same by an integral image, (H, W, 4) float64."""
-    padded = np.pad(image, ((17, 16), (17, 16), (0, 0))).cumsum(0).cumsum(1)
-    blurred = (padded[33:, 33:] - padded[:-33, 33:] - padded[33:, :-33] + padded[:-33, :-33]) / 33 ** 2
-    return np.concatenate([blurred, np.ones((*image.shape[:2], 1))], 2)
+def test_no_spatial_mixing_is_ideal():
+    found = probes.probe(Pointwise(), asked())
+    assert list(found) == list(probes.MEASURES)
+    for name, (_, ideal) in probes.MEASURES.items():
+        np.testing.assert_allclose(found[name].value[:4], ideal, atol=1e-6)  # roi: RoIAlign reads over a border
+        np.testing.assert_allclose(found[name].error[:4], 0, atol=1e-6)
+    assert found["rc"].value[4] < 0.05
 
 
-def test_probes_equal_a_numpy_loop():
-    pairs = pairs_of_scenes()
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-    def cosine(a, b):
-        return a @ b / np.sqrt(a @ a * (b @ b))
-
-    def feature(image, x, y):
-        return image[y:y + 96, x:x + 96].reshape(-1, 4).mean(0)
-    rates, similarities = [], []
-    for i in range(len(pairs)):
-        both, alone, grid = (numpy_blur((pixels / 255 - mean) / std + 2.2) for pixels in pairs[i])
-        b = feature(both, 160, 64)
-        rates.append(cosine(feature(both, 64, 64), b) / cosine(feature(alone, 64, 64), b))
-        centre = feature(grid, 96, 96)
-        similarities.append(np.mean([cosine(centre, feature(grid, x, y)) for x in (0, 96, 192) for y in (0, 96, 192)
-                                     if (x, y) != (96, 96)]))
-    curves = probes.probe(leaky, pairs)
-    assert abs(np.mean(rates) - 1) > 1e-4 and np.mean(similarities) < 1 - 5e-5  # it does leak, and zero padding tells the place
-    np.testing.assert_allclose(curves.cr, [np.mean(rates)], atol=1e-5)
-    np.testing.assert_allclose(curves.mcs, [np.mean(similarities)], atol=1e-5)
-    np.testing.assert_allclose(curves.cr_se, [np.std(rates, ddof=1) / 6 ** 0.5], atol=1e-5)
-    np.testing.assert_allclose(curves.mcs_se, [np.std(similarities, ddof=1) / 6 ** 0.5], atol=1e-5)
+def test_place_shows_in_the_measures_of_place_alone():
+    inputs = asked()
+    found = probes.probe(Pointwise(Place()), inputs)
+    np.testing.assert_allclose(found["rc"].value[:4], 0, atol=1e-6)
+    assert (found["rp"].value > 0.1).all() and (found["mcs"].value < 0.99).all()
+    assert (found["reid_neighbours"].value[:4] == 100).all() and (found["reid_moved"].value < 60).all()
+    alone = probes.probe(Pointwise(Place()), inputs, alone=True)  # without coupling neighbours change nothing
+    np.testing.assert_allclose(alone["rp"].value[:4], found["rp"].value[:4], rtol=1e-4)
 
 
-def test_pairs_are_what_they_say():
-    pairs = pairs_of_scenes(40)
-    for i in range(40):
-        both, alone, grid = pairs[i]
-        a = alone[64:160, 64:160]
-        assert a.any() and np.array_equal(both[64:160, 64:160], a) and both[64:160, 160:256].any()
-        assert alone.sum() == a.sum() and both.sum() == a.sum() + both[64:160, 160:256].sum()  # black around
-        assert all(np.array_equal(grid[y:y + 96, x:x + 96], a) for x in (0, 96, 192) for y in (0, 96, 192))
-        assert np.array_equal(both, pairs[i][0])
-    labelled = pairs.labelled
-    drawn = []
-    pairs.square = drawn.append  # the rows that a pair is made of
-    for i in range(40):
-        pairs.draw(i)
-    labels = labelled.labels[drawn].reshape(-1, 2)
-    assert (labels[:, 0] != labels[:, 1]).all() and len(set(drawn)) > 60
+def test_a_leak_shows_in_the_measures_of_coupling():
+    found = probes.probe(Pointwise(Function(leak)), asked())
+    assert (found["rc"].value > 0.05).all() and (found["cr"].value > 1.001).all()
+    assert (found["reid_neighbours"].value < found["reid_moved"].value).all()
 
 
-def test_cut_out_keeps_mask_and_proportions():
+def test_features_that_are_all_alike_fool_only_the_papers_measures():
+    inputs = asked()
+    found = probes.probe(Pointwise(Function(torch.ones_like)), inputs)
+    np.testing.assert_allclose(found["cr"].value[:4], 1, atol=1e-9)
+    np.testing.assert_allclose(found["mcs"].value[:4], 1, atol=1e-9)
+    for name in ("reid_neighbours", "reid_moved"):
+        assert (found[name].value[:4] == 0).all()  # a tie is a miss
+    constant = torch.linspace(10, 20, 32)[:, None, None]
+    plain, added = (probes.probe(Pointwise(Function(f)), inputs) for f in (leak, lambda x: leak(x) + constant))
+    assert (abs(added["cr"].value - 1) < 0.05 * abs(plain["cr"].value - 1)).all()
+    assert (1 - added["mcs"].value < 0.05 * (1 - plain["mcs"].value)).all()
+    for name in ("rc", "rp"):
+        assert (abs(added[name].value / plain[name].value - 1) < 0.5).all()
+
+
+def cosine(a, b):
+    return a @ b / np.sqrt(a @ a * (b @ b))
+
+
+def loop_features(network, size, placed, read):
+    """Features of square `read` of placed, [(x, y, pixels, mask)], by layer; cells weighed by their part of the mask."""
+    image = np.zeros((*size, 3), np.uint8)
+    for x, y, pixels, mask in placed:
+        image[y:y + len(mask), x:x + len(mask)][mask] = pixels[mask]
+    x = torch.tensor((image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float().permute(2, 0, 1)[None]
+    x, found = network.maxpool(network.relu(network.conv1(x))), []
+    left, top, _, mask = placed[read]
+    side = len(mask)
+    for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+        c4, x = x, layer(x)
+        step = size[0] // x.shape[2]
+        found.append(x[0, :, top // step:(top + side) // step, left // step:(left + side) // step])
+    box = torch.tensor([[0.0, left, top, left + side, top + side]])
+    region = torchvision.ops.roi_align(c4, box, 6, 1 / 16, 2, aligned=True)
+    found.append(network.layer4(region)[0])
+    features = []
+    for cells in found:
+        n = cells.shape[1]
+        edges = [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
+        weights = np.array([[mask[a:b, c:d].mean() for c, d in edges] for a, b in edges])
+        features.append((cells.double().numpy() * weights).sum((1, 2)) / weights.sum())
+    return features
+
+
+@pytest.mark.parametrize("cut", ["box", "mask"])
+@torch.no_grad()
+def test_measures_equal_a_plain_loop(cut):
+    inputs, network = asked(cut, objects=6, pairs=2), Pointwise(Function(leak))
+    a, b, bank = ([(p.numpy(), m.numpy()) for p, m in zip(*squares)] for squares in inputs)
+    assert all(m.all() for _, m in a) == (cut == "box")
+    found = probes.probe(network, inputs)
+    rows, spots = [], [(x, y) for y in (0, 96, 192) for x in (0, 96, 192)]
+    for one, two in zip(a, b):
+        both = [(64, 64, *one), (160, 64, *two)]
+        a1, b1 = (loop_features(network, (224, 320), both, read) for read in (0, 1))
+        a2, b2 = (loop_features(network, (224, 320), [(64, 64, *which)], 0) for which in (one, two))
+        nine = [loop_features(network, (288, 288), [(*spot, *one) for spot in spots], read) for read in range(9)]
+        rows.append([[cosine(a1[n], b1[n]) / cosine(a2[n], b1[n]), 1 - cosine(a1[n], a2[n]), 1 - cosine(a2[n], b2[n]),
+                      np.mean([cosine(nine[4][n], nine[i][n]) for i in range(9) if i != 4])] for n in range(5)])
+    rates, coupled, apart, similar = np.array(rows).transpose(2, 0, 1)
+    means = {"cr": rates.mean(0), "mcs": similar.mean(0), "rc": coupled.mean(0) / apart.mean(0),
+             "rp": (1 - similar).mean(0) / apart.mean(0)}
+    stored = [loop_features(network, (192, 192), [(64, 64, *one)], 0) for one in bank]
+    for name in ("reid_neighbours", "reid_moved"):
+        hits = np.zeros((6, 5))
+        for i, one in enumerate(bank):
+            x, y = [(64, 64), [(0, 0), (128, 0), (0, 128), (128, 128)][i % 4]][name == "reid_moved"]
+            around = zip([(0, 64), (128, 64), (64, 0), (64, 128)], [bank[(i + k) % 6] for k in (1, 2, 3, 4)])
+            extra = [] if name == "reid_moved" else [(*spot, *other) for spot, other in around]
+            query = loop_features(network, (192, 192), [(x, y, *one), *extra], 0)
+            hits[i] = [np.argmax([cosine(query[n], entry[n]) for entry in stored]) == i for n in range(5)]
+        means[name] = 100 * hits.mean(0)
+    for name, mean in means.items():
+        np.testing.assert_allclose(found[name].value, mean, rtol=2e-4, err_msg=name)
+
+
+def test_errors_and_differences_against_formulas():
+    random = np.random.default_rng(0)
+    x, y, u = random.normal(3, 1, (400, 1)), random.normal(5, 1, (400, 1)), random.normal(0, 0.1, (400, 1))
+    one, two = (probes.ratio_of_means([torch.tensor(v[:, 0])], [torch.tensor(y[:, 0])]) for v in (x, x + 1 + u))
+    influence = (x - one.value * y) / y.mean()
+    np.testing.assert_allclose(one.error, influence.std() / 20, rtol=0.12)  # 1,000 resamples: 2 % a standard deviation
+    other = (x + 1 + u - two.value * y) / y.mean()
+    np.testing.assert_allclose(two.minus(one).error, (other - influence).std() / 20, rtol=0.12)
+    arms = [[probes.Estimate(np.array([value]), np.zeros((2, 1))) for value in values]
+            for values in ((1.0, 2.0, 4.0), (3.0, 1.5, 1.0))]
+    mean, error = probes.over_networks(arms[0])
+    assert mean == pytest.approx(7 / 3) and error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3 ** 0.5)
+    mean, error, paired = probes.difference(arms[0], [0, 1, 2], arms[1], [2, 1, 7])  # seeds 1 and 2: 2 - 1.5, 4 - 3
+    assert (mean, error, paired) == (pytest.approx(0.75), pytest.approx(0.25), "seed")
+
+
+def test_inputs_are_what_they_say():
+    labelled = open_labelled("scenes", split="val")
+    inputs = probes.open_inputs(labelled, 40)
+    assert len(inputs.a.masks) == 40 and inputs.bank.pixels.shape == (150, 64, 64, 3) and inputs.bank.masks.all()
+    assert len(torch.unique(inputs.bank.pixels.flatten(1), dim=0)) == 150
+    assert torch.equal(inputs.bank.pixels, probes.open_inputs(labelled, 3).bank.pixels)
+    assert not torch.equal(inputs.bank.pixels, probes.open_inputs(labelled, 3, seed=1).bank.pixels)
+    alike = np.zeros_like(labelled.labels)
+    for change in (dict(labels=alike), dict(boxes=labelled.boxes / 10), dict(crowd=~labelled.crowd)):
+        with pytest.raises(UserError, match="no five objects of two categories"):
+            probes.open_inputs(Labelled(**{**labelled._asdict(), **change}))
+    with pytest.raises(UserError, match="without a mask: --cut box"):
+        probes.open_inputs(labelled._replace(mask=None), 4, cut="mask")
+
+
+def test_cut_out():
     image = np.full((50, 80, 3), 200, np.uint8)
-    square = probes.cut_out(image, np.float32([10, 5, 58, 29]))  # 48 x 24 -> 96 x 48, centred
-    assert square.shape == (96, 96, 3) and (square[24:72] == 200).all() and not square[:24].any() and not square[72:].any()
+    image[:, :34] = 100
+    pixels, inside = probes.cut_out(image, np.float32([10, 5, 58, 29]), None, 96)  # 48 x 24 fills the square
+    assert inside.all() and (pixels[:, :46] == 100).all() and (pixels[:, 50:] == 200).all()
     mask = np.zeros((50, 80), bool)
     mask[:, :34] = True
-    square = probes.cut_out(image, np.float32([10, 5, 58, 29]), mask)
-    assert (square[24:72, :46] == 200).all() and not square[:, 50:].any()
+    pixels, inside = probes.cut_out(image, np.float32([10, 5, 58, 29]), mask, 96)  # 96 x 48, in the middle
+    assert inside[24:72, :46].all() and not inside[:24].any() and not inside[72:].any() and not inside[:, 50:].any()
+    assert (pixels[inside][:, 0] <= 150).all()
 
 
-def test_probes_need_two_categories_of_some_size():
-    labelled = open_labelled("scenes", split="val")
-    for change in (dict(labels=np.zeros_like(labelled.labels)), dict(boxes=labelled.boxes / 10), dict(crowd=~labelled.crowd)):
-        with pytest.raises(UserError, match="no two objects of different categories"):
-            probes.Pairs(Labelled(**{**labelled._asdict(), **change}))
+def test_probes_command(tmp_path, monkeypatch, capsys):
+    """Arms, files, JSON and pictures; the networks are small ones, real files are evaluate.py's tests."""
+    for seed in (0, 1):
+        (tmp_path / f"s{seed}").mkdir()
+        for images in (32, 64):
+            torch.save({}, tmp_path / f"s{seed}" / f"backbone-{images}.pth")
+        run = {"d3ssl": 1, "config": {"seed": seed, "roi": 6, "batch_size": 16}, "step": 4, "model": {}}
+        torch.save(run, tmp_path / f"s{seed}" / "last.pt")
 
-
-def test_probes_command(tmp_path):
-    torch.save(small_state(), tmp_path / "x.pth")
-    done = run("probes.py", "--ckpt", tmp_path / "x.pth", "random", "--arch", "resnet18", "--pairs", 4, "--plot", tmp_path / "c.png",
-               "--picture", tmp_path / "p.png", "--json", tmp_path / "p.json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "p.json").read_text())
-    assert [row["ckpt"] for row in rows] == [str(tmp_path / "x.pth"), "random"]
-    for row in rows:
-        assert list(row) == ["ckpt", "arch", "cr", "cr_se", "mcs", "mcs_se"] and all(len(row[key]) == 4 for key in list(row)[2:])
-        assert f"{row['cr'][3]:.4f}" in done.stdout and f"{row['mcs_se'][0]:.4f}" in done.stdout
-    assert Image.open(tmp_path / "c.png").size == (1500, 600) and Image.open(tmp_path / "p.png").size[0] > 900
-
-
-def test_stages_are_the_four_maps():
-    network, _ = evaluate.load_backbone("random", "resnet18")
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        maps = probes.stages(network)(x)
-        assert [m.shape[1] for m in maps] == [64, 128, 256, 512] and [m.shape[2] for m in maps] == [16, 8, 4, 2]
-        torch.testing.assert_close(maps[3].mean((2, 3)), network(x))
-        torch.testing.assert_close(evaluate.c5(network)(x), maps[3])
+    def load(row, clean):
+        assert (row.path == "random") == (row.statistics == "clean")
+        return Pointwise(Function(leak), row.seed)
+    monkeypatch.setattr(evaluate.Row, "load", load)
+    monkeypatch.setattr(probes, "OBJECTS", 5)
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("plot", "picture", "json")]
+    arms = [f"ours={tmp_path}/s*/backbone-*.pth", "random"]
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--pairs", "2", "--fill", "mean", *files, "--ckpt", *arms])
+    probes.main()
+    out, saved = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
+    found = [(arm["arm"], arm["images"], arm["files"]) for arm in saved["arms"]]
+    assert found == [("ours", 32, 2), ("ours", 64, 2), ("random", 0, 2)] and len(saved["files"]) == 6
+    assert saved["arms"][2]["difference"]["paired_by"] == "seed"
+    assert (saved["settings"]["cut"], saved["settings"]["fill"], saved["settings"]["pairs"]) == ("box", "mean", 2)
+    for name in probes.MEASURES:
+        for arm in saved["arms"]:
+            own = [file[name] for file in saved["files"]
+                   if (file["arm"], file["images"]) == (arm["arm"], arm["images"])]
+            assert len(arm[name]) == len(arm[f"{name}_se"]) == 5
+            np.testing.assert_allclose(arm[name], np.mean(own, 0))
+    assert f"{saved['arms'][1]['rc'][2]:.4f}" in out and "random clean" in out
+    for kind in ("plot", "picture"):
+        assert Image.open(tmp_path / kind).size[0] > 1000
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--ckpt", "colour"])
+    with pytest.raises(UserError, match="no layers to probe"):
+        probes.main()
 
 
 # ------------------------------------------------------- VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
