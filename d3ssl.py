@@ -668,7 +668,7 @@ def flag(key):
 
 def agree(ranks, out, *state):
     """Raises UserError, on all ranks, if (step, images, last step) are not the same on all: another --out or --root."""
-    highest, lowest = ranks.maximum(*state), [-value for value in ranks.maximum(*(-value for value in state))]
+    highest, lowest = ranks.maximum(*state), [-int(value) for value in ranks.maximum(*(-value for value in state))]
     if highest != lowest:
         what = ("step", "images", "last step")
         different = "; ".join(f"{name} {low:,.0f} to {high:,.0f}" for name, low, high in zip(what, lowest, highest) if low != high)
