@@ -31,11 +31,12 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import time
 from collections import OrderedDict, defaultdict
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,16 +50,18 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from augment import COLOURS, normalise, to_float
-from d3ssl import Ranks, clean_statistics, positive, roi_align
+from augment import COLOURS, MEAN, STD, normalise, to_float
+from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
+                   out_of_memory, positive, roi_align)
 from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader,
                   open_labelled, resize, rng, usable_cores)
 
@@ -744,13 +747,13 @@ def difference(points, seeds, first, first_seeds, images):
     return *over_seeds(points[mine].mean(-1) - first[theirs].mean(-1)), "seed"
 
 
-# ------------------------------------------------------------------------ transfer to detection (section 5.2, Tables 1, 3)
+# -------------------------------------------------------------------- transfer to detection (section 5.2, Tables 1, 3)
 
 @dataclass
 class Transfer:
-    """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs ("moco") and
-    the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the learning rate by batch/16,
-    the steps, drops and warm-up by 16/batch; --steps replaces that number of steps, drops and warm-up staying in proportion."""
+    """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs
+    ("moco") and the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the rate
+    by batch/16, steps, drops and warm-up by 16/batch; --steps replaces the steps, drops and warm-up in proportion."""
     task: str                     # section 5.2. voc: Faster R-CNN, trainval of 2007 and 2012, test2007;
                                   # coco: Mask R-CNN, train2017, val2017
     root: str
@@ -780,83 +783,136 @@ def transfer_config(args, arch="resnet50"):
     """Transfer from the command line, scaled by its rule."""
     c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, **RECIPES[args.transfer],
                  seed=args.seed, limit_images=args.limit_images, test_on=args.test_on)
-    c = replace(c, **{key: value for key in ("batch_size", "lr", "rois") if (value := getattr(args, key)) is not None})
+    given = {key: getattr(args, key) for key in ("batch_size", "lr", "rois") if getattr(args, key) is not None}
+    c = replace(c, **given)
     steps = args.steps or max(1, round(c.steps * 16 / c.batch_size))
     drops = tuple(round(drop * steps / c.steps) for drop in c.drops)
     c = replace(c, steps=steps, drops=drops, warmup=c.warmup * steps / c.steps, lr=c.lr * c.batch_size / 16,
                 precise=max(1, min(c.precise, steps // 10)))
-    return replace(c, sides=(args.short_side,), long_side=round(args.short_side * 5 / 3)) if args.short_side else c
+    if args.short_side:
+        c = replace(c, sides=(args.short_side,), long_side=round(args.short_side * 5 / 3))
+    return c
 
 
-class AlignedRoI(MultiScaleRoIAlign):
-    """RoIAlign 14x14 on C4 as the encoder pools (torchvision's own MultiScaleRoIAlign is not aligned)."""
+class UnroundedAnchors(AnchorGenerator):
+    """torchvision's anchors without the rounding of their sides to whole pixels."""
 
-    def __init__(self):
-        super().__init__(["0"], output_size=14, sampling_ratio=2)
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu"):
+        """Boxes (scales x ratios, 4) around 0 with area scale^2 and height / width = ratio."""
+        scales = torch.tensor(scales, dtype=dtype, device=device)
+        root = torch.tensor(aspect_ratios, dtype=dtype, device=device)[:, None].sqrt()
+        width, height = (scales / root).flatten(), (scales * root).flatten()
+        return torch.stack([-width, -height, width, height], 1) / 2
 
-    def forward(self, maps, boxes, sizes):
-        """{"0": (B, C, H/16, W/16)}, B lists of boxes (n, 4) in pixels -> (sum of n, C, 14, 14)."""
-        return torchvision.ops.roi_align(maps["0"], boxes, 14, 1 / 16, self.sampling_ratio, aligned=True)
 
+class RegionProposals(RegionProposalNetwork):
+    """torchvision's RPN with detectron2's losses: L1 for the boxes, and both sums over 256 anchors an image."""
 
-class Res5(nn.Module):
-    """The box head: res5, MoCo's extra norm, the mean; regions (N, 1024, 14, 14) -> (N, 2048). `map` is what is averaged."""
-
-    def __init__(self, layer4, width):
-        super().__init__()
-        self.layer4, self.norm, self.map = layer4, nn.BatchNorm2d(width), None
-
-    def forward(self, regions):
-        self.map = self.norm(self.layer4(regions))
-        return self.map.mean((2, 3))
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
+        sampled, count = positive | negative, self.fg_bg_sampler.batch_size_per_image * len(labels)
+        logits, truth = objectness.flatten()[sampled], torch.cat(labels)[sampled]
+        wanted = torch.cat(regression_targets)[positive]
+        return (F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / count,
+                F.l1_loss(pred_bbox_deltas[positive], wanted, reduction="sum") / count)
 
 
 class C4Heads(RoIHeads):
-    """torchvision's heads, which remember which of the boxes they train on are objects."""
+    """detectron2's Res5ROIHeads with MoCo's extra norm: res5's map of each region, whose mean the box predictor reads.
+    The mask predictor reads the map itself: in training the sampled objects' rows of the very same map (a second pass
+    would show batch norm objects alone), in test that of the boxes found."""
 
-    def select_training_samples(self, proposals, targets):
-        chosen = super().select_training_samples(proposals, targets)
-        self.objects = torch.cat(chosen[2]) > 0
-        return chosen
+    def __init__(self, layer4, categories, masks, rois):
+        width = norms_of(layer4)[-1].num_features
+        super().__init__(None, None, FastRCNNPredictor(width, categories + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
+                         batch_size_per_image=rois, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05,
+                         nms_thresh=0.5, detections_per_img=100)
+        self.layer4, self.norm = layer4, nn.BatchNorm2d(width)
+        last = [(self.box_predictor.cls_score, 0.01), (self.box_predictor.bbox_pred, 0.001)]
+        if masks:
+            self.mask_predictor = MaskRCNNPredictor(width, 256, categories + 1)
+            nn.init.zeros_(self.mask_predictor.conv5_mask.bias)
+            last += [(self.mask_predictor.mask_fcn_logits, 0.001)]
+        for layer, deviation in last:
+            nn.init.normal_(layer.weight, std=deviation)
+            nn.init.zeros_(layer.bias)
 
-
-class SharedMap(AlignedRoI):
-    """What the mask predictor reads: res5's map (N, 2048, 7, 7), as in detectron2's Res5ROIHeads. In training the box head's
-    own map of the objects (in a second pass batch norm would see objects alone), in test that of the boxes found."""
-
-    def forward(self, maps, boxes, sizes):
-        heads = self.heads[0]
+    def forward(self, features, proposals, image_shapes, targets=None):
+        """torchvision's interface: C4 as {"0": map}, B lists of boxes -> detections (in test), losses (in training)."""
         if self.training:
-            return heads.box_head.map[heads.objects]
-        heads.box_head(super().forward(maps, boxes, sizes))
-        return heads.box_head.map
+            return [], self.losses(features["0"], proposals, targets)
+        return self.detections(features["0"], proposals, image_shapes), {}
+
+    def regions(self, c4, boxes):
+        """C4 (B, 1024, h, w), B lists of boxes (n, 4) in pixels -> (sum of n, 2048, 7, 7)."""
+        cut = torchvision.ops.roi_align(c4, boxes, 14, 1 / 16, sampling_ratio=0, aligned=True)
+        return self.norm(self.layer4(cut))
+
+    def losses(self, c4, proposals, targets):
+        boxes, matched, labels, offsets = self.select_training_samples(proposals, targets)
+        maps, every = self.regions(c4, boxes), torch.cat(labels)
+        objects = torch.where(every > 0)[0]
+        scores, deltas = self.box_predictor(maps.mean((2, 3)))
+        deltas = deltas.view(len(every), -1, 4)[objects, every[objects]]
+        offset_loss = F.l1_loss(deltas, torch.cat(offsets)[objects], reduction="sum") / len(every)
+        losses = {"loss_classifier": F.cross_entropy(scores, every), "loss_box_reg": offset_loss}
+        if self.mask_predictor is not None:
+            wanted = torch.cat([mask_targets(target["masks"], rows[of > 0], some[of > 0])
+                                for target, rows, some, of in zip(targets, matched, boxes, labels)])
+            logits = self.mask_predictor(maps[objects])[torch.arange(len(objects)), every[objects]]
+            mask_loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+            losses["loss_mask"] = mask_loss / max(1, wanted.numel())  # the samples may hold no object
+        return losses
+
+    def detections(self, c4, proposals, image_shapes):
+        scores, deltas = self.box_predictor(self.regions(c4, proposals).mean((2, 3)))
+        boxes, scores, labels = self.postprocess_detections(scores, deltas, proposals, image_shapes)
+        found = [dict(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels)]
+        if self.mask_predictor is not None:
+            logits = self.mask_predictor(self.regions(c4, boxes))
+            for one, masks in zip(found, maskrcnn_inference(logits, labels)):
+                one["masks"] = masks
+        return found
+
+
+def mask_targets(masks, matched, boxes):
+    """What the mask head should say of boxes (n, 4), (n, 14, 14) of 0 and 1: the masks of their objects, rows `matched`
+    (n,) of masks (m, H, W), under aligned RoIAlign, cut at 0.5."""
+    rows = torch.cat([matched[:, None].to(boxes), boxes], 1)
+    share = torchvision.ops.roi_align(masks[:, None].to(boxes), rows, 14, aligned=True)[:, 0]
+    return (share >= 0.5).to(boxes)
 
 
 def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
-    """torchvision's Faster R-CNN, with masks=True Mask R-CNN, on C4 of its ResNet, whose layers it takes over, none frozen;
-    detectron2's C4 settings where torchvision's differ. categories: their number; sides, long_side: in pixels."""
+    """torchvision's GeneralizedRCNN on C4 of its ResNet, whose layers it takes over, none frozen: detectron2's Faster
+    R-CNN C4, with masks=True Mask R-CNN, with MoCo's extra norm. categories: their number; sides, long_side: in pixels.
+
+    What differs from detectron2, because torchvision's parts do it so and no method gains by it: images are resized on
+    the device without antialiasing (detectron2: by PIL); batches are not grouped by aspect ratio, and are padded to a
+    multiple of 16 pixels, from which the anchors' stride comes; masks are resized as bitmaps and cut from those
+    (detectron2: from polygons); found masks are pasted into boxes of whole pixels."""
     stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
     backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in stages))
-    backbone.out_channels = network.layer4[0].conv1.in_channels
-    width = norms_of(network.layer4)[-1].num_features
-    box = FastRCNNPredictor(width, categories + 1)
-    nn.init.normal_(box.cls_score.weight, std=0.01)
-    nn.init.normal_(box.bbox_pred.weight, std=0.001)
-    for bias in (box.cls_score.bias, box.bbox_pred.bias):
-        nn.init.zeros_(bias)
-    more, kind = {}, FasterRCNN
-    if masks:
-        predictor, kind = MaskRCNNPredictor(width, 256, categories + 1), MaskRCNN
-        nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
-        more = dict(mask_roi_pool=SharedMap(), mask_head=nn.Identity(), mask_predictor=predictor)
-    anchors = AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
-    model = kind(backbone, None, sides, long_side, rpn_anchor_generator=anchors, rpn_pre_nms_top_n_train=12000,
-                 rpn_pre_nms_top_n_test=6000, box_roi_pool=AlignedRoI(), box_head=Res5(network.layer4, width),
-                 box_predictor=box, box_batch_size_per_image=rois, **more)
-    model.roi_heads.__class__ = C4Heads
-    if masks:
-        model.roi_heads.mask_roi_pool.heads = [model.roi_heads]  # in a list, so that it is no submodule of its own child
-    return model
+    anchors = UnroundedAnchors(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
+    rpn = RegionProposals(anchors, RPNHead(network.layer4[0].conv1.in_channels, 15), fg_iou_thresh=0.7,
+                          bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, nms_thresh=0.7,
+                          pre_nms_top_n=dict(training=12000, testing=6000),
+                          post_nms_top_n=dict(training=2000, testing=1000))
+    transform = GeneralizedRCNNTransform(sides, long_side, MEAN, STD, size_divisible=16)
+    return GeneralizedRCNN(backbone, rpn, C4Heads(network.layer4, categories, masks, rois), transform)
+
+
+def load_detector(path):
+    """What --transfer left in `path`, a detector.pth: torchvision's detector in eval mode, [image (3, H, W) in [0, 1]]
+    -> [{boxes, labels from 1, scores, masks}], its run's settings, and the categories by name."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        c, categories = saved["config"], saved["categories"]
+        model = c4_detector(build(c["arch"], 0), len(categories), c["masks"], c["sides"], c["long_side"])
+        model.load_state_dict(saved["model"])
+    except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
+        raise UserError(f"--ckpt {path} is not a detector.pth of --transfer ({type(error).__name__})") from None
+    return model.eval(), c, categories
 
 
 def norms_of(module):
@@ -866,11 +922,11 @@ def norms_of(module):
 class Detection(torch.utils.data.Dataset):
     """Images and targets of a split for torchvision's detectors, by keys (epoch, index), which alone decide the flip.
 
-    train: crowds are left out (VOC's difficult objects stay), and so are images without boxes; items are (image (3, H, W)
-    uint8, {boxes (n, 4), labels (n,) from 1, masks (n, H, W) uint8}); an object without a mask gets its box. Otherwise every
-    image, not flipped, without a target. An image that cannot be read has None in its place."""
+    train: crowds are left out (VOC's difficult objects stay), and so are images without boxes; items are (index, image
+    (3, H, W) uint8, {boxes (n, 4), labels (n,) from 1, masks (n, H, W) uint8}); an object without a mask gets its box.
+    Otherwise every image, not flipped, without a target. An image that cannot be read has None in its place."""
 
-    def __init__(self, found, train, difficult, masks, limit=None, seed=0):
+    def __init__(self, found, train, difficult=False, masks=False, limit=None, seed=0):
         self.found, self.train, self.masks, self.seed = found, train, masks, seed
         kept = np.full(len(found.labels), difficult) | ~found.crowd
         n = min(len(found.images), limit or len(found.images))
@@ -883,68 +939,98 @@ class Detection(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, j = key
-        rows, found = self.rows[j], self.found
+        i, target = self.index[j], None
         try:
-            image = found.images.read(self.index[j])
+            image = self.found.images.read(i)
         except OSError:
             return j, None, None
-        if not self.train:
-            return j, torch.from_numpy(image).permute(2, 0, 1), None
-        height, width = image.shape[:2]
-        target = dict(boxes=found.boxes[rows].copy(), labels=found.labels[rows] + 1)
+        if self.train:
+            height, width = image.shape[:2]
+            target = self.target(self.rows[j], height, width)
+            if rng(self.seed, epoch, i).random() < 0.5:
+                image = image[:, ::-1].copy()
+                target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
+                if self.masks:
+                    target["masks"] = target["masks"].flip(2)
+        return j, torch.from_numpy(image).permute(2, 0, 1), target
+
+    def target(self, rows, height, width):
+        boxes = torch.tensor(self.found.boxes[rows])
+        target = dict(boxes=boxes, labels=torch.tensor(self.found.labels[rows] + 1))
         if self.masks:
-            target["masks"] = np.stack([self.mask(row, height, width) for row in rows])
-        if rng(self.seed, epoch, self.index[j]).random() < 0.5:
-            image = image[:, ::-1].copy()
-            target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
-            target.update({"masks": target["masks"][..., ::-1].copy()} if self.masks else {})
-        return j, torch.from_numpy(image).permute(2, 0, 1), {key: torch.as_tensor(value) for key, value in target.items()}
+            target["masks"] = torch.zeros(len(rows), height, width, dtype=torch.uint8)
+            for canvas, row, (x1, y1, x2, y2) in zip(target["masks"], rows, boxes.round().int().tolist()):
+                mask = self.found.mask(row)
+                if mask is None:
+                    canvas[y1:y2, x1:x2] = 1
+                else:
+                    canvas[:] = torch.tensor(mask)
+        return target
 
-    def mask(self, row, height, width):
-        mask = self.found.mask(row)
-        if mask is None:
-            x1, y1, x2, y2 = self.found.boxes[row].round().astype(int)
-            mask = np.zeros((height, width), bool)
-            mask[y1:y2, x1:x2] = True
-        return mask.astype(np.uint8)
+    def batches(self, schedule, workers, device):
+        """Lists of (index, image (3, H, W) float32 in [0, 1], target) on the device; `schedule`: lists of keys. Raises
+        UserError if an image cannot be read."""
+        loader = make_loader(self, schedule, workers)
+        loader.collate_fn = list  # images have their own sizes
+        for batch in loader:
+            ready = []
+            for j, image, target in batch:
+                if image is None:
+                    images = self.found.images
+                    raise UserError(f"{images.root / images.name(self.index[j])} cannot be read: download it again")
+                target = target and {key: value.to(device) for key, value in target.items()}
+                ready.append((j, image.to(device).float() / 255, target))
+            yield ready
 
 
-def open_whole(data, root, split):
-    """open_labelled, but an image that is listed and absent is a UserError: a benchmark is of all of its images."""
-    said = io.StringIO()
-    with redirect_stderr(said):
-        found = open_labelled(data, root, split)
-    for line in said.getvalue().splitlines():
-        if "listed but absent" in line:
-            raise UserError(f"{line.removeprefix('left out, ')}: the tables are of all images, download them again")
-    sys.stderr.write(said.getvalue())
-    return found
+def same_classes(ours, theirs, where, whose, cure="give both one list"):
+    if ours != theirs:
+        odd = ", ".join(sorted({*ours} ^ {*theirs})[:3]) or "their order"
+        raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: {cure}")
 
 
 class FineTuning:
     """One fine-tuning: data, detector, optimiser, files. `train` is the loop, `test` the metric; last.pt is resumed."""
 
-    def __init__(self, config, network, ranks, out, resume="auto", workers=0, save_steps=500):
-        c = self.config = config
-        self.ranks, self.out, self.workers, self.save_steps, self.step = ranks, Path(out), workers, save_steps, 0
-        if c.batch_size % ranks.ranks:
-            raise UserError(f"--batch-size {c.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple")
-        found, tested = (open_whole(c.task, c.root, split) for split in ("train", c.test_on))
-        self.same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}")
+    def __init__(self, config, network, ranks, out, resume="auto", workers=0):
+        self.config, self.ranks, self.out, self.workers = config, ranks, Path(out), workers
+        self.step, self.stop_asked, self.backbone = 0, False, digest(network)
+        self.open_splits()
+        saved = load_last(self.out / "last.pt", self.settings(), ranks) if resume == "auto" else None
+        ranks.connect()
+        agree(ranks, self.out, saved["step"] if saved else 0, len(self.trained), config.steps)
+        self.build(network, saved)
+
+    def open_splits(self):
+        c = self.config
+        found, tested = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", c.test_on))
+        same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}", "the train split")
         self.categories = found.categories
         self.masks = c.task == "coco" and found.mask is not None and found.mask(0) is not None
         self.trained = Detection(found, True, c.task == "voc", self.masks, c.limit_images, c.seed)
-        self.tested = Detection(tested, False, True, self.masks, c.limit_images)
-        if len(self.trained) < c.batch_size:
-            raise UserError(f"{c.root} has {len(self.trained):,} images with objects: lower --batch-size {c.batch_size}")
-        saved = self.load() if resume == "auto" else None
-        ranks.connect()
+        self.tested = Detection(tested, False, limit=c.limit_images)
+        if c.batch_size % self.ranks.ranks:
+            raise UserError(f"--batch-size {c.batch_size} cannot be split over {self.ranks.ranks} ranks: choose a "
+                            "multiple")
+        ensure_enough(c.root, len(self.trained), "images with objects", c)
+
+    def settings(self):
+        """What a resumed run must share with the first one, as plain values: how it trains, what, and on what."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()
+                 if key not in ("root", "test_on")}
+        names = [self.trained.found.images.name(i) for i in self.trained.index]
+        listing = hashlib.sha1("\n".join(names + self.categories).encode()).hexdigest()[:16]
+        return {**plain, "ckpt": self.backbone, "masks": self.masks, "listing": listing}
+
+    def build(self, network, saved):
+        """Model and optimiser, as `saved` or from the seed; norms are synchronised on GPUs and do not decay."""
+        c, device = self.config, self.ranks.device
         torch.manual_seed(c.seed)
-        self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois).to(
-            ranks.device, memory_format=torch.channels_last)
-        if ranks.ranks > 1 and ranks.device.type == "cuda":
+        self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois)
+        self.model.to(device, memory_format=torch.channels_last)
+        if self.ranks.ranks > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        norms = {p: None for norm in norms_of(self.model) for p in norm.parameters()}
+        norms = {p: None for norm in norms_of(self.model) for p in norm.parameters()}  # a dict, for its order
         others = [p for p in self.model.parameters() if p not in norms]
         groups = [dict(params=others, weight_decay=c.weight_decay), dict(params=list(norms), weight_decay=0.0)]
         self.optimizer = torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum)
@@ -952,191 +1038,207 @@ class FineTuning:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step = saved["step"]
-        self.parallel = self.model if ranks.ranks == 1 else nn.parallel.DistributedDataParallel(self.model)
+        self.parallel = self.model if self.ranks.ranks == 1 else nn.parallel.DistributedDataParallel(
+            self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def load(self):
-        """What last.pt holds, None if there is none. Raises UserError if it is broken or of another run."""
-        path, advice = self.out / "last.pt", "name another --out, or begin anew with --resume never"
-        if not path.exists():
-            return None
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, ours = saved["transfer"], self.settings()
-        except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
-            raise UserError(f"{path} cannot be read as a transfer's checkpoint ({type(error).__name__}): {advice}") from None
-        self.same_classes(saved["categories"], self.categories, f"--root {self.config.root}", f"{path}", advice)
-        differences = [f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
-        if differences:
-            raise UserError(f"{path} is of another run ({'; '.join(differences)}): {advice}")
-        return saved
-
-    def same_classes(self, ours, theirs, where, whose="the train split", cure="give both one list"):
-        if ours != theirs:
-            odd = ", ".join(sorted({*ours} ^ {*theirs})[:3]) or "their order"
-            raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: {cure}")
-
-    def settings(self):
-        """What a resumed run must share with the first one, as plain values."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()}
-        return {**plain, "ranks": self.ranks.ranks, "images": len(self.trained), "masks": self.masks}
-
-    def diverged(self):
-        kept = f"{self.out}/last.pt is the last good one" if (self.out / "last.pt").exists() else "nothing was saved yet"
-        return UserError(f"the loss is not finite at step {self.step + 1:,}: lower --lr; {kept}")
-
-    def save(self):
-        """Write last.pt by rename, unless a parameter is not finite. Rank 0 only."""
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            raise self.diverged()
+    def save(self, name="last.pt"):
+        """Write last.pt, or detector.pth without the optimiser, unless a parameter is not finite. Rank 0 only."""
+        ensure_finite(self.model, self.step, self.out)
+        content = {"config": self.settings(), "ranks": self.ranks.ranks, "categories": self.categories,
+                   "step": self.step, "model": self.model.state_dict()}
+        if name == "last.pt":
+            content["optimizer"] = self.optimizer.state_dict()
         if self.ranks.rank == 0:
-            with atomic(self.out / "last.pt") as file:
-                torch.save({"transfer": self.settings(), "categories": self.categories, "step": self.step,
-                            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+            with atomic(self.out / name) as file:
+                torch.save(content, file)
 
     def batches(self, first, last):
-        """(images, targets) of this rank's share of steps first to last, on the device. The random state, which the model's
-        sampling uses, is set before each: a function of (seed, step, rank)."""
-        c, ranks, device = self.config, self.ranks, self.ranks.device
+        """(images, targets) of this rank's share of steps first to last, on the device. The random state, which the
+        model's sampling uses, is set before each: a function of (seed, step, rank)."""
+        c, ranks = self.config, self.ranks
         schedule = Schedule(len(self.trained), c.batch_size, c.seed, first, last, ranks.rank, ranks.ranks)
-        for step, batch in enumerate(load_lists(self.trained, schedule, self.workers), first):
+        for step, batch in enumerate(self.trained.batches(schedule, self.workers, ranks.device), first):
             torch.manual_seed(int(rng(c.seed, step, ranks.rank).integers(2**62)))
-            images = [readable(self.trained, j, image, device) for j, image, _ in batch]
-            yield images, [{key: value.to(device) for key, value in target.items()} for _, _, target in batch]
+            yield [image for _, image, _ in batch], [target for _, _, target in batch]
 
     def learning_rate(self):
         c = self.config
         rise = min(1.0, self.step / c.warmup) if c.warmup else 1.0
         return c.lr * (0.001 + 0.999 * rise) * 0.1 ** sum(self.step >= drop for drop in c.drops)
 
+    def update(self, images, targets):
+        """One step; returns its losses by name."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        losses = self.parallel(images, targets)
+        sum(losses.values()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {name: value.detach() for name, value in losses.items()}
+
     def train(self):
-        """From self.step to the last: log every 20 steps, save every `save_steps` and at the end."""
-        c, began, first = self.config, time.monotonic(), self.step
+        """From self.step to the last: log every 20 steps; save when `Clock.save_due` says so, at the end and on
+        SIGTERM, all ranks at the same step. Returns whether the end was reached."""
+        handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.loop()
+        finally:  # the test that follows ends at once: it has nothing to save
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self.step == self.config.steps
+
+    def ask_to_stop(self, number, frame):
+        self.stop_asked = True
+
+    def loop(self):
+        clock, per_epoch, self.stop_asked = Clock(self.step), len(self.trained) // self.config.batch_size, False
         self.parallel.train()
-        for images, targets in self.batches(self.step, c.steps):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-            losses = self.parallel(images, targets)
-            loss = sum(losses.values())
-            if any(self.ranks.maximum(not math.isfinite(loss.item()))):
-                raise self.diverged()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            self.step += 1
-            ends = self.step == c.steps
-            if self.step % 20 == 0 or ends:
-                rate = (self.step - first) / (time.monotonic() - began)
-                parts = "  ".join(f"{key.removeprefix('loss_')} {value.item():.3f}" for key, value in losses.items())
-                self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {loss.item():.3f}  {parts}  "
-                                 f"{rate * c.batch_size:.1f} images/s  {duration((c.steps - self.step) / rate)} left")
-            if self.step % self.save_steps == 0 or ends:
+        for images, targets in self.batches(self.step, self.config.steps):
+            losses = self.update(images, targets)
+            clock.add(torch.stack(list(losses.values())))
+            stop, save_due = self.ranks.maximum(self.stop_asked, clock.save_due(self.step, per_epoch))
+            save_due = save_due or stop or self.step == self.config.steps
+            if save_due or self.step % 20 == 0:
+                self.report(clock, losses.keys())
+            if save_due:
                 self.save()
+                clock.saved = time.monotonic()
+            if stop:
+                self.ranks.print(f"stopped at step {self.step:,} and saved: the same command goes on from there")
+                break
 
-    @torch.no_grad()
-    def precise_norm(self):
-        """Precise batch norm (Wu and Johnson 2021): running statistics become the plain mean over `precise` batches of
-        training, and over ranks, with the final weights."""
-        norms = norms_of(self.model)
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch's cumulative mean
-        self.model.train()
-        for images, targets in self.batches(self.config.steps, self.config.steps + self.config.precise):
-            self.model(images, targets)
-        for norm in norms:
-            norm.momentum = 0.1
-            for statistic in (norm.running_mean, norm.running_var) if self.ranks.ranks > 1 else ():
-                dist.all_reduce(statistic)
-                statistic /= self.ranks.ranks
-
-    @torch.inference_mode()
-    def detect(self):
-        """[(index of the image in its split, boxes (n, 4), labels (n,) from 0, scores (n,), masks in RLE or None)], sorted,
-        the same on all ranks; boxes and masks in pixels of the image."""
-        self.model.eval()
-        mine = range(self.ranks.rank, len(self.tested), self.ranks.ranks)
-        found, progress = [], Progress("test", len(self.tested))
-        for (j, image, _), in load_lists(self.tested, [[(0, j)] for j in mine], self.workers):
-            out = self.model([readable(self.tested, j, image, self.ranks.device)])[0]
-            masks = run_lengths(out["masks"]) if self.masks else None
-            found.append((self.tested.index[j], *(out[key].cpu().numpy() for key in ("boxes", "labels", "scores")), masks))
-            if self.ranks.rank == 0:
-                progress.update(j + 1)
-        if self.ranks.ranks > 1:
-            everyone = [None] * self.ranks.ranks
-            dist.all_gather_object(everyone, found)
-            found = sum(everyone, [])
-        found.sort(key=lambda one: one[0])
-        return [(i, boxes, labels - 1, scores, masks) for i, boxes, labels, scores, masks in found]
+    def report(self, clock, names):
+        """Mean losses since the last line: refuse to go on if they are not finite, and print them."""
+        c, values = self.config, self.ranks.mean(clock.losses / clock.steps)
+        if not all(map(math.isfinite, values)):
+            raise not_finite(self.step, self.out)
+        parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(names, values))
+        rate = clock.steps * c.batch_size / clock.elapsed()
+        left = duration((c.steps - self.step) * c.batch_size / rate)
+        self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {sum(values):.3f}  {parts}  {rate:.1f} images/s  "
+                         f"{left} left")
+        clock.lap()
 
     def test(self):
-        """{box: {AP, AP50, AP75}, mask: the same, where there are masks} in percent on the test split."""
-        self.precise_norm()
-        found, split = self.detect(), self.tested.found
-        if self.config.task == "voc":
-            return {"box": voc_ap(split, self.tested.index, found)}
-        path = Path(self.config.root) / "annotations" / f"instances_{self.config.test_on}2017.json"
-        return coco_ap(path, [split.images.name(i) for i in range(len(split.images))], self.tested.index, found, self.masks)
+        """Statistics of the final weights over `precise` batches, and over ranks; detector.pth; its `results`."""
+        c = self.config
+        with torch.no_grad():
+            clean_statistics(self.model, self.batches(c.steps, c.steps + c.precise))
+        for norm in norms_of(self.model) if self.ranks.ranks > 1 else ():
+            for statistic in (norm.running_mean, norm.running_var):
+                dist.all_reduce(statistic)
+                statistic /= self.ranks.ranks
+        self.save("detector.pth")
+        found = results(c, self.model, self.tested, self.ranks, self.workers)
+        return {**found, **self.settings(), **asdict(c), "backbone": self.backbone, "images": len(self.trained),
+                "ranks": self.ranks.ranks}
 
 
-def load_lists(views, schedule, workers):
-    """make_loader, whose batches stay lists of items: images have their own sizes."""
-    loader = make_loader(views, schedule, workers)
-    loader.collate_fn = list
-    return loader
+@torch.inference_mode()
+def detect(model, views, ranks, workers=0):
+    """What the detector finds in the test images `views`, in order, on rank 0 (the others get []): [(index of the image
+    in its split, boxes (n, 4), labels (n,) from 0, scores (n,), masks in RLE or None)], in pixels of the image."""
+    model.eval()
+    mine, found, progress = range(ranks.rank, len(views), ranks.ranks), [], Progress("test", len(views))
+    for (j, image, _), in views.batches([[(0, j)] for j in mine], workers, ranks.device):
+        out = model([image])[0]
+        masks = run_lengths(out["masks"]) if "masks" in out else None
+        boxes, labels, scores = (out[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
+        found.append((views.index[j], boxes, labels - 1, scores, masks))
+        if ranks.rank == 0:
+            progress.update(j + 1)
+    if ranks.ranks > 1:
+        everyone = [None] * ranks.ranks if ranks.rank == 0 else None
+        dist.gather_object(found, everyone)
+        found = sum(everyone or [], [])
+    return sorted(found, key=lambda one: one[0])
 
 
-def readable(views, j, image, device):
-    """The image (3, H, W) float32 in [0, 1] on the device. Raises UserError if it could not be read."""
-    if image is None:
-        images = views.found.images
-        raise UserError(f"{images.root / images.name(views.index[j])} cannot be read: download it again")
-    return image.to(device).float() / 255
+def results(config, model, views, ranks, workers=0):
+    """{box: `summary` of the test images, mask: the same if the model has masks, tested: their number} on rank 0, which
+    alone computes it; {} on the others."""
+    found, split = detect(model, views, ranks, workers), views.found
+    if ranks.rank:
+        return {}
+    if config.task == "voc":
+        return {"box": voc_ap(split, views.index, found), "tested": len(views)}
+    path = Path(config.root) / "annotations" / f"instances_{config.test_on}2017.json"
+    names = [split.images.name(i) for i in range(len(split.images))]
+    kinds = ("box", "mask") if model.roi_heads.mask_predictor is not None else ("box",)
+    return {**{kind: coco_ap(path, names, views.index, found, kind) for kind in kinds}, "tested": len(views)}
 
 
-# ------------------------------------------------------------------------------------------------- average precision
+# ------------------------------------------------------------------------------------------------ average precision
 
-def average_precision(overlap, best, difficult, threshold):
-    """VOC2007's 11-point AP of one category, as detectron2 computes it: a detection hits if its IoU is over `threshold` and
-    its object has no earlier hit; a difficult object's detections count neither way.
+THRESHOLDS = np.arange(50, 100, 5) / 100  # of IoU; COCO's ten, as detectron2 has them for VOC too
+AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # COCO's all, small, medium, large objects; pixels
 
-    Args: overlap, best (D,): largest IoU of each detection with an object of its image and that object's index, by falling
-    score; difficult (G,) bool. Returns AP in [0, 1], NaN if no object counts."""
-    over = overlap > threshold
-    ignored = over & np.append(difficult, False)[best]
-    counted, hit = np.flatnonzero(over & ~ignored), np.zeros(len(over), bool)
-    hit[counted[np.unique(best[counted], return_index=True)[1]]] = True
-    right, wrong = np.cumsum(hit), np.cumsum(~hit & ~ignored)
-    if difficult.all():
+
+def summary(table, categories):
+    """{AP, AP50, AP75, APs, APm, APl, classes: {category: AP}} in percent, None where no object counts: means of
+    table (areas, categories, thresholds), in which NaN stands for that."""
+    def percent(values):
+        values = values[~np.isnan(values)]
+        return 100 * float(values.mean()) if values.size else None
+    everything, small, medium, large = table
+    return dict(AP=percent(everything), AP50=percent(everything[:, 0]), AP75=percent(everything[:, 5]),
+                APs=percent(small), APm=percent(medium), APl=percent(large),
+                classes=dict(zip(categories, map(percent, everything))))
+
+
+def average_precision(overlap, best, neither, ignored, threshold):
+    """VOC2007's 11-point AP of one category, as detectron2 computes it: a detection hits if its IoU is over `threshold`
+    and its object has no earlier hit. Detections of an ignored object count neither way.
+
+    Args, by falling score: overlap, best (D,): largest IoU of each detection with an object of its image and that
+    object's index; neither (D,) bool: counts neither way unless it hits; ignored (G,) bool: objects that do not count.
+    Returns AP in [0, 1], NaN if no object counts."""
+    if ignored.all():
         return math.nan
-    recall, precision = right / (~difficult).sum(), right / np.maximum(right + wrong, 1)
+    over = overlap > threshold
+    on_ignored = over & np.append(ignored, False)[best]
+    candidates = np.flatnonzero(over & ~on_ignored)
+    _, first = np.unique(best[candidates], return_index=True)  # of each object
+    hit = np.zeros(len(over), bool)
+    hit[candidates[first]] = True
+    right, wrong = np.cumsum(hit), np.cumsum(~hit & ~on_ignored & ~neither)
+    recall, precision = right / (~ignored).sum(), right / np.maximum(right + wrong, 1)
     return float(np.mean([precision[recall >= t].max(initial=0.0) for t in np.arange(0, 1.1, 0.1)]))
 
 
-def voc_ap(truth, index, found):
-    """detectron2's VOC2007 AP, AP50 and AP75 in percent: means over categories, AP over IoU 0.5:0.95 too. (It rounds scores
-    to 0.001 and boxes to 0.1 pixels on the way; not here. Categories without an object in these images are left out.)
+def match(truth, rows, found, label):
+    """One category's detections by falling score: largest IoU with the objects `rows` of their image, the place in
+    `rows` of that object (-1: none there), area in square pixels; (D,) each."""
+    scores, overlaps, bests, areas = [], [], [], []
+    for i, boxes, labels, confidence, _ in found:
+        boxes = torch.as_tensor(boxes[labels == label]).double()
+        start, end = np.searchsorted(rows, truth.offsets[i:i + 2])
+        iou = torchvision.ops.box_iou(boxes, torch.as_tensor(truth.boxes[rows[start:end]]).double()).numpy()
+        scores.append(confidence[labels == label])
+        overlaps.append(iou.max(1, initial=0.0))
+        bests.append(start + iou.argmax(1) if end > start else np.full(len(boxes), -1))
+        areas.append(torchvision.ops.box_area(boxes).numpy())
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    return [np.concatenate(values)[order] for values in (overlaps, bests, areas)]
 
-    Args: truth: Labelled, its crowd VOC's difficult; index: its images that were tested; found: FineTuning.detect's."""
-    thresholds, table = np.arange(50, 100, 5) / 100, []
-    detections = {i: rest for i, *rest in found}
+
+def voc_ap(truth, index, found):
+    """`summary` of detectron2's VOC2007 AP. It rounds scores to 0.001 and boxes to 0.1 pixels on the way; not here.
+    Sizes are COCO's: objects of another size are ignored, and so are detections of another size that hit nothing.
+
+    Args: truth: Labelled, its crowd VOC's difficult; index: its tested images, rising; found: what `detect` gives."""
+    tested = np.concatenate([np.arange(truth.offsets[i], truth.offsets[i + 1]) for i in index])
+    table = np.empty((len(AREAS), len(truth.categories), len(THRESHOLDS)))
     for label in range(len(truth.categories)):
-        scores, overlaps, bests, difficult = [np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], []
-        for i in index:
-            rows = np.arange(truth.offsets[i], truth.offsets[i + 1])
-            rows = rows[truth.labels[rows] == label]
-            boxes, labels, confidence, _ = detections[i]
-            boxes, confidence = boxes[labels == label], confidence[labels == label]
-            iou = torchvision.ops.box_iou(*(torch.as_tensor(b).double() for b in (boxes, truth.boxes[rows]))).numpy()
-            scores.append(confidence)
-            overlaps.append(iou.max(1, initial=0.0))
-            bests.append(len(difficult) + iou.argmax(1) if len(rows) else np.full(len(boxes), -1))
-            difficult += truth.crowd[rows].tolist()
-        order = np.argsort(-np.concatenate(scores), kind="stable")
-        matched = np.concatenate(overlaps)[order], np.concatenate(bests)[order], np.array(difficult, bool)
-        table.append([average_precision(*matched, threshold) for threshold in thresholds])
-    percent = 100 * np.array(table)[~np.isnan(np.array(table)[:, 0])].mean(0)
-    return {"AP": float(percent.mean()), "AP50": float(percent[0]), "AP75": float(percent[5])}
+        rows = tested[truth.labels[tested] == label]
+        overlap, best, area = match(truth, rows, found, label)
+        object_area = torchvision.ops.box_area(torch.as_tensor(truth.boxes[rows])).numpy()
+        for a, (low, high) in enumerate(AREAS):
+            ignored = truth.crowd[rows] | (object_area < low) | (object_area > high)
+            outside = (area < low) | (area > high)
+            table[a, label] = [average_precision(overlap, best, outside, ignored, t) for t in THRESHOLDS]
+    return summary(table, truth.categories)
 
 
 def coco_tools():
@@ -1154,55 +1256,85 @@ def run_lengths(masks):
     return [coco_tools()[2].encode(np.asfortranarray(mask)) for mask in binary]
 
 
-def coco_ap(path, names, index, found, masks):
-    """COCO's {box: {AP, AP50, AP75}, mask: the same if `masks`} in percent, by pycocotools, on images `index` of `names`;
-    found: FineTuning.detect's; path: the annotations."""
+def coco_ap(path, names, index, found, kind):
+    """`summary` of pycocotools' AP of `kind`, box or mask, on images `index` of `names`; found: what `detect` returns;
+    path: the annotations."""
     COCO, COCOeval, _ = coco_tools()
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()):  # pycocotools talks
         truth = COCO(str(path))
-    truth.dataset.setdefault("info", {})  # which some versions ask for
-    ids, categories = {im["file_name"]: im["id"] for im in truth.dataset["images"]}, sorted(truth.getCatIds())
-    results = {}
-    for kind, name in (("bbox", "box"), ("segm", "mask"))[:1 + masks]:
+        truth.dataset.setdefault("info", {})  # which some versions ask for
+        ids = {image["file_name"]: image["id"] for image in truth.dataset["images"]}
+        categories = truth.loadCats(sorted(truth.getCatIds()))
         rows = []
-        for i, boxes, labels, scores, shapes in found:
+        for i, boxes, labels, scores, masks in found:
             for n, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-                what = {"bbox": [x1, y1, x2 - x1, y2 - y1]} if kind == "bbox" else {"segmentation": shapes[n]}
-                rows.append(dict(image_id=ids[names[i]], category_id=categories[labels[n]], score=float(scores[n]), **what))
-        percent = [0.0] * 3
-        if rows:  # pycocotools cannot take an empty list
-            with redirect_stdout(io.StringIO()):
-                judge = COCOeval(truth, truth.loadRes(rows), kind)
-                judge.params.imgIds = [ids[names[i]] for i in index]
-                judge.evaluate(), judge.accumulate(), judge.summarize()
-            percent = [100 * max(0.0, float(value)) for value in judge.stats[:3]]
-        results[name] = dict(zip(("AP", "AP50", "AP75"), percent))
-    return results
+                where = dict(bbox=[x1, y1, x2 - x1, y2 - y1]) if kind == "box" else dict(segmentation=masks[n])
+                rows.append(dict(image_id=ids[names[i]], category_id=categories[labels[n]]["id"],
+                                 score=float(scores[n]), **where))
+        judge = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), "bbox" if kind == "box" else "segm")
+        judge.params.imgIds = [ids[names[i]] for i in index]
+        judge.evaluate()
+        judge.accumulate()
+    precision = judge.eval["precision"][..., -1].mean(1)  # (thresholds, categories, areas), at 100 detections an image
+    table = np.where(precision < 0, math.nan, precision).transpose(2, 1, 0)
+    return summary(table, [one["name"] for one in categories])
+
+
+def default_out(task, ckpt):
+    """runs/voc-coco-last of runs/coco/last.pt, runs/voc-coco-last-teacher of runs/coco/last.pt:teacher."""
+    path, _, part = ckpt.partition(":")
+    names = [name for name in Path(path).with_suffix("").parts[-2:] if name.strip("./\\")]
+    return "-".join([f"runs/{task}", *names, *part.split()])
+
+
+def fine_tune(args, ranks, workers):
+    """Results of a fine-tuning (OUT/results.json), None if it was stopped."""
+    network, arch = load_from(args, args.ckpt[0])
+    c = transfer_config(args, arch)
+    run = FineTuning(c, network, ranks, args.out or default_out(c.task, c.ckpt), args.resume, workers)
+    boxes_alone = " (boxes alone, no masks)" if c.task == "coco" and not run.masks else ""
+    ranks.print(f"{arch}-C4 of {c.ckpt} on {len(run.trained):,} images of {c.root}{boxes_alone}, {ranks.ranks} x "
+                f"{ranks.device.type}, steps {run.step:,} to {c.steps:,}; test on {len(run.tested):,} images")
+    try:
+        ended = run.train()
+    except torch.cuda.OutOfMemoryError:
+        raise out_of_memory(c, ranks) from None
+    return (run.test(), args.json or run.out / "results.json") if ended else (None, None)
+
+
+def test_again(args, ranks, workers):
+    """Results of a detector.pth, at the size and on the classes of its training."""
+    path = args.ckpt[0]
+    model, settings, categories = load_detector(path)
+    if settings["task"] != args.transfer:
+        raise UserError(f"--ckpt {path} was fine-tuned on {settings['task']}: use --transfer {settings['task']}")
+    known = {field.name: settings.get(field.name) for field in fields(Transfer)}
+    c = Transfer(**{**known, "root": args.root or f"data/{args.transfer}", "ckpt": path,
+                    "test_on": args.test_on, "limit_images": args.limit_images})
+    split = open_labelled(c.task, c.root, c.test_on, strict=True)
+    same_classes(split.categories, categories, f"the {c.test_on} split of {c.root}", path, "name its own data")
+    ranks.connect()
+    found = results(c, model.to(ranks.device), Detection(split, False, limit=c.limit_images), ranks, workers)
+    return {**found, **settings, **asdict(c), "backbone": settings["ckpt"]}, args.json
 
 
 def transfer(args):
-    """--transfer: fine-tune, test, print the table's columns, write OUT/results.json."""
+    """--transfer: fine-tune, test, print the table, write OUT/results.json; with --test-only test a detector.pth."""
     if args.transfer == "coco":
         coco_tools()  # that it is missing should not show after a day of training
-    network, arch = load_from(args, args.ckpt[0])
-    config, ranks = transfer_config(args, arch), Ranks()
-    out = args.out or f"runs/{config.task}-" + "-".join(Path(config.ckpt).with_suffix("").parts[-2:])
+    ranks = Ranks()
     torch.set_float32_matmul_precision("high")
-    workers = min(args.workers, max(1, (os.cpu_count() or 1) // ranks.on_machine))
-    run = FineTuning(config, network, ranks, out, args.resume, workers, args.save_steps)
-    ranks.print(f"{arch}-C4 of {config.ckpt} on {len(run.trained):,} images of {config.root}"
-                f"{' (boxes alone, no masks)' if config.task == 'coco' and not run.masks else ''}, {ranks.ranks} x "
-                f"{ranks.device.type}, steps {run.step:,} to {config.steps:,}; test on {len(run.tested):,} images")
-    try:
-        run.train()
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(f"{config.batch_size // ranks.ranks} images do not fit a GPU's memory: lower --batch-size "
-                        f"{config.batch_size}, or use more GPUs") from None
-    results = run.test()
-    ranks.print("".join(f"{kind + ' ' + name:>11}" for kind in results for name in results[kind]) + "\n"
-                + "".join(f"{value:11.1f}" for kind in results for value in results[kind].values()))
-    if ranks.rank == 0:
-        save({**results, **run.settings(), "tested": len(run.tested)}, args.json or Path(out) / "results.json")
+    workers = min(args.workers, max(1, usable_cores() // ranks.on_machine))
+    table, path = (test_again if args.test_only else fine_tune)(args, ranks, workers)
+    if table and ranks.rank == 0:
+        columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        print(" " * 4 + "".join(f"{name:>8}" for name in columns))
+        for kind in ("box", "mask"):
+            if kind in table:
+                values = (table[kind][name] for name in columns)
+                print(f"{kind:4}" + "".join(f"{'-':>8}" if value is None else f"{value:8.1f}" for value in values))
+        if path:
+            save(table, path)
     if ranks.ranks > 1:
         dist.destroy_process_group()
 
@@ -1346,13 +1478,13 @@ def parse_arguments(arguments=None):
     add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
     add("--plot", metavar="FILE", help="write a PNG of every arm over images seen (needs matplotlib)")
     add("--per-category", action="store_true", help="print the top-1 accuracy of each category too")
-    add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint and test it (Tables 1 and 3)")
-    add("--out", help="of --transfer: last.pt, which is resumed, and results.json (default runs/TASK-CKPT)")
+    add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
+    add("--out", help="of --transfer: last.pt, detector.pth, results.json (default runs/TASK-CKPT)")
     add("--resume", choices=("auto", "never"), default="auto")
-    add("--save-steps", type=positive, default=500, help="of --transfer: steps between checkpoints")
+    add("--test-only", action="store_true", help="of --transfer: test the detector.pth that --ckpt names")
     add("--batch-size", type=positive, help="of --transfer, all ranks together (16); rate and steps scale with it")
     add("--steps", type=positive, help="of --transfer, instead of the schedule's; drops and warm-up stay in proportion")
-    add("--short-side", type=positive, help="of --transfer, one for training and test, instead of 480-800 (voc), 640-800 (coco)")
+    add("--short-side", type=positive, help="of --transfer, one for training and test, not 480-800 (coco: 640-800)")
     add("--lr", type=float, help="of --transfer, for 16 images (0.02)")
     add("--rois", type=positive, help="of --transfer, boxes an image that train the RoI head (512)")
     add("--test-on", choices=("train", "val"), default="val", help="of --transfer; train: does it fit what it saw?")

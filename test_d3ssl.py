@@ -1,6 +1,13 @@
-"""Tests of D3SSL, each against an independent check. `python -m pytest -q` runs all; those that need ../shared are skipped
-where it is not. Runs of the command line are subprocesses: what a user types is what is tested."""
+"""Tests of D3SSL, each against an independent check: they assert what holds on every machine.
+
+    python -m pytest -q                 all of them; those that need ../shared are skipped where it is not
+    python -m pytest -q -s -m bench     times, rates and sizes of this machine
+    python -m pytest -q -s -m gpu       the main job on a GPU: eight minutes, its numbers in runs/gpu.json
+
+Runs of the command line are subprocesses: what a user types is what is tested."""
 import argparse
+import copy
+import gc
 import json
 import math
 import os
@@ -8,11 +15,13 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,6 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import augment
 import d3ssl
@@ -50,12 +60,18 @@ def random_boxes(batch, k, size, low=20, seed=0):
     return torch.cat([corner, corner + sides], -1)
 
 
-def command(*words, timeout=400, env=None, ok=True):
-    """Run one of the project's scripts as a user does; returns the finished process, its output in one string."""
+def command(*words, env=None, ok=True):
+    """Run one of the project's scripts as a user does; returns the finished process, its output in one string. What hangs
+    fails after half an hour."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, timeout=timeout, env={**os.environ, **(env or {})})
+                          text=True, timeout=1800, env={**os.environ, **(env or {})})
     assert not ok or done.returncode == 0, done.stdout
     return done
+
+
+def torchrun(*words, ranks=2, **kwargs):
+    """`command` under torchrun, on a port that it finds free."""
+    return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *words, **kwargs)
 
 
 def bounding(mask):
@@ -69,7 +85,8 @@ def bounding(mask):
 
 def test_prc_cuts_a_rectangle_of_the_boxs_aspect_and_of_the_right_area():
     n, box = 400, [10, 20, 90, 60]
-    mask = augment.proposal_random_cutout(torch.ones(n, 1, 100, 100), torch.tensor([[box]] * n).float(), generator=seeded())
+    boxes = torch.tensor([[box]] * n).float()
+    mask = augment.proposal_random_cutout(torch.ones(n, 1, 100, 100), boxes, generator=seeded())
     shares, corners = [], []
     for hidden in 1 - mask[:, 0]:
         x1, y1, x2, y2 = bounding(hidden)
@@ -105,7 +122,8 @@ def test_prc_goes_from_the_largest_to_the_smallest_box():
     large, small = [0, 0, 100, 100.0], [45, 45, 55, 55.0]
     n, overlaps = 200, 0
     for order in ([large, small], [small, large]):
-        mask = augment.proposal_random_cutout(torch.ones(n, 1, 100, 100), torch.tensor([order] * n), share=(0.5, 0.5), generator=seeded(1))
+        whole, boxes = torch.ones(n, 1, 100, 100), torch.tensor([order] * n)
+        mask = augment.proposal_random_cutout(whole, boxes, share=(0.5, 0.5), generator=seeded(1))
         hidden = 1 - mask[:, 0, 45:55, 45:55].mean((1, 2))
         assert hidden.max() <= 0.5 + 0.02 and hidden.min() > 0.3  # cut last: a full share of its own
         ring = 1 - mask[:, 0, 44, 40:60].mean(1)
@@ -131,14 +149,15 @@ def test_prm_rectangles_have_the_right_area_aspect_and_come_from_all_directions(
         extra = outside_part(seen, box)
         assert torch.equal(outside_part(1 - kept, box), extra)  # what one reading reveals the other hides
         x1, y1, x2, y2 = bounding(extra)
-        side = ("left" if x2 <= 60 else "") + ("right" if x1 >= 110 else "") + ("up" if y2 <= 70 else "") + ("down" if y1 >= 130 else "")
         sides.append((x1 < 60, x2 > 110, y1 < 70, y2 > 130))
-        if side and extra.sum() == (x2 - x1) * (y2 - y1):  # off the corners: half of the rectangle is outside, half inside
-            w, h = ((x2 - x1) * 2, y2 - y1) if side in ("left", "right") else (x2 - x1, (y2 - y1) * 2)
+        beside, above = x2 <= 60 or x1 >= 110, y2 <= 70 or y1 >= 130
+        if (beside or above) and extra.sum() == (x2 - x1) * (y2 - y1):  # off the corners: half of it is outside, half inside
+            w, h = ((x2 - x1) * 2, y2 - y1) if beside else (x2 - x1, (y2 - y1) * 2)
             shares.append(w * h / 3000)
             assert 0.68 < w / h < 1.47
     reached = np.mean(sides, axis=0)  # how often each side of the box shows background: the same from all directions
-    assert reached.min() > 0.3 and reached.max() < 0.55 and abs(reached[0] - reached[1]) < 0.08 and abs(reached[2] - reached[3]) < 0.08
+    assert reached.min() > 0.3 and reached.max() < 0.55
+    assert abs(reached[0] - reached[1]) < 0.08 and abs(reached[2] - reached[3]) < 0.08
     assert len(shares) > 60 and min(shares) > 0.17 and 0.45 < max(shares) < 0.65
 
 
@@ -180,6 +199,55 @@ def test_shift_keeps_every_box_inside_and_is_uniform():
     assert len(seen) == 136 and seen.min() > 8  # every offset from -3 to 132 occurs
 
 
+def offsets_of(views, number, dp_boxes):
+    """|t| as a share of the side, (number, 2), of de-positioning `dp_boxes` boxes of each sample of `views` (TwoViews)."""
+    boxes = torch.tensor(np.stack([views[0, i][3] for i in range(number)]))
+    _, offset = augment.shift_boxes(boxes[:, :dp_boxes], (views.size, views.size), seeded())
+    return offset.abs().double() / views.size
+
+
+def test_depositioning_moves_scenes_by_a_tenth_of_the_side_and_more(scenes_run):
+    """On average and along each axis. As run by default: 0.19; with all four boxes, whose union leaves no room: 0.07."""
+    views = data.TwoViews(Scenes(), data.Proposals(scenes_run.root / ".proposals" / "train"), 112, 4)
+    assert offsets_of(views, 300, d3ssl.Config.dp_boxes).mean(0).min() > 0.1
+    assert offsets_of(views, 300, 4).mean(0).max() < 0.1
+
+
+@needs_coco
+def test_depositioning_moves_cocos_objects_by_a_tenth_of_the_side_and_more(tmp_path):
+    """As on scenes: 0.18 by default, with all four boxes 0.04."""
+    names = data.list_images(COCO / "train2017")[:24]
+    images = data.Images(COCO / "train2017", names)
+    data.compute_proposals(images, tmp_path, workers=data.usable_cores())
+    views = data.TwoViews(images, data.Proposals(tmp_path), 224, 4)
+    assert offsets_of(views, 24, d3ssl.Config.dp_boxes).mean(0).min() > 0.1
+    assert offsets_of(views, 24, 4).mean(0).max() < 0.1
+
+
+@pytest.mark.parametrize("dp_boxes", [1, 3])
+def test_depositioning_moves_the_first_boxes_only(dp_boxes):
+    """x3 differs from its background only inside the first boxes, moved; the others stay in view 2."""
+    boxes = random_boxes(5, 4, (60, 80), low=8).round()
+    pixels = torch.randint(0, 256, (5, 60, 80, 3), dtype=torch.uint8, generator=seeded())
+    views = augment.make_views([pixels, pixels, boxes, boxes], (), "reveal", dp_boxes, seeded(1))
+    moved = views.boxes3 - boxes[:, :dp_boxes]
+    assert views.boxes3.shape == views.rois3.shape == (5, dp_boxes, 4) and torch.equal(views.rois3, views.boxes3)
+    assert (moved == moved[:, :1, [0, 1, 0, 1]]).all() and (moved == moved.round()).all()  # by one offset, whole pixels
+    allowed = torch.zeros(5, 60, 80, dtype=torch.bool)
+    for i, (x1, y1, x2, y2) in [(i, box) for i in range(5) for box in views.boxes3[i].int().tolist()]:
+        allowed[i, y1:y2, x1:x2] = True
+    changed = (views.x3 != views.x2[[1, 2, 3, 4, 0]]).any(1)
+    assert not (changed & ~allowed).any() and not (views.m_hat[:, 0].bool() & ~allowed).any()
+    assert all(0.4 < changed[i].sum() / allowed[i].sum() < 0.95 for i in range(5))  # Eq. 7 cuts a part out
+
+
+def test_augmentations_are_named_in_any_order_and_mistakes_are_told():
+    assert augment.parse_augs("rbj,prc") == ("prc", "rbj") and augment.parse_augs("none") == ()
+    for text in ("prc,foo", "", "prc,", "rbj,jitter"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is none of|two jitters"):
+            augment.parse_augs(text)
+
+
 def test_composite_copies_pixels_exactly():
     size = (40, 52)
     images, backgrounds = torch.randn(6, 3, *size, generator=seeded(0)), torch.randn(6, 3, *size, generator=seeded(1))
@@ -209,13 +277,14 @@ def test_colour_transform_is_the_sequence_of_torchvisions_operations():
     factors = 1 + 0.4 * (2 * torch.rand((6, 8), generator=seeded(3))[:3] - 1)
     for i in range(8):
         theirs = images[i]
-        for adjust, factor in zip((tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation), factors[:, i].tolist()):
+        adjustments = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+        for adjust, factor in zip(adjustments, factors[:, i].tolist()):
             theirs = adjust(theirs, factor)
         torch.testing.assert_close(mine[i], theirs, rtol=0, atol=2e-3)  # torchvision's luma weights are rounded to 4 digits
     matrix, offset = augment.colour_transform(images.mean((2, 3)), augment.Colour(0.0, 0.0, 0.0, 0.1, 1.0, 0.0), seeded(4))
     turned = torch.einsum("bij,bjhw->bihw", matrix, images) + offset[..., None, None]
-    luma = torch.tensor([0.299, 0.587, 0.114])
-    torch.testing.assert_close(torch.einsum("bchw,c->bhw", turned, luma), torch.einsum("bchw,c->bhw", images, luma), rtol=0, atol=1e-3)
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    torch.testing.assert_close((turned * luma).sum(1), (images * luma).sum(1), rtol=0, atol=1e-3)
     assert (turned - images).abs().max() > 0.01
 
 
@@ -245,13 +314,21 @@ def test_roi_align_is_torchvisions(bins, scale):
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-5)
 
 
-def test_info_nce_is_equation_5():
-    z, z_pos, negatives = (F.normalize(torch.randn(n, 16, generator=seeded(n)), dim=1) for n in (7, 8, 50))
-    z_pos, losses = z_pos[:7], []
+def test_info_nce_top1_and_the_cosine_loss_are_what_a_loop_gives():
+    """Eq. 5 term by term; how often the positive is nearer than all negatives; SoCo's 2 - 2 cos."""
+    z, z_pos, negatives = (F.normalize(torch.randn(n, 16, generator=seeded(n)), dim=1) for n in (40, 41, 50))
+    z_pos = F.normalize(z + 1.2 * z_pos[:40], dim=1)
+    losses, hits, cosines = [], [], []
     for a, b in zip(z.double().numpy(), z_pos.double().numpy()):
-        terms = [math.exp(a @ b / 0.2)] + [math.exp(a @ n / 0.2) for n in negatives.double().numpy()]
+        others = [a @ n for n in negatives.double().numpy()]
+        terms = [math.exp(a @ b / 0.2)] + [math.exp(other / 0.2) for other in others]
         losses.append(-math.log(terms[0] / sum(terms)))
-    assert float(d3ssl.info_nce(z, z_pos, negatives, 0.2)) == pytest.approx(np.mean(losses), abs=1e-5)
+        hits.append(a @ b > max(others))
+        cosines.append(2 - 2 * a @ b)
+    query = d3ssl.make_query(z, negatives, 0.2)
+    assert float(d3ssl.info_nce(query, z_pos)) == pytest.approx(np.mean(losses), abs=1e-5)
+    assert float(d3ssl.cosine_loss(query, z_pos)) == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert d3ssl.top1(query, z_pos).bool().tolist() == hits and 0 < sum(hits) < 40
 
 
 def test_queue_is_first_in_first_out_across_a_wrap():
@@ -276,7 +353,7 @@ def tiny_views(config, batch=4, seed=5):
     g = seeded(seed)
     views = [torch.randint(0, 256, (batch, config.size, config.size, 3), dtype=torch.uint8, generator=g) for _ in range(2)]
     boxes = [random_boxes(batch, config.boxes, (config.size, config.size), seed=s) for s in (1, 2)]
-    return augment.make_views([*views, *boxes], config.augs, config.prm, config.depositioning, seeded(seed))
+    return augment.make_views([*views, *boxes], config.augs, config.prm, config.dp * config.dp_boxes, seeded(seed))
 
 
 def test_teacher_gets_no_gradient_and_moves_by_the_ema():
@@ -288,7 +365,8 @@ def test_teacher_gets_no_gradient_and_moves_by_the_ema():
     before = [p.clone() for p in model.teacher.parameters()]
     buffers = model.teacher.backbone.bn1.running_mean.clone()
     model(tiny_views(config)).loss.backward()
-    assert all(p.grad is None for p in model.teacher.parameters()) and all(p.grad is not None for p in model.student.parameters())
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert all(p.grad is not None for p in model.student.parameters())
     assert all(torch.equal(p, b) for p, b in zip(model.teacher.parameters(), before))
     assert not torch.equal(model.teacher.backbone.bn1.running_mean, buffers)  # in training mode, with its own buffers
     model.update_teacher(0.9)
@@ -317,26 +395,66 @@ def test_networks_see_what_the_equations_say():
     assert torch.equal(x3[outside], background[outside]) and (x3[~outside] != background[~outside]).float().mean() > 0.9
 
 
-def test_loss_is_the_sum_of_the_equations():
+@pytest.mark.parametrize("dp_boxes", [1, 2])
+def test_loss_is_the_sum_of_the_equations(dp_boxes):
     """Eqs. 4, 9 and 10 put together by hand from the networks' own features."""
-    config = tiny(queue=16)
+    config = tiny(queue=16, dp_boxes=dp_boxes)
     model = d3ssl.D3SSL(config).eval()
     v = tiny_views(config)
     with torch.no_grad():
         losses = model(v)
-        zs1, zs2, zs3 = model.student(v.x1_hat, v.rois1), model.student(v.x2s_hat, v.rois2 / 2), model.student(v.x3, v.rois3)
+        zs1, zs2 = model.student(v.x1_hat, v.rois1), model.student(v.x2s_hat, v.rois2 / 2)
+        zs3 = model.student(v.x3, v.rois3)
         zt1, zt2 = model.teacher(v.x1_hat, v.rois1), model.teacher(v.x2, v.rois2)
+    moved = [image * config.boxes + box for image in range(4) for box in range(dp_boxes)]
 
     def nce(z, positive):
         total = 0.0
-        for a, b in zip(z.double(), positive.double()):
-            logits = torch.cat([(a @ b)[None], model.queue.features.double() @ a]) / 0.2
+        for a, b in zip(z.double(), positive.double(), strict=True):
+            logits = torch.cat([(a @ b)[None], model.queue.features.double() @ a]) / config.temperature
             total += float(-logits.log_softmax(0)[0]) / len(z)
         return total
     assert float(losses.loss_dc) == pytest.approx(nce(zs1, zt2) + nce(zs2, zt1), abs=1e-4)
-    assert float(losses.loss_dp) == pytest.approx(nce(zs3, zt2) + nce(zs3, zt1), abs=1e-4)
+    assert float(losses.loss_dp) == pytest.approx(nce(zs3, zt2[moved]) + nce(zs3, zt1[moved]), abs=1e-4)
     assert float(losses.loss) == pytest.approx(float(losses.loss_dc) + float(losses.loss_dp), abs=1e-5)
     assert torch.equal(losses.keys, torch.cat([zt1, zt2]))
+
+
+def test_socos_objective_predicts_the_teachers_features():
+    """`--objective cosine`: the predictor reads the projection before it is normalised; no negatives, no L_dp here."""
+    config = tiny(objective="cosine", dp=False, augs=("cutout",), hidden=32, dim=16, queue=8)
+    model, v = d3ssl.D3SSL(config).eval(), tiny_views(config)
+    assert v.x3 is None
+    with torch.no_grad():
+        losses = model(v)
+        predict = lambda x, boxes: model.predictor(model.student.projector(model.student.features(x, boxes)))
+        p1, p2 = predict(v.x1_hat, v.rois1), predict(v.x2s_hat, v.rois2 / 2)
+        zt1, zt2 = model.teacher(v.x1_hat, v.rois1), model.teacher(v.x2, v.rois2)
+    wanted = (4 - 2 * F.cosine_similarity(p1, zt2) - 2 * F.cosine_similarity(p2, zt1)).mean()
+    torch.testing.assert_close(losses.loss, wanted, rtol=1e-5, atol=1e-5)
+    assert losses.loss_dp == 0
+
+
+class Products(TorchDispatchMode):
+    """Collects how many rows each product with a matrix of `shape` has."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape, self.rows = shape, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default and args[1].shape == self.shape:
+            self.rows.append(len(args[0]))
+        return function(*args, **kwargs or {})
+
+
+def test_products_with_the_queue_are_made_once():
+    """Each student feature meets the queue once, whatever the number of its positives: 8, 8 and, of one box, 4 rows."""
+    config = tiny(queue=48)
+    model, views = d3ssl.D3SSL(config), tiny_views(config)
+    with torch.no_grad(), Products(config.dim, 48) as products:
+        model(views)
+    assert products.rows == [8, 8, 4]
 
 
 RANKS_SCRIPT = """
@@ -371,8 +489,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(tmp_path):
     losses = model(views)
     losses.loss.backward()
     (tmp_path / "script.py").write_text(RANKS_SCRIPT)
-    command("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29611, tmp_path / "script.py", tmp_path,
-            env={"PYTHONPATH": str(HERE)})
+    torchrun(tmp_path / "script.py", tmp_path, env={"PYTHONPATH": str(HERE)})
     (queue, loss, grads, keys), other = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
     assert torch.equal(queue, other[0]) and sorted(queue[:, 0].tolist()) == [11, 11, 20, 20, 21, 21]
     assert torch.equal(keys, other[3])
@@ -388,8 +505,40 @@ def test_lars_scales_each_layers_step():
     weight.grad, bias.grad = gw.clone(), gb.clone()
     optimizer.step()
     step = gw.double() + 0.1 * w0
-    torch.testing.assert_close(weight.detach().double(), w0 - 0.5 * 0.001 * w0.norm() / step.norm() * step, rtol=1e-5, atol=1e-6)
+    wanted = w0 - 0.5 * 0.001 * w0.norm() / step.norm() * step
+    torch.testing.assert_close(weight.detach().double(), wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bias.detach(), 1 - 0.5 * gb)
+
+
+def test_rates_warm_up_and_fall_by_a_cosine():
+    """COCO's 0.3 for 256 images, linear over ten of 100 epochs, then half a cosine; AdamW's rate knows no batch size."""
+    config = d3ssl.configure({"data": "coco", "epochs": 100, "batch_size": 512})
+    rates = [d3ssl.learning_rate(config, step, 1000) for step in range(1000)]
+    assert rates[100] == max(rates) == pytest.approx(0.6) and rates[99] == pytest.approx(0.6 * 100 / 101)
+    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[550] == pytest.approx(0.3) and rates[-1] < 1e-5 and rates[325] == pytest.approx(0.6 * math.cos(math.pi / 8) ** 2)
+    adam = d3ssl.configure({"data": "scenes", "batch_size": 64})
+    assert d3ssl.learning_rate(adam, 64, 512) == pytest.approx(1e-3)
+    assert {d3ssl.teacher_momentum(adam, step, 512) for step in (0, 100, 511)} == {0.95}
+    cosine = d3ssl.configure({"data": "coco", "objective": "cosine"})
+    momenta = [d3ssl.teacher_momentum(cosine, step, 1000) for step in (0, 500, 1000)]
+    assert momenta == pytest.approx([0.99, 0.995, 1.0])
+
+
+def test_clean_statistics_are_a_plain_loops_means_and_variances():
+    """Of every layer: the mean over the batches of each batch's mean and (unbiased) variance, seen by hooks; the network's
+    mode, momentum and gradients are left as they were."""
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4)).eval()
+    batches = [(3 * torch.randn(n, 3, 9, 9, generator=seeded(n)) + n,) for n in (4, 4, 6)]
+    d3ssl.clean_statistics(network, batches)
+    assert not any(module.training for module in network) and network[1].momentum == 0.1
+    x = [batch for batch, in batches]
+    for norm, convolution in ((network[1], network[0]), (network[4], network[3])):
+        x = [F.conv2d(batch, convolution.weight, convolution.bias) for batch in x]
+        means, variances = ([f(b.transpose(0, 1).flatten(1)) for b in x] for f in (lambda b: b.mean(1), lambda b: b.var(1)))
+        torch.testing.assert_close(norm.running_mean, sum(means) / 3, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(norm.running_var, sum(variances) / 3, rtol=1e-4, atol=1e-4)
+        x = [F.relu(F.batch_norm(batch, None, None, norm.weight, norm.bias, training=True)) for batch in x]
 
 
 # ------------------------------------------------------------------------------------------- images, scenes, proposals
@@ -407,7 +556,8 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
     picture.convert("P").save(tmp_path / "palette.gif")
     cv2.imwrite(str(tmp_path / "deep.png"), rgb[..., ::-1].astype(np.uint16) * 257)
     picture.save(tmp_path / "plain-ü.png")
-    wanted = {"turned.jpg": np.rot90(rgb, -1), "grey.jpg": np.stack([np.asarray(picture.convert("L"))] * 3, -1), "cmyk.jpg": rgb,
+    wanted = {"turned.jpg": np.rot90(rgb, -1), "grey.jpg": np.stack([np.asarray(picture.convert("L"))] * 3, -1),
+              "cmyk.jpg": rgb,
               "palette.gif": rgb, "deep.png": rgb, "plain-ü.png": rgb}
     tolerance = {"palette.gif": 40}
     for name, pixels in wanted.items():
@@ -421,14 +571,55 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
 
 def test_scenes_are_deterministic_and_their_boxes_fit_their_masks():
     for split in ("train", "val"):
-        a, b = data.Scenes(split), data.Scenes(split)
+        one, two, other = Scenes(split), Scenes(split, number=8), Scenes(split, seed=1)
+        two.keep()
         for i in (0, 7):
-            (p, boxes, labels, masks), (q, *_) = a.render(i), b.render(i)
-            assert np.array_equal(p, q) and np.array_equal(p, a.read(i)) and not np.array_equal(p, data.Scenes(split, seed=1).read(i))
-            assert 2 <= len(boxes) <= 5 and len(boxes) == len(labels) == len(masks) and not (masks.sum(0) > 1).any()
-            assert [bounding(m) for m in masks] == [tuple(box) for box in boxes.tolist()]
-    assert not np.array_equal(data.Scenes("train").read(0), data.Scenes("val").read(0))
-    assert len(data.SCENE_CATEGORIES) >= 12
+            picture, boxes, labels, masks = one.render(i)
+            assert np.array_equal(picture, two.read(i)) and np.array_equal(picture, one.read(i))
+            assert not np.array_equal(picture, other.read(i))
+            assert len(boxes) == len(labels) == len(masks) <= 4 and not (masks.sum(0) > 1).any()
+            assert [bounding(mask) for mask in masks] == [tuple(box) for box in boxes.tolist()]
+    assert not np.array_equal(Scenes("train").read(0), Scenes("val").read(0))
+    assert len(data.SCENE_CATEGORIES) >= 12 and len(Scenes()) >= 1024
+
+
+def habits(split, number=150, **options):
+    """Of the objects of `split`: the share whose next neighbour is the category's partner (0 and 1, 2 and 3, ...; the last
+    one's is itself), and that lies in the quadrant that the category's two lowest bits name."""
+    scenes, partners, places = Scenes(split, number=number, **options), [], []
+    for i in range(number):
+        _, boxes, labels, _ = scenes.render(i)
+        labels = labels.tolist()
+        pairs = [{a, b} for a, b in zip(labels, labels[1:])]
+        partners += [pair in ({0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}, {12, 13}, {14}) for pair in pairs]
+        right, below = ((boxes[:, :2] + boxes[:, 2:]) / 2 > scenes.SIDE / 2).T
+        places += [(x, y) == (label % 4 in (1, 3), label % 4 in (2, 3)) for x, y, label in zip(right, below, labels)]
+    return np.mean(partners), np.mean(places)
+
+
+def test_scenes_options_bias_train_and_not_val():
+    """p 0.8 over some 220 neighbours and 370 objects, each within five standard errors (0.13, 0.1) and what layouts that do not
+    fit take away; without the option chance, 1/15 and 1/4."""
+    for options in ({}, {"context": True}, {"place": True}, {"context": True, "place": True}):
+        partner, place = habits("train", **options)
+        assert partner > 0.7 if "context" in options else partner < 0.2, (options, partner)
+        assert place > 0.65 if "place" in options else place < 0.36, (options, place)
+        assert habits("val", **options) == habits("val")
+    versions = {Scenes(**options).version for options in ({}, {"context": True}, {"place": True}, {"seed": 1})}
+    assert len(versions) == 4  # proposals of other pictures are made again
+    partner, place = habits("val")
+    assert partner < 0.2 and place < 0.36
+
+
+def test_scenes_objects_suit_the_methods_filter(scenes_run):
+    """At least 95 % of the objects have a proposal of IoU > 0.5 among those that pass the filter, and at least 65 % of the
+    proposals an object: 2-4 objects of side 44-62 gave 100 % and 76 % (a search that finds nothing: 0)."""
+    proposals, found, meant = data.Proposals(scenes_run.root / ".proposals" / "train"), [], []
+    for i in range(100):
+        overlap = torchvision.ops.box_iou(torch.tensor(proposals[i]), torch.tensor(Scenes().render(i)[1])) > 0.5
+        found += overlap.any(0).tolist()
+        meant += overlap.any(1).tolist()
+    assert np.mean(found) >= 0.95 and np.mean(meant) >= 0.65
 
 
 def test_written_scenes_are_cocos_layout(tmp_path):
@@ -478,7 +669,8 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     for i in range(11):  # SoCo's filter, by the definition
         for x1, y1, x2, y2 in found[i].tolist():
             w, h = x2 - x1, y2 - y1
-            assert min(w, h) >= 32 and 1 / 3 <= w / h <= 3 and 0.3 <= math.sqrt(w * h) / 96 <= 0.8 and 0 <= x1 and x2 <= 96
+            assert min(w, h) >= 32 and 1 / 3 <= w / h <= 3 and 0.3 <= math.sqrt(w * h) / 96 <= 0.8
+            assert 0 <= x1 and x2 <= 96
     monkeypatch.setitem(data.SEARCH, "long_side", 64)
     assert "long_side" in data.proposals_state(images, tmp_path / "whole")  # other settings: made again, never mixed
     foreign = json.loads((tmp_path / "whole" / "settings.json").read_text()) | {"method": "my own"}
@@ -499,7 +691,7 @@ def test_scenes_of_another_version_recompute_their_proposals(tmp_path, monkeypat
 def test_a_rank_that_others_have_left_does_not_wait_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 2)
     monkeypatch.setattr(data, "PATIENCE", 1)
-    with pytest.raises(data.UserError, match="no proposals came from the other ranks for 1 s.*the same command goes on"):
+    with pytest.raises(data.UserError, match="no proposals came from the other ranks for 1 s.*goes on"):
         data.compute_proposals(data.Scenes(number=4), tmp_path, workers=1, part=(1, 2), wait=True)
     assert [path.name for path in tmp_path.glob(".chunks-*/*")] == ["000001.npz"]  # its own share is done and kept
 
@@ -570,19 +762,20 @@ def test_a_process_that_is_killed_ends_the_command_with_one_line(tmp_path):
         last = done.stdout.splitlines()[-1]
         assert done.returncode == 2 and re.fullmatch(f"starts.py: error: {said}.*: the same command goes on.*", last)
         assert "Traceback" not in done.stdout
-        assert (tmp_path / "boxes/settings.json").exists() == ("loaded" in killed)  # the second run went on where it stopped
+        assert (tmp_path / "boxes/settings.json").exists() == ("loaded" in killed)  # the second went on
 
 
 def test_filter_relaxes_step_by_step():
     whole = [[0, 0, 100, 100], [0, 0, 300, 40], [0, 0, 40, 40], [0, 0, 20, 90]]
-    for keep, level, kept in ((slice(0, 4), 0, [0]), (slice(1, 4), 1, [2]), (slice(1, 2), 2, [1]), (slice(3, 4), 3, None)):
+    for keep, level, kept in ((slice(0, 4), 0, [0]), (slice(1, 4), 1, [2]), (slice(1, 2), 2, [1]),
+                              (slice(3, 4), 3, None)):
         boxes, got = data.filter_proposals(np.float32(whole[keep]), 200, 300)
         assert got == level and boxes.tolist() == ([whole[i] for i in kept] if kept else [[0, 0, 300, 200]])
 
 
 @needs_coco
 def test_proposals_find_cocos_objects():
-    """Recall of the ground-truth boxes that pass the filter, IoU >= 0.5, on 24 images; a full-size search has 0.986 on 128."""
+    """Recall of the ground-truth boxes that pass the filter, IoU >= 0.5, on 24 images (full size: 0.986 on 128)."""
     labelled, found = data.open_labelled("coco", COCO, "train"), []
     for i in range(24):
         image, truth = labelled.images.read(i), labelled.boxes[labelled.offsets[i]:labelled.offsets[i + 1]]
@@ -605,44 +798,86 @@ def test_views_carry_the_same_regions():
 
         def __getitem__(self, i):
             return np.float32([[20, 30, 90, 110], [100, 50, 200, 150], [140, 20, 240, 80]])
+    def span(view, box):
+        """(2, 2): lowest and highest x (first row) and y (second) of the picture that are seen inside the box."""
+        x1, y1, x2, y2 = box.astype(int)
+        corners = view[[y1 + 1, y2 - 2]][:, [x1 + 1, x2 - 2], :2].reshape(-1, 2).astype(int)
+        return np.stack([corners.min(0), corners.max(0)], 1)
     views = data.TwoViews(Ramp(".", ["a", "b"]), Boxes(), 128, 4, seed=1)
     for epoch in range(8):
         view1, view2, boxes1, boxes2 = views[epoch, 1]
-        assert view1.shape == view2.shape == (128, 128, 3) and boxes1.shape == boxes2.shape == (4, 4) and boxes2.dtype == np.float32
-        assert (boxes1 >= 0).all() and (boxes1 <= 128.01).all() and (boxes2 >= 0).all() and (boxes2 <= 128.01).all()
-        for a, b in zip(boxes1, boxes2):
-            spans = [[np.array([view[int(y1) + 1:int(y2) - 1, int(x1) + 1:int(x2) - 1, c].astype(int).ravel()[[0, -1]] for c in (0, 1)])
-                      for x1, y1, x2, y2 in [box]][0] for view, box in ((view1, a), (view2, b))]
-            low, high = (np.sort(s, axis=1) for s in spans)
-            assert (high[:, 0] >= low[:, 0] - 6).all() and (high[:, 1] <= low[:, 1] + 6).all()  # inside, cut by the crop at most
-            assert ((high[:, 1] - high[:, 0]) > 0.3 * (low[:, 1] - low[:, 0])).all()
+        assert view1.shape == view2.shape == (128, 128, 3)
+        for boxes in (boxes1, boxes2):
+            assert boxes.shape == (4, 4) and boxes.dtype == np.float32 and (boxes >= 0).all() and (boxes <= 128.01).all()
+        for one, two in zip(boxes1, boxes2):
+            whole, seen = span(view1, one), span(view2, two)
+            assert (seen[:, 0] >= whole[:, 0] - 6).all() and (seen[:, 1] <= whole[:, 1] + 6).all()  # cut by the crop at most
+            assert (np.diff(seen) > 0.3 * np.diff(whole)).all()
         again = views[epoch, 1]
-        assert all(np.array_equal(p, q) for p, q in zip((view1, view2, boxes1, boxes2), again))  # a function of the item alone
+        assert all(np.array_equal(p, q) for p, q in zip((view1, view2, boxes1, boxes2), again))  # a function of the item
 
 
 # ------------------------------------------------------------------------------------------------- runs, as a user types
 
+class Finished(NamedTuple):
+    """A finished run: its folder, its data set's root, what it printed."""
+    out: Path
+    root: Path
+    printed: str
+
+
 @pytest.fixture(scope="session")
 def scenes_run(tmp_path_factory):
-    """The default command, once for all tests that look at its output: (folder of the run, root, what it printed)."""
+    """The default command, 40 steps of a schedule of 64, once for all tests that look at its output or use its proposals."""
     folder = tmp_path_factory.mktemp("scenes")
-    began = time.monotonic()
-    done = command("d3ssl.py", "--root", folder / "root", "--out", folder / "run")
-    return folder / "run", folder / "root", done.stdout, time.monotonic() - began
+    done = command("d3ssl.py", "--root", folder / "root", "--out", folder / "run", "--epochs", 1, "--max-steps", 40)
+    return Finished(folder / "run", folder / "root", done.stdout)
 
 
-def small(root, out, *words, steps=12, **kwargs):
-    """A run of seconds: 64-pixel views, 8 images a step, on the scenes and proposals of `root`."""
-    return command("d3ssl.py", "--root", root, "--out", out, "--size", 64, "--boxes", 2, "--batch-size", 8, "--epochs", 1,
-                   "--max-steps", steps, *words, **kwargs)
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 16 pictures with their proposals."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(16):
+        cv2.imwrite(str(root / f"{i:03d}.png"), cv2.resize(Scenes().read(i)[..., ::-1], (96, 96)))
+    data.compute_proposals(data.open_images("folder", root), data.proposals_folder("folder", root), workers=1)
+    return root
+
+
+def small(root, out, *words):
+    """The words of a run of seconds on `pictures`: 12 steps of 4 images, 4 an epoch; bit-exact on any machine."""
+    return ["--data", "folder", "--root", root, "--out", out, "--arch", "resnet18", "--size", 64, "--boxes", 2, "--roi", 4,
+            "--batch-size", 4, "--epochs", 3, "--queue", 16, "--optimizer", "adamw", "--lr", 1e-3, "--amp", "off", *words]
+
+
+def small_run(root, out, *words):
+    """That run in this process, built and not yet trained, without worker processes."""
+    config, _ = parse_config([str(word) for word in small(root, out, "--workers", 0, *words)])
+    return d3ssl.Run(config, Ranks(), "never")
+
+
+MAINS = """
+import sys, d3ssl, data
+for words in eval(sys.argv.pop()):
+    sys.argv[1:] = words
+    try:
+        data.error_exit(d3ssl.main)
+    except SystemExit as end:
+        print("code", end.code, file=sys.stderr, flush=True)
+"""
+
+
+def mains(*commands):
+    """Several command lines of d3ssl.py one after the other in one process; returns what they printed."""
+    return command("-c", MAINS, repr([[str(word) for word in words] for words in commands])).stdout
 
 
 def read_metrics(run):
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def same_checkpoint(a, b):
-    """Everything in two last.pt, to the bit; returns the first thing that differs, or None."""
+def difference(a, b):
+    """The first thing in which the last.pt of two runs differ, to the bit, or None."""
     def walk(x, y, path):
         if isinstance(x, dict):
             return next((w for k in {**x, **y} for w in [walk(x.get(k), y.get(k), f"{path}.{k}")] if w), None)
@@ -653,81 +888,198 @@ def same_checkpoint(a, b):
 
 
 def test_default_run_writes_what_it_says(scenes_run):
-    run, _, printed, seconds = scenes_run
-    assert seconds < 180 * (2 / min(2, os.cpu_count() or 1)), seconds
-    assert "images/s" in printed and "left" in printed and f"python evaluate.py --ckpt {run}/last.pt" in printed
-    state = torch.load(run / "backbone.pth", weights_only=True)
+    out, _, printed = scenes_run
+    assert "images/s" in printed and "left" in printed and f"python evaluate.py --ckpt {out}/last.pt" in printed
+    assert f"{out}/curves.png" in printed and Image.open(out / "curves.png").size > (1000, 300)
+    state = torch.load(out / "backbone.pth", weights_only=True)
     missing, unexpected = torchvision.models.resnet18().load_state_dict(state, strict=False)
     assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
-    saved = torch.load(run / "last.pt", weights_only=True)
-    assert all(torch.equal(state[k], saved["model"][f"student.backbone.{k}"]) for k in state)
-    rows = read_metrics(run)
-    steps = [row["step"] for row in rows]
-    assert steps[0] == 1 and steps[1] == 20 and steps[-1] == saved["step"]
-    assert set(rows[0]) == {"step", "epoch", "loss", "loss_dc", "loss_dp", "acc", "lr", "images_per_second", "wait"}
+    saved = torch.load(out / "last.pt", weights_only=True)
+    clean = saved["clean"]["student"]
+    statistics = {key for key in state if "running_" in key}
+    assert set(clean) == set(saved["clean"]["teacher"]) == statistics
+    for key, value in state.items():
+        trained = saved["model"][f"student.backbone.{key}"]
+        assert torch.equal(value, clean[key] if key in statistics else trained), key
+        assert key not in statistics or not torch.equal(value, trained), key  # last.pt keeps both
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == [1, 20, 40] and saved["step"] == 40
+    assert rows[-1]["images"] == 640 and rows[-1]["epoch"] == 0.625
+    assert set(rows[0]) == {"step", "images", "epoch", "loss", "loss_dc", "loss_dp", "top1", "lr", "images_per_second", "wait"}
 
 
-def test_a_finished_run_says_so(scenes_run):
-    run, root, *_ = scenes_run
-    before = (run / "last.pt").read_bytes()
-    assert "finished" in command("d3ssl.py", "--root", root, "--out", run).stdout and (run / "last.pt").read_bytes() == before
-
-
-KILLER = """
+CUT_SHORT = """
 import os, signal, sys
-import d3ssl, data
-saves, real, nth = [], os.fsync, int(sys.argv.pop(1))
-def fsync(number):  # the n-th time that last.pt is being written, die in the middle of it
-    if os.readlink(f"/proc/self/fd/{number}").endswith("last.pt.tmp"):
-        saves.append(1)
-        if len(saves) == nth:
-            os.ftruncate(number, 1000)
-            os.kill(os.getpid(), signal.SIGKILL)
-    real(number)
-os.fsync = fsync
-d3ssl.Clock.minutes_since_save = lambda self: 6  # save at every step
-sys.argv[0] = "d3ssl.py"
+import torch, d3ssl, data
+name, place, number = sys.argv.pop(1).split(":")  # the signal, in the middle of what it comes, the how many-th
+rank, saves = os.environ.get("RANK", "0"), []
+
+def send():
+    if rank == os.environ.get("LAST_RANK", rank):
+        os.kill(os.getpid(), getattr(signal, name))
+
+def save(content, file, real=torch.save):
+    real(content, file)
+    saves.extend([file] if file.name.endswith("last.pt.tmp") else [])
+    if place == "save" and len(saves) == int(number):
+        file.truncate(1000)
+        send()
+
+def learning_rate(config, step, total, real=d3ssl.learning_rate):  # asked for between the backward pass and the update
+    if place == "step" and step == int(number) - 1:
+        send()
+    return real(config, step, total)
+
+torch.save, d3ssl.learning_rate = save, learning_rate
+if name == "SIGKILL":
+    d3ssl.Clock.save_due = lambda *_: True  # at every step
 data.error_exit(d3ssl.main)
 """
 
 
-def test_killed_runs_resume_to_the_same_bits(scenes_run, tmp_path):
-    """SIGKILL inside the save and at a random time, other --workers after each: last.pt ends as in an uninterrupted run."""
-    _, root, *_ = scenes_run
-    small(root, tmp_path / "a")
-    words = ["--root", root, "--out", tmp_path / "b", "--size", 64, "--boxes", 2, "--batch-size", 8, "--epochs", 1, "--max-steps", 12]
-    killed = command("-c", KILLER, 4, *words, "--workers", 0, ok=False)
+@pytest.fixture
+def cut_short(tmp_path):
+    path = tmp_path / "d3ssl_cut_short.py"
+    path.write_text(CUT_SHORT)
+    return path
+
+
+def test_killed_runs_resume_to_the_same_bits(pictures, cut_short, tmp_path):
+    """SIGKILL in the middle of a save, then of a step, other --workers each time: last.pt ends as in an uninterrupted run
+    and the log, means since the line before, tells the same. A resumed run never fills the queue again."""
+    words, here = small(pictures, tmp_path / "b"), {"PYTHONPATH": str(HERE)}
+    killed = command(cut_short, "SIGKILL:save:4", *words, "--workers", 0, env=here, ok=False)
     assert killed.returncode == -signal.SIGKILL and torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] == 3
+    assert killed.stdout.count("the queue:") == 1
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')  # what a kill leaves behind the checkpoint
-    process = subprocess.Popen([sys.executable, "-c", KILLER, "99", *map(str, words), "--workers", "1"], cwd=HERE, stdout=subprocess.DEVNULL)
-    deadline, wait = time.monotonic() + 120, np.random.default_rng(int(time.time())).uniform(0, 1)
-    while torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] < 5 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(wait)
-    process.kill()
-    process.wait()
-    small(root, tmp_path / "b", "--workers", 2)
-    assert same_checkpoint(tmp_path / "a", tmp_path / "b") is None
-    drop = lambda row: {k: v for k, v in row.items() if k not in ("images_per_second", "wait")}
-    assert [drop(r) for r in read_metrics(tmp_path / "a")] == [drop(r) for r in read_metrics(tmp_path / "b")]
+    killed = command(cut_short, "SIGKILL:step:7", *words, "--workers", 1, env=here, ok=False)
+    assert killed.returncode == -signal.SIGKILL and torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] == 6
+    assert "the queue:" not in killed.stdout
+    printed = mains([*words, "--workers", 2], small(pictures, tmp_path / "a"))
+    assert "code" not in printed and printed.count("the queue:") == 1  # the uninterrupted run's
+    assert difference(tmp_path / "a", tmp_path / "b") is None
+    whole, rows = read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b")
+    assert [row["step"] for row in whole] == [1, 4, 12]  # 4: the first epoch ends and is saved
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 12]
+    for key in ("loss", "loss_dc", "loss_dp", "top1"):
+        values = [row[key] for row in rows]
+        assert values[0] == whole[0][key]
+        assert np.mean(values[1:4]) == pytest.approx(whole[1][key], rel=1e-5)
+        assert (values[4] + values[5] + 6 * values[6]) / 8 == pytest.approx(whole[2][key], rel=1e-5)
 
 
-def test_sigterm_saves_on_all_ranks_and_the_run_goes_on(scenes_run, tmp_path):
-    _, root, *_ = scenes_run
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612", "d3ssl.py", "--root", str(root),
-         "--out", str(tmp_path), "--size", "64", "--boxes", "2", "--batch-size", "8", "--epochs", "5"],
-        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
-    assert "stopped at step" in printed, printed
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] < 500
-    wrong = command("d3ssl.py", "--root", root, "--out", tmp_path, "--size", 64, "--boxes", 2, "--batch-size", 8, "--epochs", 5, ok=False)
-    assert wrong.returncode == 2 and "ranks 2, now 1" in wrong.stdout
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def two_nodes(*runs):
+    """Two torchrun agents on this machine, each with a command line of d3ssl.py; returns their (exit code, output)."""
+    agents, port = [], free_port()
+    for node, words in enumerate(runs):
+        agent = ["-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", node, "--master_addr", "127.0.0.1",
+                 "--master_port", port, "--nproc_per_node", 1, "d3ssl.py", *words]
+        agents.append(subprocess.Popen([sys.executable, *map(str, agent)], cwd=HERE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    printed = [agent.communicate(timeout=1800)[0] for agent in agents]
+    return [(agent.returncode, text) for agent, text in zip(agents, printed)]
+
+
+def test_ranks_machines_and_roots_may_change_on_resume(pictures, cut_short, tmp_path):
+    """A run of two ranks, told by SIGTERM on one of them to stop, saves and goes on: on two machines with another --root to
+    the bits of an uninterrupted one; on one rank with a line that says so. Machines that do not share --out are refused."""
+    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    stopped, moved = tmp_path / "stopped", tmp_path / "elsewhere"
+    done = torchrun(cut_short, "SIGTERM:step:6", *small(pictures, stopped), env={"LAST_RANK": "1", **threads})
+    assert done.stdout.count("stopped at step 6 and saved") == 1
+    assert torch.load(stopped / "last.pt", weights_only=True)["step"] == 6
+    shutil.copytree(pictures, moved)
+    shutil.copytree(stopped, tmp_path / "alone")
+    printed = mains(small(moved, tmp_path / "alone"))
+    assert "is of 2 ranks, now 1: it goes on, but not to the same bits" in printed and "code" not in printed
+    assert torch.load(tmp_path / "alone" / "last.pt", weights_only=True)["step"] == 12
+    (code, printed), (other_code, other) = two_nodes(small(pictures, stopped), small(moved, stopped))
+    assert (code, other_code) == (0, 0) and "steps 6 to 12" in printed and "step 12/12" not in other
+    torchrun("d3ssl.py", *small(pictures, tmp_path / "whole"), env=threads)
+    assert difference(stopped, tmp_path / "whole") is None
+    for code, printed in two_nodes(small(pictures, stopped), small(pictures, tmp_path / "new")):
+        assert code and "d3ssl.py: error: the ranks differ (step 0 to 12): share --out" in printed
+        assert "Traceback" not in printed.split("d3ssl.py: error:")[0]
+    assert not (tmp_path / "new").exists()
+
+
+def test_saves_are_due_at_the_first_epochs_end_and_then_by_the_minute(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(d3ssl, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+    clock = d3ssl.Clock(0)
+    for seconds, step, due in ((30, 9, False), (30, 10, True), (30, 20, False), (61, 19, False), (61, 20, True),
+                               (299, 25, False), (301, 25, True), (301, 30, True)):
+        now[0] = 1000.0 + seconds
+        assert clock.save_due(step, 10) == due, (seconds, step)
+
+
+def test_the_queue_starts_with_teacher_features_of_batches_that_training_never_sees(pictures, tmp_path, monkeypatch):
+    """Against a plain loop: the teacher's features of view 1, augmented, and of view 2, in the order of the batches."""
+    run = small_run(pictures, tmp_path, "--batch-size", 2)  # 8 steps an epoch, two batches fill the queue
+    start, read, item_of = run.model.queue.features.clone(), [], run.views.__getitem__
+    teacher = copy.deepcopy(run.model.teacher)
+    monkeypatch.setattr(data.TwoViews, "__getitem__", lambda _, item: read.append(item) or item_of(item))
+    run.fill_queue()
+    features = run.model.queue.features
+    assert len(read) == 4 and not set(read) & {item for batch in run.batches(0, 24).batch_sampler for item in batch}
+    wanted = []
+    for step, items in ((24, read[:2]), (25, read[2:])):
+        batch = [torch.from_numpy(np.stack(part)) for part in zip(*map(item_of, items))]
+        views = run.prepare(batch, step)
+        with torch.no_grad():
+            wanted += [teacher(views.x1_hat, views.rois1), teacher(views.x2, views.rois2)]
+    torch.testing.assert_close(features, torch.cat(wanted), rtol=0, atol=1e-6)
+    assert not (features[:, None] == start).all(2).any() and run.model.queue.pointer == 0
+
+
+FILL_SCRIPT = """
+import sys, torch, d3ssl
+run = d3ssl.Run(d3ssl.parse_config()[0], d3ssl.Ranks(), "never")
+start = run.model.queue.features.clone()
+run.fill_queue()
+torch.save((start, run.model.queue.features, run.clean()), f"{run.config.out}-{run.ranks.rank}.pt")
+"""
+
+
+def test_the_queue_and_the_clean_statistics_are_the_same_on_two_ranks(pictures, tmp_path):
+    (tmp_path / "fill.py").write_text(FILL_SCRIPT)
+    torchrun(tmp_path / "fill.py", *small(pictures, tmp_path / "rank"), env={"PYTHONPATH": str(HERE)})
+    (start, one, clean), (_, two, other) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one, two) and not (one[:, None] == start).all(2).any()
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(16))
+    assert len({tuple(row.tolist()) for row in one}) == 16  # each rank's own half
+    assert all(torch.equal(value, other[name][key]) for name in clean for key, value in clean[name].items())
+
+
+def test_a_runs_clean_statistics_are_those_of_clean_views(pictures, tmp_path):
+    """backbone.pth's first layer against a convolution of the pictures themselves: the mean over batches of mean and variance."""
+    run = small_run(pictures, tmp_path)
+    found = run.clean(number=12, batch_size=4)
+    chosen = np.random.default_rng((run.config.seed,)).permutation(16)[:12]
+    x = np.stack([run.views[0, i][0] for i in chosen.tolist()]).transpose(0, 3, 1, 2) / 255
+    x = torch.tensor((x - np.reshape(augment.MEAN, (3, 1, 1))) / np.reshape(augment.STD, (3, 1, 1)))
+    for name, network in (("student", run.model.student), ("teacher", run.model.teacher)):
+        seen = F.conv2d(x, network.backbone.conv1.weight.double(), stride=2, padding=3).unflatten(0, (3, 4)).transpose(1, 2)
+        means, variances = seen.flatten(2).mean(2), seen.flatten(2).var(2)
+        torch.testing.assert_close(found[name]["bn1.running_mean"].double(), means.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name]["bn1.running_var"].double(), variances.mean(0), rtol=1e-4, atol=1e-5)
+        assert (network.backbone.bn1.running_mean == 0).all()  # the run's own are untouched
+
+
+def test_snapshots_lie_at_powers_of_two_of_images_seen(pictures, tmp_path, monkeypatch):
+    run, saved = small_run(pictures, tmp_path, "--snapshots"), []
+    monkeypatch.setattr(run, "save_backbone", lambda name, clean: saved.append(name))
+    monkeypatch.setattr(run, "clean", lambda: None)
+    for run.step in range(1100):  # of 4 images
+        run.snapshot()
+    assert saved == [f"backbone-{images}.pth" for images in (0, 512, 1024, 2048, 4096)]
 
 
 @needs_coco
@@ -735,77 +1087,82 @@ def test_training_reads_no_annotation(tmp_path):
     """Two runs on COCO images, one with annotations/ deleted, are byte-equal; baselines and objectives all run."""
     root = tmp_path / "coco"
     (root / "train2017").mkdir(parents=True)
-    for path in sorted((COCO / "train2017").iterdir())[:16]:
+    for path in sorted((COCO / "train2017").iterdir())[:8]:
         shutil.copy(path, root / "train2017")
     shutil.copytree(COCO / "annotations", root / "annotations")
-    words = ["d3ssl.py", "--data", "coco", "--root", root, "--arch", "resnet18", "--size", 64, "--batch-size", 8, "--epochs", 1]
-    command(*words, "--out", tmp_path / "a")
+    words = ["--data", "coco", "--root", root, "--arch", "resnet18", "--size", 64, "--batch-size", 4, "--epochs", 1]
+    variants = {"image": ["--regions", "image"], "grid": ["--regions", "grid"], "hide": ["--prm", "hide", "--dp-boxes", 4],
+                "soco": ["--objective", "cosine", "--no-dp", "--augs", "cutout,jitter"]}
+    mains([*words, "--out", tmp_path / "a", "--snapshots"])
     shutil.rmtree(root / "annotations")
-    command(*words, "--out", tmp_path / "b")
+    mains([*words, "--out", tmp_path / "b"], *([*words, "--out", tmp_path / name, *more] for name, more in variants.items()))
     assert (tmp_path / "a" / "last.pt").read_bytes() == (tmp_path / "b" / "last.pt").read_bytes()
-    for name, more in (("image", ["--regions", "image"]), ("grid", ["--regions", "grid"]),
-                       ("soco", ["--objective", "cosine", "--no-dp", "--augs", "cutout,jitter"]), ("hide", ["--prm", "hide"])):
-        command(*words, "--out", tmp_path / name, *more)
+    start = torch.load(tmp_path / "a" / "backbone-0.pth", weights_only=True)  # before step 1, with clean statistics
+    assert start["bn1.running_mean"].any() and torchvision.models.resnet18().load_state_dict(start, strict=False)
+    for name in variants:
         row = read_metrics(tmp_path / name)[-1]
         assert math.isfinite(row["loss"]) and (row["loss_dp"] == 0) == (name != "hide")
 
 
-def learning_curve(root, out, seed, steps, **settings):
-    """(steps, 2): loss and acc of each step of a small run."""
-    run = d3ssl.Run(d3ssl.configure({"data": "scenes", "root": str(root), "out": str(out), "size": 64, "batch_size": 16, "epochs": 2,
-                                     "seed": seed, **settings}), d3ssl.Ranks(), "never")
-    batches, curve = iter(run.batches()), []
-    for _ in range(steps):
-        losses = run.update(run.prepare(next(batches)))
-        curve.append([losses.loss.item(), losses.acc.item()])
-    return np.array(curve)
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_training_works_under_every_start_method(pictures, method, tmp_path):
+    """Proposals and loaders with worker processes that inherit nothing; mistakes stay one line and exit code 2."""
+    script = f"import multiprocessing\nmultiprocessing.set_start_method('{method}')\n" + MAINS
+    for i in range(4):
+        shutil.copy(pictures / f"{i:03d}.png", tmp_path)
+    words = small(tmp_path, tmp_path / ".run", "--workers", 1, "--epochs", 1)
+    done = command("-c", script, repr([[str(word) for word in run] for run in (words, [*words, "--lr", 2])]))
+    assert "step 1/1" in done.stdout and (tmp_path / ".run" / "backbone.pth").exists()
+    error, code = done.stdout.splitlines()[-2:]
+    assert "is of another run (--lr 0.001, now 2.0)" in error and code == "code 2" and "Traceback" not in done.stdout
 
 
-def test_loss_falls_and_acc_rises_and_without_learning_neither_does(scenes_run, tmp_path):
-    """From the first full queue (128 features a step, so 1,024 after step 8) to the end, averaged over 5 and 10
-    steps; acc must rise by 0.012, two and a half standard errors of its estimate (some 1,280 and 2,560 comparisons at 0.02)."""
-    _, root, *_ = scenes_run
-    for seed, steps, settings in ((0, 50, {}), (1, 50, {}), (0, 34, {"lr": 0.0})):
-        curve = learning_curve(root, tmp_path, seed, steps, **settings)
-        (loss, acc), (last_loss, last_acc) = curve[8:13].mean(0), curve[-10:].mean(0)
-        print(f"seed {seed} {settings}: loss {loss:.2f} -> {last_loss:.2f}, acc {acc:.4f} -> {last_acc:.4f}")
-        assert (last_loss < 0.95 * loss) == (not settings) and (last_acc > acc + 0.012) == (not settings)
+def test_the_default_run_finds_positives_among_negatives(scenes_run):
+    """The mean loss of steps 21-40 is below that of features that tell nothing, four terms of log(1 + negatives), 27.7; an
+    untrained network's is above it, since a positive is augmented and looks less alike than a negative does. Seeds 0-2 gave
+    22.7, 22.9, 22.8 (and 24.5, 24.5, 25.0 for steps 41-60); --lr 0 gave 29.7, 29.6, 29.3, 29.4 for steps 1, 2-20, 21-40
+    and 41-60. A mean of 20 steps varies by some 0.2 from seed to seed: the bound is 20 of these from a correct run and 8
+    from one that does not learn. What more images teach is `test_a_trained_checkpoint_beats_the_untrained_network`."""
+    chance = 4 * math.log(1 + 1024)
+    first, _, last = read_metrics(scenes_run.out)
+    assert first["loss"] > chance and last["loss"] < chance
+    assert last["loss_dc"] < chance / 2 and last["loss_dp"] < chance / 2
+    assert last["top1"] > 20 / 1025  # 0.16 to 0.17; --lr 0: 0.004 of 3,200 draws, chance 0.001
 
 
-def test_mistakes_are_one_line_that_names_the_cure(scenes_run, tmp_path):
-    run, root, *_ = scenes_run
-    empty, pictures = tmp_path / "empty", tmp_path / "pictures"
-    empty.mkdir()
-    write_pictures(pictures, 2)
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    (cut / "last.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
-    scenes = ["--root", root, "--out"]
+def test_mistakes_are_one_line_that_names_the_cure(scenes_run, pictures, tmp_path):
+    out, root, _ = scenes_run
+    empty, cut, two = tmp_path / "empty", tmp_path / "cut", tmp_path / "two"
+    empty.mkdir(), cut.mkdir(), two.mkdir()
+    for i in range(2):
+        shutil.copy(pictures / f"{i:03d}.png", two)
+    (cut / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
+    before = (out / "last.pt").read_bytes()
+    scenes = ["--root", root, "--epochs", 1, "--max-steps", 40, "--out"]
     cases = [(["--data", "coco", "--root", tmp_path / "nowhere"], "--root"), (["--data", "folder", "--root", empty], "no image"),
-             (["--data", "folder", "--root", pictures, "--out", tmp_path / "x", "--proposals", tmp_path / "p"], "--batch-size"),
-             (["--augs", "prc,foo"], "foo"), (["--augs", "rbj,jitter"], "jitter"), (["--regions", "grid", "--augs", "prc"], "--augs"),
-             (["--arch", "vgg"], "vgg"), (["--batch-size", 1, *scenes, tmp_path / "x"], "--batch-size"),
+             (["--data", "folder", "--root", two, "--out", tmp_path / "x", "--proposals", tmp_path / "p"], "--batch-size"),
+             (["--augs", "prc,foo"], "foo"), (["--augs", "rbj,jitter"], "jitter"), (["--arch", "vgg"], "vgg"),
+             (["--regions", "grid", "--augs", "prc"], "--augs"), (["--dp-boxes", 5], "--dp-boxes"), (["--boxes", 0], "--boxes"),
+             (["--epochs", "many"], "--epochs"), (["--seed", -1], "--seed"), (["--size", 31], "--size"), (["--wat"], "--wat"),
+             (["--batch-size", 1, *scenes, tmp_path / "x"], "--batch-size"),
              (["--batch-size", 2000, *scenes, tmp_path / "x"], "--batch-size"), ([*scenes, cut], "cannot be read"),
-             (["--arch", "resnet34", *scenes, run], "--arch"), (["--lr", 7, *scenes, run], "--lr"), (["--size", 31], "--size")]
-    script = "import sys, d3ssl, data\nfor words in eval(sys.argv.pop()):\n    sys.argv[1:] = words\n    try:\n        data.error_exit(d3ssl.main)" \
-             "\n    except SystemExit as end:\n        print('code', end.code, file=sys.stderr, flush=True)"
-    done = command("-c", script, repr([[str(w) for w in words] for words, _ in cases]))
-    lines = [line for line in done.stdout.splitlines() if "error:" in line or line.startswith("code")]
-    assert len(lines) == 2 * len(cases), done.stdout
+             (["--arch", "resnet34", *scenes, out], "--arch"), (["--lr", 7, *scenes, out], "--lr")]
+    printed = mains(*(words for words, _ in cases), [*scenes, out])
+    lines = [line for line in printed.splitlines() if "error:" in line or line.startswith("code")]
+    assert len(lines) == 2 * len(cases) and "Traceback" not in printed, printed
     for (words, said), message, code in zip(cases, lines[::2], lines[1::2]):
         assert code == "code 2" and said in message, (words, message)
     assert not (tmp_path / "x").exists() and (cut / "last.pt").stat().st_size == 5000
+    assert f"{out}/last.pt is finished at step 40 of 40" in printed and (out / "last.pt").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(scenes_run, tmp_path):
-    _, root, *_ = scenes_run
-    small(root, tmp_path, steps=2, ok=False)
+def test_a_loss_that_is_not_finite_is_never_saved(pictures, tmp_path):
+    script = "import d3ssl\nd3ssl.info_nce = lambda query, z_pos: query.z.sum() * float('nan')\n" + MAINS
+    mains(small(pictures, tmp_path, "--max-steps", 2))
     before = (tmp_path / "last.pt").read_bytes()
-    script = "import sys, torch, data, d3ssl\nd3ssl.contrast = lambda z, *a: (z.sum(1) * float('nan'), z.sum(1) > 0)\n" \
-             "sys.argv[0] = 'd3ssl.py'\ndata.error_exit(d3ssl.main)"
-    done = command("-c", script, "--root", root, "--out", tmp_path, "--size", 64, "--boxes", 2, "--batch-size", 8, "--epochs", 1,
-                   "--max-steps", 6, ok=False)
-    assert done.returncode == 2 and "not finite" in done.stdout.splitlines()[-1] and (tmp_path / "last.pt").read_bytes() == before
+    done = command("-c", script, repr([[str(word) for word in small(pictures, tmp_path)]]))
+    error, code = done.stdout.splitlines()[-2:]
+    assert "not finite" in error and code == "code 2" and (tmp_path / "last.pt").read_bytes() == before
 
 
 def run(script, *arguments):
@@ -817,32 +1174,83 @@ def run(script, *arguments):
 def bare_run(config):
     """A Run without data and files: a model, an optimiser and a step counter."""
     run = object.__new__(d3ssl.Run)
-    run.config, run.ranks, run.step, run.total = config, d3ssl.Ranks(), 0, 100
+    run.config, run.ranks, run.step, run.total = config, Ranks(), 0, 100
     run.model = run.parallel = d3ssl.D3SSL(config)
     run.optimizer = d3ssl.make_optimizer(config, run.model)
     return run
 
 
-@pytest.mark.parametrize("settings", [{}, {"objective": "cosine", "depositioning": False}, {"regions": "grid"}])
-def test_a_step_reads_nothing_back(settings, monkeypatch):
-    """A whole step under FakeTensorMode, where every value that the host would have to wait for raises."""
+def loaded_batch(config, device="cpu"):
+    """What the loader brings: two views and their boxes."""
+    pixels = [torch.zeros(4, config.size, config.size, 3, dtype=torch.uint8, device=device) for _ in range(2)]
+    return [*pixels, *(torch.zeros(4, config.boxes, 4, device=device) for _ in range(2))]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """FakeTensorMode for a config: tensors without values, on any device; a read of a value raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def mode(config):
+        monkeypatch.setattr(d3ssl, "deepcopy", lambda _: Encoder(  # fake tensors cannot be copied: build the teacher anew
+            config.arch, config.hidden, config.dim, config.roi, config.projector_norm, config.regions == "grid"))
+        augment.constant.cache_clear()  # no fake constant is left to others, no real one met here
+        return FakeTensorMode()
+    yield mode
+    augment.constant.cache_clear()
+
+
+VARIANTS = [{}, {"objective": "cosine", "dp": False}, {"objective": "cosine"}, {"regions": "image"}, {"regions": "grid"},
+            {"augs": ("prc", "prm", "cutout", "jitter"), "prm": "hide"}]
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_a_step_reads_nothing_back(settings, fake, monkeypatch):
+    """A whole step, views included: every value that the host would have to wait for raises. Proof: one in the loss does."""
     config = tiny(**settings)
-    monkeypatch.setattr(d3ssl, "deepcopy", lambda _: d3ssl.Encoder(  # fake tensors cannot be copied: build the teacher anew
-        config.arch, config.hidden, config.dim, config.roi, config.projector_norm, config.regions == "grid"))
 
     def step():
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with fake(config):
             run = bare_run(config)
-            pixels = [torch.zeros(4, 64, 64, 3, dtype=torch.uint8) for _ in range(2)]
-            boxes = [torch.zeros(4, config.boxes, 4) for _ in range(2)]
-            run.update(run.prepare(pixels + boxes))
+            run.update(run.prepare(loaded_batch(config), 0))
             assert run.step == 1
     step()
-    compare = d3ssl.D3SSL.compare
-    monkeypatch.setattr(d3ssl.D3SSL, "compare", lambda self, *a: (compare(self, *a)[0].item(), None))
+    real = d3ssl.D3SSL.query
+    monkeypatch.setattr(d3ssl.D3SSL, "query", lambda self, z: real(self, z * z.sum().item()))
     with pytest.raises(Exception, match="item|data.dependent|local_scalar"):
         step()
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_views_and_losses_are_made_on_the_gpu(settings, fake, monkeypatch):
+    """The forward pass on fake CUDA tensors: a tensor on another device than the others raises. Proof: one in the loss does."""
+    config = tiny(**settings)
+
+    def forward():
+        with fake(config):
+            with torch.device("cuda"):  # only the model's own tensors: what is made later must name its device
+                model = d3ssl.D3SSL(config)
+            batch = loaded_batch(config, "cuda")
+            views = augment.make_views(batch, config.augs, config.prm, config.dp * config.dp_boxes)
+            return [x for x in (*views, *model(views)) if x is not None]
+    assert {x.device.type for x in forward()} == {"cuda"}
+    real = d3ssl.D3SSL.query
+    monkeypatch.setattr(d3ssl.D3SSL, "query", lambda self, z: real(self, z + torch.ones(2).mean(0, keepdim=True)))
+    with pytest.raises(Exception, match="device"):
+        forward()
+
+
+def test_a_step_leaves_no_tensor_behind():
+    """Memory does not grow with the steps: after each of them there are as many tensors, with as many elements."""
+    config = tiny(queue=16)
+    run, clock, seen = bare_run(config), d3ssl.Clock(0), []
+    for step in range(5):
+        clock.add(run.update(run.prepare(loaded_batch(config), step)))
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        seen.append((len(tensors), sum(x.numel() for x in tensors)))
+        del tensors
+    assert seen[2:] == seen[1:2] * 3
 
 
 def test_bfloat16_changes_the_loss_by_less_than_a_percent():
@@ -850,50 +1258,61 @@ def test_bfloat16_changes_the_loss_by_less_than_a_percent():
     views, losses = tiny_views(config, batch=8), []
     for amp in (None, torch.bfloat16):
         torch.manual_seed(0)
-        losses.append(float(d3ssl.D3SSL(config, amp)(views).loss))
+        losses.append(float(d3ssl.D3SSL(config, amp)(views).loss.detach()))
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
-MEMORY = """
-import os, sys
-import d3ssl, data
-def pss():
-    total = 0
-    for pid in [os.getpid()] + open(f"/proc/self/task/{os.getpid()}/children").read().split():
-        total += int(next(line for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")).split()[1])
-    return total
-def save(run):
-    print("PSS", run.step // run.per_epoch, pss(), flush=True)
-d3ssl.Run.save = save
-sys.argv[0] = "d3ssl.py"
-data.error_exit(d3ssl.main)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
-def test_memory_is_flat(tmp_path):
-    write_pictures(tmp_path / "pictures", 8)
-    done = command("-c", MEMORY, "--data", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "run", "--arch", "resnet18",
-                   "--size", 64, "--boxes", 1, "--batch-size", 4, "--epochs", 50, "--workers", 2)
-    sizes = {int(line.split()[1]): int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("PSS")}
-    assert sizes[5] > 200_000 and abs(sizes[50] / sizes[5] - 1) < 0.02, sizes
+def test_autocast_is_a_function_of_the_hardware(monkeypatch):
+    """bf16 with AMX or on AMD's AVX512-bf16; not on Intel's AVX512-bf16, where it is slower; never of a timing."""
+    for tiles, vectors, vendor, wanted in ((True, True, "GenuineIntel", torch.bfloat16), (False, True, "GenuineIntel", None),
+                                           (False, True, "AuthenticAMD", torch.bfloat16), (False, False, "AuthenticAMD", None)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: vectors, raising=False)
+        monkeypatch.setattr(d3ssl, "cpu_vendor", lambda: vendor)
+        assert d3ssl.amp_dtype("auto", torch.device("cpu")) == wanted
+        assert d3ssl.amp_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+        assert d3ssl.amp_dtype("off", torch.device("cpu")) is None
 
 
 def test_proposals_of_a_large_set_are_not_copied(tmp_path):
     n = 150_000
     names = [f"{i:012d}.jpg" for i in range(n)]
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
-    np.save(tmp_path / "offsets.npy", np.arange(n + 1, dtype=np.int64) * 4)
-    np.save(tmp_path / "boxes.npy", np.ones((n * 4, 4), np.float32))
+    np.save(tmp_path / "offsets.npy", np.arange(n + 1, dtype=np.int64) * 2)
+    np.save(tmp_path / "boxes.npy", np.ones((n * 2, 4), np.float32))
     views = data.TwoViews(data.Images(tmp_path, names), data.Proposals(tmp_path), 224, 4)
     assert len(views) == n and isinstance(views.proposals.boxes, np.memmap)
-    assert len(pickle.dumps(views.proposals)) < n / 100  # a process gets the path, not the boxes
-    assert pickle.loads(pickle.dumps(views)).proposals[n - 1].shape == (4, 4)
+    assert len(pickle.dumps(views.proposals)) < 1000  # a worker gets the path
+    assert pickle.loads(pickle.dumps(views)).proposals[n - 1].shape == (2, 4)
 
 
-@needs_coco
+MEMORY = """
+import os, sys
+import d3ssl, data
+def report(run):
+    pids = [os.getpid(), *open(f"/proc/self/task/{os.getpid()}/children").read().split()]
+    lines = [line for pid in pids for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")]
+    print("PSS", run.step // run.per_epoch, sum(int(line.split()[1]) for line in lines), flush=True)
+d3ssl.Run.save = lambda run, clean=None: report(run)
+d3ssl.Clock.save_due = lambda clock, step, per_epoch: step % per_epoch == 0
+data.error_exit(d3ssl.main)
+"""
+
+
 @pytest.mark.bench
-def test_loader_is_faster_than_the_usual_way(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_memory_is_flat(pictures, tmp_path):
+    """Proportional set size of the trainer and its workers after 5 and after 50 epochs."""
+    words = small(pictures, tmp_path, "--epochs", 50, "--workers", 2)
+    printed = [line.split() for line in command("-c", MEMORY, *words).stdout.splitlines() if line.startswith("PSS")]
+    sizes = {int(epoch): int(size) for _, epoch, size in printed}
+    print(f"memory after 5 epochs {sizes[5] / 2**10:.0f} MiB, after 50 {sizes[50] / sizes[5] - 1:+.1%}")
+    assert sizes[50] < 1.2 * sizes[5]
+
+
+@pytest.mark.bench
+@needs_coco
+def test_loader_beside_the_usual_way(tmp_path):
     """Per core, decode included: our views and boxes against PIL and torchvision's v1 transforms of the same views."""
     from torchvision import transforms as T
     images = data.Images(COCO / "train2017", data.list_images(COCO / "train2017")[:48])
@@ -915,8 +1334,8 @@ def test_loader_is_faster_than_the_usual_way(tmp_path):
         next(batches)
         began = time.perf_counter()
         rates[name] = max(rates.get(name, 0), sum(len(batch[0]) for batch in batches) / (time.perf_counter() - began))
-    print(f"loader: {rates['ours']:.0f} images/s a core, the usual way {rates['usual']:.0f}, {rates['ours'] / rates['usual']:.1f} times")
-    assert rates["ours"] > 2.5 * rates["usual"]
+    print(f"loader: {rates['ours']:.0f} images/s a core, the usual way {rates['usual']:.0f}")
+    assert rates["ours"] > rates["usual"]
 
 
 @pytest.mark.bench
@@ -933,6 +1352,7 @@ def test_nearest_neighbours_grow_as_bank_times_queries():
     seconds(1000)
     times = [seconds(n) for n in (32_768, 65_536, 131_072)]
     print("bank 32,768 65,536 131,072 x 512 queries of 256: " + ", ".join(f"{t:.2f} s" for t in times))
+    assert times[2] < 4 * 1.35 * times[0]
 
 
 # ------------------------------------------------------------------------------------- evaluate.py: any ResNet checkpoint
@@ -1815,136 +2235,232 @@ def test_a_trained_checkpoint_beats_the_untrained_network(scenes_run, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- probes.py
 
-def pairs_of_scenes(number=6):
-    return probes.Pairs(open_labelled("scenes", split="val"), number)
+def asked(cut="box", objects=12, pairs=8):
+    """Inputs of a few scenes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "OBJECTS", objects)
+        return probes.open_inputs(open_labelled("scenes", split="val"), pairs, cut=cut)
 
 
-class Pointwise(torch.nn.Module):
-    """Four layers of 1x1 convolutions, strides 4 to 32: no spatial mixing."""
+class Pointwise(nn.Module):
+    """The parts of a ResNet, without spatial mixing beyond its strides' whole cells. fault: a module after the first
+    stage."""
 
-    def __init__(self):
+    def __init__(self, fault=nn.Identity(), seed=0):
         super().__init__()
-        torch.manual_seed(0)
-        shapes = ((3, 16, 4), (16, 32, 2), (32, 64, 2), (64, 64, 2))
-        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(i, o, 1, stride) for i, o, stride in shapes)
+        torch.manual_seed(seed)
+        self.conv1, self.bn1, self.relu, self.maxpool = nn.Conv2d(3, 16, 1), nn.Identity(), nn.ReLU(), nn.AvgPool2d(4)
+        self.layer1 = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), fault)
+        self.layer2, self.layer3, self.layer4 = nn.AvgPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(2)
+
+
+class Place(nn.Module):
+    """A cell's coordinates enter its feature: a positional bias. Added alone they would move all features alike, and an
+    object would still find itself; so they weigh the channels too."""
 
     def forward(self, x):
-        maps = []
-        for layer in self.layers:
-            x = F.relu(layer(x))
-            maps.append(x)
-        return maps
+        across = torch.linspace(-1, 1, x.shape[3]).expand(len(x), 1, x.shape[2], -1)
+        weights = torch.cos(across * torch.arange(x.shape[1])[:, None, None])
+        return torch.cat([x * weights, across], 1)
 
 
-def test_probes_are_one_without_spatial_mixing():
-    curves = probes.probe(Pointwise(), pairs_of_scenes())
-    assert len(curves.cr) == len(curves.mcs) == 4
-    for values in (curves.cr, curves.mcs):
-        np.testing.assert_allclose(values, 1, atol=1e-6)
-    for errors in (curves.cr_se, curves.mcs_se):
-        np.testing.assert_allclose(errors, 0, atol=1e-6)
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
-def leaky(images):
-    """One zero-padded box blur of 33 x 33 pixels; of positive values, so that no cosine is near 0, and with a constant beside
-    it, so that the darker border of the padding turns the feature."""
-    return [F.pad(F.avg_pool2d(images + 2.2, 33, 1, 16), (0, 0, 0, 0, 0, 1), value=1.0)]
+def leak(x):
+    """Every feature mixed with what lies within 44 pixels: coupling."""
+    return F.avg_pool2d(F.pad(x, (11, 11, 11, 11), mode="replicate"), 23, 1)
 
 
-def numpy_blur(image):
-    """The same by an integral image, (H, W, 4) float64."""
-    padded = np.pad(image, ((17, 16), (17, 16), (0, 0))).cumsum(0).cumsum(1)
-    blurred = (padded[33:, 33:] - padded[:-33, 33:] - padded[33:, :-33] + padded[:-33, :-33]) / 33 ** 2
-    return np.concatenate([blurred, np.ones((*image.shape[:2], 1))], 2)
+def test_no_spatial_mixing_is_ideal():
+    found = probes.probe(Pointwise(), asked())
+    assert list(found) == list(probes.MEASURES)
+    for name, (_, ideal) in probes.MEASURES.items():
+        np.testing.assert_allclose(found[name].value[:4], ideal, atol=1e-6)  # roi: RoIAlign reads over a border
+        np.testing.assert_allclose(found[name].error[:4], 0, atol=1e-6)
+    assert found["rc"].value[4] < 0.05
 
 
-def test_probes_equal_a_numpy_loop():
-    pairs = pairs_of_scenes()
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-    def cosine(a, b):
-        return a @ b / np.sqrt(a @ a * (b @ b))
-
-    def feature(image, x, y):
-        return image[y:y + 96, x:x + 96].reshape(-1, 4).mean(0)
-    rates, similarities = [], []
-    for i in range(len(pairs)):
-        both, alone, grid = (numpy_blur((pixels / 255 - mean) / std + 2.2) for pixels in pairs[i])
-        b = feature(both, 160, 64)
-        rates.append(cosine(feature(both, 64, 64), b) / cosine(feature(alone, 64, 64), b))
-        centre = feature(grid, 96, 96)
-        similarities.append(np.mean([cosine(centre, feature(grid, x, y)) for x in (0, 96, 192) for y in (0, 96, 192)
-                                     if (x, y) != (96, 96)]))
-    curves = probes.probe(leaky, pairs)
-    assert abs(np.mean(rates) - 1) > 1e-4 and np.mean(similarities) < 1 - 5e-5  # it does leak, and zero padding tells the place
-    np.testing.assert_allclose(curves.cr, [np.mean(rates)], atol=1e-5)
-    np.testing.assert_allclose(curves.mcs, [np.mean(similarities)], atol=1e-5)
-    np.testing.assert_allclose(curves.cr_se, [np.std(rates, ddof=1) / 6 ** 0.5], atol=1e-5)
-    np.testing.assert_allclose(curves.mcs_se, [np.std(similarities, ddof=1) / 6 ** 0.5], atol=1e-5)
+def test_place_shows_in_the_measures_of_place_alone():
+    inputs = asked()
+    found = probes.probe(Pointwise(Place()), inputs)
+    np.testing.assert_allclose(found["rc"].value[:4], 0, atol=1e-6)
+    assert (found["rp"].value > 0.1).all() and (found["mcs"].value < 0.99).all()
+    assert (found["reid_neighbours"].value[:4] == 100).all() and (found["reid_moved"].value < 60).all()
+    alone = probes.probe(Pointwise(Place()), inputs, alone=True)  # without coupling neighbours change nothing
+    np.testing.assert_allclose(alone["rp"].value[:4], found["rp"].value[:4], rtol=1e-4)
 
 
-def test_pairs_are_what_they_say():
-    pairs = pairs_of_scenes(40)
-    for i in range(40):
-        both, alone, grid = pairs[i]
-        a = alone[64:160, 64:160]
-        assert a.any() and np.array_equal(both[64:160, 64:160], a) and both[64:160, 160:256].any()
-        assert alone.sum() == a.sum() and both.sum() == a.sum() + both[64:160, 160:256].sum()  # black around
-        assert all(np.array_equal(grid[y:y + 96, x:x + 96], a) for x in (0, 96, 192) for y in (0, 96, 192))
-        assert np.array_equal(both, pairs[i][0])
-    labelled = pairs.labelled
-    drawn = []
-    pairs.square = drawn.append  # the rows that a pair is made of
-    for i in range(40):
-        pairs.draw(i)
-    labels = labelled.labels[drawn].reshape(-1, 2)
-    assert (labels[:, 0] != labels[:, 1]).all() and len(set(drawn)) > 60
+def test_a_leak_shows_in_the_measures_of_coupling():
+    found = probes.probe(Pointwise(Function(leak)), asked())
+    assert (found["rc"].value > 0.05).all() and (found["cr"].value > 1.001).all()
+    assert (found["reid_neighbours"].value < found["reid_moved"].value).all()
 
 
-def test_cut_out_keeps_mask_and_proportions():
+def test_features_that_are_all_alike_fool_only_the_papers_measures():
+    inputs = asked()
+    found = probes.probe(Pointwise(Function(torch.ones_like)), inputs)
+    np.testing.assert_allclose(found["cr"].value[:4], 1, atol=1e-9)
+    np.testing.assert_allclose(found["mcs"].value[:4], 1, atol=1e-9)
+    for name in ("reid_neighbours", "reid_moved"):
+        assert (found[name].value[:4] == 0).all()  # a tie is a miss
+    constant = torch.linspace(10, 20, 32)[:, None, None]
+    plain, added = (probes.probe(Pointwise(Function(f)), inputs) for f in (leak, lambda x: leak(x) + constant))
+    assert (abs(added["cr"].value - 1) < 0.05 * abs(plain["cr"].value - 1)).all()
+    assert (1 - added["mcs"].value < 0.05 * (1 - plain["mcs"].value)).all()
+    for name in ("rc", "rp"):
+        assert (abs(added[name].value / plain[name].value - 1) < 0.5).all()
+
+
+def cosine(a, b):
+    return a @ b / np.sqrt(a @ a * (b @ b))
+
+
+def loop_features(network, size, placed, read):
+    """Features of square `read` of placed, [(x, y, pixels, mask)], by layer; cells weighed by their part of the mask."""
+    image = np.zeros((*size, 3), np.uint8)
+    for x, y, pixels, mask in placed:
+        image[y:y + len(mask), x:x + len(mask)][mask] = pixels[mask]
+    x = torch.tensor((image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float().permute(2, 0, 1)[None]
+    x, found = network.maxpool(network.relu(network.conv1(x))), []
+    left, top, _, mask = placed[read]
+    side = len(mask)
+    for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+        c4, x = x, layer(x)
+        step = size[0] // x.shape[2]
+        found.append(x[0, :, top // step:(top + side) // step, left // step:(left + side) // step])
+    box = torch.tensor([[0.0, left, top, left + side, top + side]])
+    region = torchvision.ops.roi_align(c4, box, 6, 1 / 16, 2, aligned=True)
+    found.append(network.layer4(region)[0])
+    features = []
+    for cells in found:
+        n = cells.shape[1]
+        edges = [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
+        weights = np.array([[mask[a:b, c:d].mean() for c, d in edges] for a, b in edges])
+        features.append((cells.double().numpy() * weights).sum((1, 2)) / weights.sum())
+    return features
+
+
+@pytest.mark.parametrize("cut", ["box", "mask"])
+@torch.no_grad()
+def test_measures_equal_a_plain_loop(cut):
+    inputs, network = asked(cut, objects=6, pairs=2), Pointwise(Function(leak))
+    a, b, bank = ([(p.numpy(), m.numpy()) for p, m in zip(*squares)] for squares in inputs)
+    assert all(m.all() for _, m in a) == (cut == "box")
+    found = probes.probe(network, inputs)
+    rows, spots = [], [(x, y) for y in (0, 96, 192) for x in (0, 96, 192)]
+    for one, two in zip(a, b):
+        both = [(64, 64, *one), (160, 64, *two)]
+        a1, b1 = (loop_features(network, (224, 320), both, read) for read in (0, 1))
+        a2, b2 = (loop_features(network, (224, 320), [(64, 64, *which)], 0) for which in (one, two))
+        nine = [loop_features(network, (288, 288), [(*spot, *one) for spot in spots], read) for read in range(9)]
+        rows.append([[cosine(a1[n], b1[n]) / cosine(a2[n], b1[n]), 1 - cosine(a1[n], a2[n]), 1 - cosine(a2[n], b2[n]),
+                      np.mean([cosine(nine[4][n], nine[i][n]) for i in range(9) if i != 4])] for n in range(5)])
+    rates, coupled, apart, similar = np.array(rows).transpose(2, 0, 1)
+    means = {"cr": rates.mean(0), "mcs": similar.mean(0), "rc": coupled.mean(0) / apart.mean(0),
+             "rp": (1 - similar).mean(0) / apart.mean(0)}
+    stored = [loop_features(network, (192, 192), [(64, 64, *one)], 0) for one in bank]
+    for name in ("reid_neighbours", "reid_moved"):
+        hits = np.zeros((6, 5))
+        for i, one in enumerate(bank):
+            x, y = [(64, 64), [(0, 0), (128, 0), (0, 128), (128, 128)][i % 4]][name == "reid_moved"]
+            around = zip([(0, 64), (128, 64), (64, 0), (64, 128)], [bank[(i + k) % 6] for k in (1, 2, 3, 4)])
+            extra = [] if name == "reid_moved" else [(*spot, *other) for spot, other in around]
+            query = loop_features(network, (192, 192), [(x, y, *one), *extra], 0)
+            hits[i] = [np.argmax([cosine(query[n], entry[n]) for entry in stored]) == i for n in range(5)]
+        means[name] = 100 * hits.mean(0)
+    for name, mean in means.items():
+        np.testing.assert_allclose(found[name].value, mean, rtol=2e-4, err_msg=name)
+
+
+def test_errors_and_differences_against_formulas():
+    random = np.random.default_rng(0)
+    x, y, u = random.normal(3, 1, (400, 1)), random.normal(5, 1, (400, 1)), random.normal(0, 0.1, (400, 1))
+    one, two = (probes.ratio_of_means([torch.tensor(v[:, 0])], [torch.tensor(y[:, 0])]) for v in (x, x + 1 + u))
+    influence = (x - one.value * y) / y.mean()
+    np.testing.assert_allclose(one.error, influence.std() / 20, rtol=0.12)  # 1,000 resamples: 2 % a standard deviation
+    other = (x + 1 + u - two.value * y) / y.mean()
+    np.testing.assert_allclose(two.minus(one).error, (other - influence).std() / 20, rtol=0.12)
+    arms = [[probes.Estimate(np.array([value]), np.zeros((2, 1))) for value in values]
+            for values in ((1.0, 2.0, 4.0), (3.0, 1.5, 1.0))]
+    mean, error = probes.over_networks(arms[0])
+    assert mean == pytest.approx(7 / 3) and error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3 ** 0.5)
+    mean, error, paired = probes.difference(arms[0], [0, 1, 2], arms[1], [2, 1, 7])  # seeds 1 and 2: 2 - 1.5, 4 - 3
+    assert (mean, error, paired) == (pytest.approx(0.75), pytest.approx(0.25), "seed")
+
+
+def test_inputs_are_what_they_say():
+    labelled = open_labelled("scenes", split="val")
+    inputs = probes.open_inputs(labelled, 40)
+    assert len(inputs.a.masks) == 40 and inputs.bank.pixels.shape == (150, 64, 64, 3) and inputs.bank.masks.all()
+    assert len(torch.unique(inputs.bank.pixels.flatten(1), dim=0)) == 150
+    assert torch.equal(inputs.bank.pixels, probes.open_inputs(labelled, 3).bank.pixels)
+    assert not torch.equal(inputs.bank.pixels, probes.open_inputs(labelled, 3, seed=1).bank.pixels)
+    alike = np.zeros_like(labelled.labels)
+    for change in (dict(labels=alike), dict(boxes=labelled.boxes / 10), dict(crowd=~labelled.crowd)):
+        with pytest.raises(UserError, match="no five objects of two categories"):
+            probes.open_inputs(Labelled(**{**labelled._asdict(), **change}))
+    with pytest.raises(UserError, match="without a mask: --cut box"):
+        probes.open_inputs(labelled._replace(mask=None), 4, cut="mask")
+
+
+def test_cut_out():
     image = np.full((50, 80, 3), 200, np.uint8)
-    square = probes.cut_out(image, np.float32([10, 5, 58, 29]))  # 48 x 24 -> 96 x 48, centred
-    assert square.shape == (96, 96, 3) and (square[24:72] == 200).all() and not square[:24].any() and not square[72:].any()
+    image[:, :34] = 100
+    pixels, inside = probes.cut_out(image, np.float32([10, 5, 58, 29]), None, 96)  # 48 x 24 fills the square
+    assert inside.all() and (pixels[:, :46] == 100).all() and (pixels[:, 50:] == 200).all()
     mask = np.zeros((50, 80), bool)
     mask[:, :34] = True
-    square = probes.cut_out(image, np.float32([10, 5, 58, 29]), mask)
-    assert (square[24:72, :46] == 200).all() and not square[:, 50:].any()
+    pixels, inside = probes.cut_out(image, np.float32([10, 5, 58, 29]), mask, 96)  # 96 x 48, in the middle
+    assert inside[24:72, :46].all() and not inside[:24].any() and not inside[72:].any() and not inside[:, 50:].any()
+    assert (pixels[inside][:, 0] <= 150).all()
 
 
-def test_probes_need_two_categories_of_some_size():
-    labelled = open_labelled("scenes", split="val")
-    for change in (dict(labels=np.zeros_like(labelled.labels)), dict(boxes=labelled.boxes / 10), dict(crowd=~labelled.crowd)):
-        with pytest.raises(UserError, match="no two objects of different categories"):
-            probes.Pairs(Labelled(**{**labelled._asdict(), **change}))
+def test_probes_command(tmp_path, monkeypatch, capsys):
+    """Arms, files, JSON and pictures; the networks are small ones, real files are evaluate.py's tests."""
+    for seed in (0, 1):
+        (tmp_path / f"s{seed}").mkdir()
+        for images in (32, 64):
+            torch.save({}, tmp_path / f"s{seed}" / f"backbone-{images}.pth")
+        run = {"d3ssl": 1, "config": {"seed": seed, "roi": 6, "batch_size": 16}, "step": 4, "model": {}}
+        torch.save(run, tmp_path / f"s{seed}" / "last.pt")
+
+    def load(row, clean):
+        assert (row.path == "random") == (row.statistics == "clean")
+        return Pointwise(Function(leak), row.seed)
+    monkeypatch.setattr(evaluate.Row, "load", load)
+    monkeypatch.setattr(probes, "OBJECTS", 5)
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("plot", "picture", "json")]
+    arms = [f"ours={tmp_path}/s*/backbone-*.pth", "random"]
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--pairs", "2", "--fill", "mean", *files, "--ckpt", *arms])
+    probes.main()
+    out, saved = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
+    found = [(arm["arm"], arm["images"], arm["files"]) for arm in saved["arms"]]
+    assert found == [("ours", 32, 2), ("ours", 64, 2), ("random", 0, 2)] and len(saved["files"]) == 6
+    assert saved["arms"][2]["difference"]["paired_by"] == "seed"
+    assert (saved["settings"]["cut"], saved["settings"]["fill"], saved["settings"]["pairs"]) == ("box", "mean", 2)
+    for name in probes.MEASURES:
+        for arm in saved["arms"]:
+            own = [file[name] for file in saved["files"]
+                   if (file["arm"], file["images"]) == (arm["arm"], arm["images"])]
+            assert len(arm[name]) == len(arm[f"{name}_se"]) == 5
+            np.testing.assert_allclose(arm[name], np.mean(own, 0))
+    assert f"{saved['arms'][1]['rc'][2]:.4f}" in out and "random clean" in out
+    for kind in ("plot", "picture"):
+        assert Image.open(tmp_path / kind).size[0] > 1000
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--ckpt", "colour"])
+    with pytest.raises(UserError, match="no layers to probe"):
+        probes.main()
 
 
-def test_probes_command(tmp_path):
-    torch.save(small_state(), tmp_path / "x.pth")
-    done = run("probes.py", "--ckpt", tmp_path / "x.pth", "random", "--arch", "resnet18", "--pairs", 4, "--plot", tmp_path / "c.png",
-               "--picture", tmp_path / "p.png", "--json", tmp_path / "p.json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "p.json").read_text())
-    assert [row["ckpt"] for row in rows] == [str(tmp_path / "x.pth"), "random"]
-    for row in rows:
-        assert list(row) == ["ckpt", "arch", "cr", "cr_se", "mcs", "mcs_se"] and all(len(row[key]) == 4 for key in list(row)[2:])
-        assert f"{row['cr'][3]:.4f}" in done.stdout and f"{row['mcs_se'][0]:.4f}" in done.stdout
-    assert Image.open(tmp_path / "c.png").size == (1500, 600) and Image.open(tmp_path / "p.png").size[0] > 900
-
-
-def test_stages_are_the_four_maps():
-    network, _ = evaluate.load_backbone("random", "resnet18")
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        maps = probes.stages(network)(x)
-        assert [m.shape[1] for m in maps] == [64, 128, 256, 512] and [m.shape[2] for m in maps] == [16, 8, 4, 2]
-        torch.testing.assert_close(maps[3].mean((2, 3)), network(x))
-        torch.testing.assert_close(evaluate.c5(network)(x), maps[3])
-
-
-# ------------------------------------------------------------------ VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
+# ------------------------------------------------------- VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
 
 CLASSES = HERE.parent / "shared" / "data" / "openimages" / "class-descriptions-boxable.csv"
-HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
+HEADER = ("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,"
+          "IsInside\n")
 
 
 def box_row(image, label, box=(0.25, 0.5, 0.75, 1.0), group=0):
@@ -2115,8 +2631,8 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     out = tmp_path / "openimages-mini.txt"
 
     def build(seed):
-        code, said, complaint = run_data("openimages-mini", "--annotations", tmp_path / "oi", "--coco", coco, "--out", out,
-                                         "--seed", seed)
+        code, said, complaint = run_data("openimages-mini", "--annotations", tmp_path / "oi", "--coco", coco,
+                                         "--out", out, "--seed", seed)
         assert code == 0 and not complaint
         return out.read_text().splitlines(), said
     chosen, said = build(3)
@@ -2146,7 +2662,8 @@ def test_a_million_rows_take_little_memory_and_time(tmp_path):
         file.writelines(f"{i:016x}{tails[c]}" for i, c in zip(image.tolist(), label.tolist()))
     coco = coco_file(tmp_path / "coco.json", {"person": 900, "cow": 700})
     code = (f"import resource, sys, time; sys.path.insert(0, {str(HERE)!r}); import data; "
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before, start = peak(), time.monotonic(); "
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+            "before, start = peak(), time.monotonic(); "
             f"data.write_mini({str(tmp_path)!r}, {str(coco)!r}, {str(tmp_path / 'list.txt')!r}); "
             "print(peak() - before, peak(), time.monotonic() - start)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -2170,10 +2687,12 @@ def test_stats_gives_table_2_and_the_recall_of_the_proposals(tmp_path, run_data)
     (folder / "names.txt").write_text(f"{1:016x}.jpg\n{3:016x}.jpg\n")
     np.save(folder / "offsets.npy", np.int64([0, 2, 3]))
     (folder / "settings.json").write_text('{"method": "by hand"}')
-    for side, recall in ((9, "33.3%"), (11, "66.7%")):  # IoU 1 with the first; 0.41 or 0.55 with the second; image 2 has none
+    for side, recall in ((9, "33.3%"), (11, "66.7%")):  # IoU 1 with the first, 0.41 or 0.55 with the second
         np.save(folder / "boxes.npy", np.float32([[10, 10, 30, 20], [0, 0, side, min(side, 10)], [0, 0, 5, 5]]))
-        _, said, complaint = run_data("stats", "--data", "openimages", "--root", tmp_path, "--split", "val", "--proposals", folder)
-        assert f"1.0 boxes an image, recall at IoU 0.5 {recall} of 3 objects, 1 images without any" in said and not complaint
+        _, said, complaint = run_data("stats", "--data", "openimages", "--root", tmp_path, "--split", "val",
+                                      "--proposals", folder)
+        assert f"1.0 boxes an image, recall at IoU 0.5 {recall} of 3 objects, 1 images without any" in said
+        assert not complaint
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc", "scenes"])
@@ -2245,7 +2764,8 @@ def test_a_csv_cut_in_half_is_an_error_that_names_the_line(tmp_path, run_data):
     path.write_bytes(whole[:start + len(row)])
     data.write_mini(tmp_path, coco, tmp_path / "list.txt")
     path.write_bytes(whole[:40])
-    code, _, said = run_data("openimages-mini", "--annotations", tmp_path, "--coco", coco, "--out", tmp_path / "list.txt")
+    code, _, said = run_data("openimages-mini", "--annotations", tmp_path, "--coco", coco,
+                             "--out", tmp_path / "list.txt")
     assert code == 2 and said.count("\n") == 1 and f"{path}, line 1: not OpenImages' box CSV" in said
 
 
@@ -2296,7 +2816,7 @@ def test_an_absent_image_is_an_error_where_it_has_to_be(tmp_path):
     for kind, name in (("coco", "000000000002.png"), ("voc", "line 1: 1"), ("openimages", f"{9:016x}"),
                        ("openimages-mini", f"line 2: train/{9:016x}")):
         assert len(data.open_labelled(kind, tmp_path / kind, "train").labels)
-        with pytest.raises(data.UserError, match=f"image listed but absent from .*: 1 in .*{name}.*download them again"):
+        with pytest.raises(data.UserError, match=f"listed but absent from .*: 1 in .*{name}.*download them again"):
             data.open_labelled(kind, tmp_path / kind, "train", strict=True)
 
 
@@ -2310,8 +2830,9 @@ def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
     shapes += [{"size": [32, 64], "counts": [100, 30, 2, 600, 1316]}, {"size": [32, 64], "counts": "d3>2N000000000Qh0"}]
     shapes += [None, [], [[1, 2, 3, 4]]]  # no mask: none, no part, two corners
     picture(tmp_path / "train2017/1.jpg", 64, 32)
-    found = dict(images=[dict(id=5, file_name="1.jpg", width=64, height=32)], categories=[dict(id=3, name="cat")], annotations=[
-        dict(id=n + 1, image_id=5, category_id=3, bbox=[0, 0, 9, 9], segmentation=shape) for n, shape in enumerate(shapes)])
+    found = dict(images=[dict(id=5, file_name="1.jpg", width=64, height=32)], categories=[dict(id=3, name="cat")])
+    found["annotations"] = [dict(id=n, image_id=5, category_id=3, bbox=[0, 0, 9, 9], segmentation=shape)
+                            for n, shape in enumerate(shapes, 1)]
     path = tmp_path / "annotations/instances_train2017.json"
     path.parent.mkdir()
     path.write_text(json.dumps(found))
@@ -2331,7 +2852,8 @@ def test_broken_coco_annotations_are_named_and_the_others_are_read(tmp_path, cap
     path = tmp_path / "annotations/instances_train2017.json"
     found = json.loads(path.read_text())
     size = len(found["annotations"])
-    for key, value in (("bbox", [500, 5, 9, 9]), ("category_id", 99), ("image_id", 77), ("bbox", [1, 2, 3]), ("bbox", None),
+    for key, value in (("bbox", [500, 5, 9, 9]), ("category_id", 99), ("image_id", 77), ("bbox", [1, 2, 3]),
+                       ("bbox", None),
                        ("bbox", [float("nan"), 0, 5, 5])):
         found["annotations"].append({**found["annotations"][0], "id": 1000 + len(found["annotations"]), key: value})
     (tmp_path / "train2017" / found["images"][3]["file_name"]).unlink()
@@ -2357,7 +2879,8 @@ def test_broken_coco_annotations_are_named_and_the_others_are_read(tmp_path, cap
 
 # ---------------------------------------------------------------------------- transfer to detection (section 5.2)
 
-LOOK = "--ckpt random --arch resnet18 --transfer coco --short-side 64 --batch-size 2 --rois 8 --workers 0 --resume auto".split()
+LOOK = ["--ckpt", "random", "--arch", "resnet18", "--transfer", "coco", "--short-side", "64", "--batch-size", "2",
+        "--rois", "8", "--workers", "0", "--resume", "auto"]
 
 
 @pytest.fixture(scope="module")
@@ -2382,68 +2905,109 @@ def detection_run(capfd, *arguments):
     return (code, *capfd.readouterr())
 
 
-def fine_tuning(root, out, **settings):
+def fine_tuning(root, out, seed_of_backbone=0, **settings):
     """A FineTuning of a tiny run, in this process."""
-    settings = {**dict(steps=4, drops=(3,), warmup=1, sides=(64,), long_side=107, batch_size=2, rois=8, precise=2), **settings}
-    network = evaluate.load_backbone("random", "resnet18")[0]
-    return evaluate.FineTuning(evaluate.Transfer("coco", str(root), "random", "resnet18", **settings), network, Ranks(), out)
+    small = dict(steps=4, drops=(3,), warmup=1, sides=(64,), long_side=107, batch_size=2, rois=8, precise=2)
+    config = evaluate.Transfer("coco", str(root), "random", "resnet18", **{**small, **settings})
+    return evaluate.FineTuning(config, evaluate.build("resnet18", seed_of_backbone), Ranks(), out)
 
 
-def randomise_norms(module):
-    """Batch norm statistics that a trained network could have, so that eval mode is not the identity."""
-    generator = torch.Generator().manual_seed(3)
-    for norm in module.modules():
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.running_mean.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
-            norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
+@pytest.fixture
+def few_proposals(monkeypatch):
+    """40 boxes an image instead of 1,000 to 2,000, which would be most of a tiny test's time."""
+    monkeypatch.setattr(evaluate.RegionProposals, "post_nms_top_n", lambda rpn: 40)
 
 
 def test_transfer_is_of_the_pretrained_object_feature():
-    """Item 4: before the extra norm, in eval mode, the detector's RoI feature is the encoder's C5 feature of that box."""
+    """Before the extra norm, in eval mode, the detector's RoI feature is the encoder's C5 feature of that box, by our
+    own RoIAlign, with the adaptive number of samples a bin: one for boxes up to 14 cells, two each way up to 28."""
     torch.manual_seed(0)
-    encoder = Encoder("resnet18").eval()
-    randomise_norms(encoder)
-    image = torch.rand(3, 96, 128)
-    boxes = torch.tensor([[3.5, 8.2, 60.1, 70.9], [40.0, 0.0, 128.0, 96.0], [70.3, 33.3, 90.6, 41.7]])
+    encoder, image = Encoder("resnet18"), torch.rand(3, 256, 320)
+    boxes = {1: torch.tensor([[3.5, 8.2, 60.1, 170.9], [140.0, 0.0, 320.0, 196.0]]),
+             2: torch.tensor([[2.5, 3.0, 240.5, 255.0], [70.0, 10.0, 310.0, 251.0]])}
     with torch.no_grad():
-        expected = encoder.backbone.layer4(encoder.pool(encoder.c4(normalise(image[None])), boxes[None])).mean((2, 3))
-        model = evaluate.c4_detector(encoder.backbone, 5, sides=(96,)).eval()
-        pixels = model.transform([image])[0].tensors
-        found = model.roi_heads.box_head.layer4(model.roi_heads.box_roi_pool({"0": model.backbone(pixels)}, [boxes], None))
-    assert expected.std() > 0.01
-    torch.testing.assert_close(found.mean((2, 3)), expected, rtol=1e-4, atol=1e-5)
+        encoder.train()(normalise(image[None]), boxes[1][None])  # statistics that are not those of a fresh network
+        c4 = encoder.eval().c4(normalise(image[None]))
+        model = evaluate.c4_detector(encoder.backbone, 5, sides=(256,)).eval()
+        own = model.backbone(model.transform([image])[0].tensors)
+        model.roi_heads.norm = nn.Identity()
+        for ratio, some in boxes.items():
+            expected, other = (encoder.backbone.layer4(d3ssl.roi_align(c4, some[None], 14, 1 / 16, samples))
+                               for samples in (ratio, 3 - ratio))
+            torch.testing.assert_close(model.roi_heads.regions(own, [some]), expected, rtol=0, atol=1e-3)
+            assert (other - expected).abs().max() > 0.02
 
 
 def test_c4_detector_is_moco_s_c4():
     model = evaluate.c4_detector(evaluate.build("resnet50", 0), 80, masks=True)
-    assert model.backbone.out_channels == 1024 and model.rpn.head.cls_logits.out_channels == 15
+    assert model.backbone[-1][-1].conv3.out_channels == 1024 and model.rpn.head.cls_logits.out_channels == 15
     assert model.roi_heads.box_predictor.cls_score.weight.shape == (81, 2048)
     assert model.roi_heads.mask_predictor.conv5_mask.weight.shape == (2048, 256, 2, 2)
     assert all(p.requires_grad for p in model.parameters())  # nothing frozen
-    anchors = model.rpn.anchor_generator.cell_anchors[0] if model.rpn.anchor_generator.cell_anchors else None
-    sides = ((anchors[:, 2] - anchors[:, 0]) * (anchors[:, 3] - anchors[:, 1])).sqrt()
-    assert sorted({32 * 2 ** round(math.log2(side / 32)) for side in sides.tolist()}) == [32, 64, 128, 256, 512]
+    images = torchvision.models.detection.image_list.ImageList(torch.zeros(1, 3, 32, 48), [(32, 48)])
+    anchors = model.rpn.anchor_generator(images, [torch.zeros(1, 1024, 2, 3)])[0]
+    expected = [[16 * x - w / 2, 16 * y - h / 2, 16 * x + w / 2, 16 * y + h / 2] for y in range(2) for x in range(3)
+                for ratio in (0.5, 1, 2) for side in (32, 64, 128, 256, 512)
+                for w, h in [(side / math.sqrt(ratio), side * math.sqrt(ratio))]]  # detectron2's, not rounded
+    torch.testing.assert_close(anchors, torch.tensor(expected))
 
 
-def test_masks_train_on_the_box_head_s_own_map():
-    """One pass through res5 a step: the norms see the sampled boxes once, and the mask head gets its objects' rows."""
+def test_rpn_s_loss_is_detectron2_s():
+    """Both sums are over 256 anchors an image, however many there are, and the boxes' is L1."""
+    rpn = evaluate.c4_detector(evaluate.build("resnet18", 0), 3).rpn
+    logits, deltas, wanted = (torch.randn(2, 30, n, generator=seeded(n)) for n in (1, 4, 5))
+    labels, wanted = [torch.tensor([1.0] * 5 + [0.0] * 20 + [-1.0] * 5)] * 2, wanted[..., 1:]
+    objectness, boxes = rpn.compute_loss(logits, deltas.flatten(0, 1), labels, list(wanted))
+    cross = [math.log(1 + math.exp(-x if n < 5 else x)) for row in logits.tolist() for n, (x,) in enumerate(row[:25])]
+    absolute = [float((deltas[i, n] - wanted[i, n]).abs().sum()) for i in range(2) for n in range(5)]
+    assert [float(objectness), float(boxes)] == pytest.approx([sum(cross) / 512, sum(absolute) / 512], rel=1e-4)
+
+
+def test_losses_of_the_heads_by_plain_loops(monkeypatch):
+    """L1 over all samples, masks against bitmaps; one pass through res5 a step, whose rows of objects the masks get."""
     torch.manual_seed(0)
     model = evaluate.c4_detector(evaluate.build("resnet18", 0), 4, masks=True, sides=(64,), rois=8).train()
-    seen = []
-    model.roi_heads.mask_predictor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    heads, seen = model.roi_heads, {}
+    choose = heads.select_training_samples
+    monkeypatch.setattr(heads, "select_training_samples", lambda *a: seen.setdefault("chosen", choose(*a)))
+    for name in ("norm", "box_predictor", "mask_predictor"):
+        getattr(heads, name).register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
     masks = torch.zeros(1, 64, 80, dtype=torch.uint8)
     masks[0, 10:50, 10:50] = 1
     target = dict(boxes=torch.tensor([[10.0, 10, 50, 50]]), labels=torch.tensor([2]), masks=masks)
-    losses = model([torch.rand(3, 64, 80)], [target])
+    losses = model([torch.rand(3, 64, 80)] * 2, [target, target])
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg", "loss_mask"}
-    head, objects = model.roi_heads.box_head, model.roi_heads.objects
-    assert head.norm.num_batches_tracked == 1 and head.layer4[0].bn1.num_batches_tracked == 1
-    assert 1 <= objects.sum() <= 2 and torch.equal(seen[0], head.map[objects])
+    assert heads.norm.num_batches_tracked == 1 and heads.layer4[0].bn1.num_batches_tracked == 1
+    labels, offsets = (torch.cat(seen["chosen"][n]) for n in (2, 3))
+    objects = [n for n, label in enumerate(labels.tolist()) if label]
+    (pooled, (_, deltas)), (rows, logits) = seen["box_predictor"], seen["mask_predictor"]
+    assert len(labels) == 16 and 2 <= len(objects) <= 4 and torch.equal(pooled, seen["norm"][1].mean((2, 3)))
+    assert torch.equal(rows, seen["norm"][1][objects])
+    absolute = sum(float((deltas[n, 4 * 2:4 * 3] - offsets[n]).abs().sum().detach()) for n in objects)
+    assert float(losses["loss_box_reg"]) == pytest.approx(absolute / 16, rel=1e-4)
+    some = torch.cat([evaluate.mask_targets(masks, rows[of > 0], boxes[of > 0])
+                      for boxes, rows, of in zip(*seen["chosen"][:3])])
+    assert 0.5 < some.mean() <= 1  # the samples lie on the square
+    chance = logits[:, 2].sigmoid()
+    cross = -(some * chance.log() + (1 - some) * (1 - chance).log()).mean()
+    assert float(losses["loss_mask"]) == pytest.approx(float(cross), rel=1e-4)
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-# ---- VOC's AP
+def test_mask_targets_by_blocks():
+    """A box of 28 x 42 whole pixels has bins of 2 x 3: a bin is set if half of its pixels are."""
+    masks = (torch.rand(3, 80, 90, generator=seeded()) < 0.5).to(torch.uint8)
+    corners, rows = [(5, 7), (40, 30), (0, 0)], [2, 0, 2]
+    boxes = torch.tensor([[x, y, x + 28, y + 42] for x, y in corners]).float()
+    found = evaluate.mask_targets(masks, torch.tensor(rows), boxes)
+    for mask, row, (x, y) in zip(found, rows, corners):
+        expected = [[float(masks[row, y + 3 * r:y + 3 * r + 3, x + 2 * c:x + 2 * c + 2].sum() >= 3) for c in range(14)]
+                    for r in range(14)]
+        assert mask.tolist() == expected
+
+
+# ---- average precision
 
 def split_of(truth):
     """Labelled of [(image, box, label, difficult)], images 0 to the largest."""
@@ -2452,80 +3016,113 @@ def split_of(truth):
 
 
 def answers(images, detections):
-    """What FineTuning.detect returns, of [(image, box, label, score)]."""
+    """What evaluate.detect returns, of [(image, box, label, score)]."""
     of = [[row[1:] for row in detections if row[0] == i] for i in range(images)]
     return [(i, np.float32([b for b, _, _ in rows]).reshape(-1, 4), np.int64([label for _, label, _ in rows]),
              np.float32([score for *_, score in rows]), None) for i, rows in enumerate(of)]
+
+
+def three(result):
+    return [result[name] for name in ("AP", "AP50", "AP75")]
 
 
 def test_voc_ap_by_hand():
     a, b, c, hard = (0, 0, 10, 10), (0, 0, 20, 20), (50, 50, 90, 90), (20, 20, 30, 30)
     truth = split_of([(0, a, 0, False), (0, hard, 0, True), (1, b, 0, False), (1, c, 0, False)])
     found = answers(2, [(0, a, 0, .9), (0, hard, 0, .8), (0, a, 0, .7), (1, b, 0, .6)])
-    # by score: hit, neither, second hit of the same object = miss, hit. Recall 1/3 at precision 1, 2/3 at precision 2/3:
+    # by score: hit, neither, second hit of one object = miss, hit. Recall 1/3 at precision 1, 2/3 at precision 2/3:
     # recall levels 0 to 0.3 have 1, levels 0.4 to 0.6 have 2/3, the rest 0; category b has no object and is left out
-    assert evaluate.voc_ap(truth, [0, 1], found) == pytest.approx(dict.fromkeys(("AP", "AP50", "AP75"), 100 * (4 + 3 * 2 / 3) / 11))
+    result = evaluate.voc_ap(truth, [0, 1], found)
+    assert three(result) == pytest.approx([100 * (4 + 3 * 2 / 3) / 11] * 3)
+    assert result["classes"] == {"a": pytest.approx(result["AP"]), "b": None} and result["APl"] is None
+    assert result["APm"] == 0  # c alone is of 32^2 to 96^2 pixels, and was not found
     # an IoU of 0.62 hits at 0.5, 0.55 and 0.6 of the ten thresholds; one of exactly 0.5 nowhere; a wrong label nowhere
     one = split_of([(0, (0, 0, 100, 100), 1, False)])
-    ap = lambda *found: evaluate.voc_ap(one, [0], answers(1, found))
-    assert ap((0, (0, 0, 62, 100), 1, .5)) == pytest.approx(dict(AP=30, AP50=100, AP75=0))
-    assert ap((0, (0, 0, 50, 100), 1, .5)) == ap((0, (0, 0, 100, 100), 0, .5)) == ap() == dict(AP=0, AP50=0, AP75=0)
+
+    def ap(*found):
+        return three(evaluate.voc_ap(one, [0], answers(1, found)))
+    assert ap((0, (0, 0, 62, 100), 1, .5)) == pytest.approx([30, 100, 0])
+    assert ap((0, (0, 0, 50, 100), 1, .5)) == ap((0, (0, 0, 100, 100), 0, .5)) == ap() == [0, 0, 0]
 
 
-def plain_ap(detections, truth, threshold):
-    """The 11-point AP as one loop over detections (image, score, box) with objects (image, box, difficult)."""
+def plain_ap(detections, truth, threshold, low=0, high=math.inf):
+    """The 11-point AP as one loop over detections (image, score, box) with objects (image, box, difficult), those whose
+    area is not in [low, high] ignored."""
+    def area(r):
+        return (r[2] - r[0]) * (r[3] - r[1])
+    ignored = [hard or not low <= area(box) <= high for _, box, hard in truth]
     taken, hits, misses, curve = set(), 0, 0, []
     for image, _, p in sorted(detections, key=lambda x: -x[1]):
         best, overlap = None, threshold
         for n, (where, q, _) in enumerate(truth):
             w, h = min(p[2], q[2]) - max(p[0], q[0]), min(p[3], q[3]) - max(p[1], q[1])
             if where == image and w > 0 and h > 0:
-                area = lambda r: (r[2] - r[0]) * (r[3] - r[1])
                 iou = w * h / (area(p) + area(q) - w * h)
                 best, overlap = (n, iou) if iou > overlap else (best, overlap)
-        if best is not None and truth[best][2]:
-            continue
         fresh = best is not None and best not in taken
+        if best is not None and ignored[best] or not fresh and not low <= area(p) <= high:
+            continue
         taken, hits, misses = taken | {best}, hits + fresh, misses + (not fresh)
         curve.append((hits, hits / (hits + misses)))
-    objects = sum(not t[2] for t in truth)
+    objects = ignored.count(False)
+    if not objects:
+        return None
     return sum(max((p for hit, p in curve if 10 * hit >= k * objects), default=0) for k in range(11)) / 11
 
 
 def test_voc_ap_against_a_plain_loop():
     random, above = np.random.default_rng(0), 0
     for trial in range(30):
-        boxes = random.integers(0, 40, (14, 2)).astype(float)
-        truth = [(i % 2, (x, y, x + 20, y + 20), 0, random.random() < 0.25) for i, (x, y) in enumerate(boxes)]
+        corners, sides = random.integers(0, 40, (14, 2)).astype(float), random.choice([24.0, 40.0], 14)
+        truth = [(i % 2, (x, y, x + side, y + side), 0, random.random() < 0.25)
+                 for i, ((x, y), side) in enumerate(zip(corners, sides))]
         truth[0] = (*truth[0][:3], False)
-        if sum(not t[3] for t in truth) % 10 in (0, 5):
-            truth = truth[:-1] + [(*truth[-1][:3], not truth[-1][3])]  # there np.arange's rounding decides a recall level
-        found = [(i, tuple(np.float32(np.array(box) + random.normal(0, 2, 4)).tolist()), 0, float(np.float32(random.random())))
-                 for i, box, *_ in truth for _ in range(2)]
+        found = [(i, tuple(np.float32(np.array(box) + random.normal(0, 2, 4)).tolist()), 0,
+                  float(np.float32(random.random()))) for i, box, *_ in truth for _ in range(2)]
         result = evaluate.voc_ap(split_of(truth), [0, 1], answers(2, found))
-        loop = [100 * plain_ap([(i, s, b) for i, b, _, s in found], [(i, b, hard) for i, b, _, hard in truth], t / 100)
-                for t in range(50, 100, 5)]
-        assert result == pytest.approx(dict(AP=np.mean(loop), AP50=loop[0], AP75=loop[5]))
-        above += 5 < result["AP75"] < result["AP50"]
+        for name, low, high in (("AP", 0, math.inf), ("APs", 0, 32**2), ("APm", 32**2, 96**2)):
+            if sum(not hard and low <= (b[2] - b[0]) ** 2 <= high for _, b, _, hard in truth) % 10 in (0, 5):
+                continue  # there np.arange's rounding decides a recall level
+            rows, objects = [(i, s, b) for i, b, _, s in found], [(i, b, hard) for i, b, _, hard in truth]
+            loop = [100 * plain_ap(rows, objects, t / 100, low, high) for t in range(50, 100, 5)]
+            assert result[name] == pytest.approx(np.mean(loop))
+            assert name != "AP" or three(result) == pytest.approx([np.mean(loop), loop[0], loop[5]])
+        above += 5 < result["AP75"] < result["AP50"] and result["APs"] != result["APm"]
     assert above > 20  # the cases are not trivial
 
 
-def test_coco_ap_of_perfect_and_of_wrong_answers(scenes):
-    pytest.importorskip("pycocotools")
-    split = data.open_labelled("coco", scenes, "val")
-    found = []
-    for i in range(2):
+def test_coco_ap_is_pycocotools_own(scenes):
+    """Six numbers against COCOeval.summarize, a category's against an evaluation of it alone; perfect answers: 100."""
+    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    split, random, found = data.open_labelled("coco", scenes, "train"), np.random.default_rng(0), []
+    for i in range(8):
         rows = range(split.offsets[i], split.offsets[i + 1])
         masks = torch.stack([torch.from_numpy(split.mask(row)) for row in rows])[:, None].float()
-        found.append((i, split.boxes[rows], split.labels[rows], np.linspace(.5, .9, len(rows)), evaluate.run_lengths(masks)))
-    path, names = scenes / "annotations/instances_val2017.json", [split.images.name(i) for i in range(2)]
-    perfect = dict(AP=100.0, AP50=100.0, AP75=100.0)
-    assert evaluate.coco_ap(path, names, [0, 1], found, True) == {"box": pytest.approx(perfect), "mask": pytest.approx(perfect)}
-    wrong = [(i, boxes, (labels + 1) % 15, scores, masks) for i, boxes, labels, scores, masks in found]
-    assert evaluate.coco_ap(path, names, [0, 1], wrong, True)["box"]["AP"] < 60
-    assert evaluate.coco_ap(path, names, [0], found[:1], False) == {"box": pytest.approx(perfect)}  # images not tested do not count
+        found.append((i, split.boxes[rows], split.labels[rows], random.random(len(rows)), evaluate.run_lengths(masks)))
+    path, names = scenes / "annotations/instances_train2017.json", [split.images.name(i) for i in range(8)]
+    for kind in ("box", "mask"):
+        assert three(evaluate.coco_ap(path, names, range(8), found, kind)) == pytest.approx([100.0] * 3)
+    assert three(evaluate.coco_ap(path, names, [0], found[:1], "box")) == pytest.approx([100.0] * 3)
     empty = [(0, np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), [])]
-    assert evaluate.coco_ap(path, names, [0], empty, True)["mask"]["AP"] == 0
+    assert three(evaluate.coco_ap(path, names, [0], empty, "mask")) == [0, 0, 0]
+    noisy = [(i, boxes + random.normal(0, 3, boxes.shape), np.where(random.random(len(labels)) < .2, 0, labels), scores,
+              masks) for i, boxes, labels, scores, masks in found]
+    truth = coco.COCO(str(path))
+    truth.dataset["info"] = {}
+    rows = [dict(image_id=truth.getImgIds()[i], category_id=sorted(truth.getCatIds())[label], score=score,
+                 bbox=[x1, y1, x2 - x1, y2 - y1])
+            for i, boxes, labels, scores, _ in noisy for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores)]
+
+    def judged(**parameters):
+        judge = cocoeval.COCOeval(truth, truth.loadRes(rows), "bbox")
+        vars(judge.params).update(parameters)
+        judge.evaluate(), judge.accumulate(), judge.summarize()
+        return [None if value < 0 else pytest.approx(100 * value) for value in judge.stats[:6]]
+    result = evaluate.coco_ap(path, names, range(8), noisy, "box")
+    assert [result[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")] == judged()
+    assert 10 < result["AP"] < result["AP50"] < 100 and result["APs"] != result["APm"]
+    alone = {c["name"]: judged(catIds=[c["id"]])[0] for c in truth.loadCats(truth.getCatIds()[::4])}
+    assert {name: result["classes"][name] for name in alone} == alone
 
 
 # ---- data and schedule
@@ -2550,6 +3147,8 @@ def test_detection_targets(scenes):
     assert sum(map(len, evaluate.Detection(marked, True, True, True).rows)) == len(split.labels)
     boxless = evaluate.Detection(split._replace(mask=lambda row: None), True, False, True)[0, 0][2]
     assert [data.mask_box(m.bool().numpy()) for m in boxless["masks"]] == boxless["boxes"].tolist()
+    sent = pickle.loads(pickle.dumps(views))[1, 3]  # as to a worker that is not forked
+    assert torch.equal(sent[1], views[1, 3][1]) and torch.equal(sent[2]["masks"], views[1, 3][2]["masks"])
 
 
 def config_of(*arguments):
@@ -2564,104 +3163,138 @@ def test_transfer_schedule():
     assert (voc.sides[0], voc.sides[-1], coco.sides[0], coco.sides[-1], coco.long_side) == (480, 800, 640, 800, 1333)
     assert (half.steps, half.drops, half.warmup, half.lr) == (48000, (36000, 44000), 200, 0.01)
     short = config_of("--transfer", "coco", "--steps", "900", "--short-side", "240")
-    assert (short.steps, short.drops, short.warmup, short.sides, short.long_side, short.precise) == (900, (600, 800), 10, (240,), 400, 90)
-    rate = lambda step: evaluate.FineTuning.learning_rate(SimpleNamespace(config=voc, step=step))
-    assert [rate(s) for s in (0, 50, 100, 17999, 18000, 22000)] == pytest.approx([2e-5, .01001, .02, .02, .002, .0002])
+    assert (short.steps, short.drops, short.warmup, short.precise) == (900, (600, 800), 10, 90)
+    assert (short.sides, short.long_side) == ((240,), 400)
+    rates = [evaluate.FineTuning.learning_rate(SimpleNamespace(config=voc, step=step))
+             for step in (0, 50, 100, 17999, 18000, 22000)]
+    assert rates == pytest.approx([2e-5, .01001, .02, .02, .002, .0002])
+    names = {"/X.pth": "voc-X", "runs/coco/last.pt": "voc-coco-last", "../X.pt": "voc-X", "random": "voc-random",
+             "runs/coco/last.pt:teacher": "voc-coco-last-teacher"}
+    assert all(evaluate.default_out("voc", ckpt) == f"runs/{name}" for ckpt, name in names.items())
 
 
-def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path):
+def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path, few_proposals):
     run, seen = fine_tuning(scenes, tmp_path), []
-    run.model.backbone.bn1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    run.precise_norm()
+    run.model.backbone.bn1.register_forward_pre_hook(lambda norm, x: seen.append(x[0]) if norm.training else None)
+    run.test()
     norm = run.model.backbone.bn1
     assert len(seen) == run.config.precise == 2 and norm.momentum == 0.1
-    mean, variance = (torch.stack([of(x.transpose(0, 1).flatten(1), 1) for x in seen]).mean(0) for of in (torch.mean, torch.var))
+    mean, variance = (torch.stack([of(x.transpose(0, 1).flatten(1), 1) for x in seen]).mean(0)
+                      for of in (torch.mean, torch.var))
     torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(norm.running_var, variance, rtol=1e-4, atol=1e-6)
 
 
 # ---- runs
 
-def test_detector_fits_what_it_saw(tmp_path):
-    """Item 5, small: a ResNet-18 from nothing learns two images by heart; before training it finds nothing."""
+def test_detector_fits_what_it_saw(tmp_path, few_proposals):
+    """A ResNet-18 from nothing learns two scenes by heart. Eight runs (four seeds, 40 and 45 steps) had box AP50 of 83
+    to 100 and mask AP50 of 44 to 67; a detector that does not learn, or whose masks are not its objects', has 0."""
     root = tmp_path / "scenes"
     data.write_scenes(root, 2)
-    run = fine_tuning(root, tmp_path / "out", steps=45, drops=(32, 41), precise=4, lr=0.01, sides=(80,), long_side=134,
+    run = fine_tuning(root, tmp_path / "out", steps=40, drops=(28, 36), precise=4, lr=0.01, sides=(80,), long_side=134,
                       test_on="train")
-    run.train()
+    assert run.train()
     after = run.test()
     assert after["box"]["AP50"] > 60 and after["mask"]["AP50"] > 25
 
 
-def test_killed_transfer_resumes(scenes, tmp_path, capfd):
-    """kill -9 after a checkpoint, the same command again: the weights of an uninterrupted run, bit for bit."""
-    more = ["--root", scenes, "--steps", 4, "--save-steps", 2]
-    torch.set_num_threads(1)
-    assert detection_run(capfd, *more, "--out", tmp_path / "whole")[0] == 0
-    process = subprocess.Popen([sys.executable, HERE / "evaluate.py", *LOOK, *map(str, more), "--out", tmp_path / "killed"],
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    last = tmp_path / "killed/last.pt"
-    while not last.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed/results.json").exists()
-    step = torch.load(last, weights_only=True)["step"]
-    code, said, _ = detection_run(capfd, *more, "--out", tmp_path / "killed")
-    assert code == 0 and f"steps {step} to 4" in said and step in (2, 4)
-    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
-    assert one["step"] == two["step"] == 4 and all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
-    assert results[0] == results[1] and set(results[0]["mask"]) == {"AP", "AP50", "AP75"}
+@pytest.mark.usefixtures("few_proposals")
+def test_transfer_stops_on_sigterm_and_goes_on(scenes, tmp_path, capfd, monkeypatch):
+    """A signal at step 2, the same command again, from another folder: the weights of an uninterrupted run,
+    bit for bit. detector.pth gives the same results again, and a stopped run has none."""
+    update, handler = evaluate.FineTuning.update, signal.getsignal(signal.SIGTERM)
+
+    def update_and_ask(run, *batch):
+        losses = update(run, *batch)
+        if run.step == 2 and run.out == tmp_path / "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+    monkeypatch.setattr(evaluate.FineTuning, "update", update_and_ask)
+    moved = tmp_path / "moved"
+    moved.symlink_to(scenes)
+    for name, root, result in (("whole", scenes, True), ("stopped", scenes, False), ("stopped", moved, True)):
+        code, said, error = detection_run(capfd, "--root", root, "--steps", 4, "--out", tmp_path / name)
+        assert code == 0 and (tmp_path / name / "results.json").exists() == result, error
+        assert ("stopped at step 2" in said) != result
+    assert "steps 2 to 4" in said and signal.getsignal(signal.SIGTERM) == handler
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "stopped"))
+    assert one["step"] == two["step"] == 4
+    assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "stopped")]
+    assert results[0]["mask"] == results[1]["mask"] and results[0]["backbone"] == results[1]["backbone"]
+    code, said, _ = detection_run(capfd, "--root", scenes, "--ckpt", tmp_path / "whole/detector.pth", "--test-only",
+                                  "--json", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert code == 0 and (again["box"], again["mask"]) == (results[0]["box"], results[0]["mask"]) and "AP75" in said
+    model, _, categories = evaluate.load_detector(tmp_path / "whole/detector.pth")
+    assert isinstance(model, torchvision.models.detection.generalized_rcnn.GeneralizedRCNN) and not model.training
+    assert set(model([torch.rand(3, 64, 80)])[0]) == {"boxes", "labels", "scores", "masks"}
+    assert categories == data.open_labelled("coco", scenes).categories
+
+
+TWO_RANKS = """
+import os, signal, sys, torch, evaluate
+update, train = evaluate.FineTuning.update, evaluate.FineTuning.train
+def update_and_ask(run, *batch):
+    losses = update(run, *batch)
+    if run.step == 1 and run.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return losses
+def train_twice(run):
+    assert not train(run) and run.step == 1
+    ended = train(run)
+    run.test()
+    torch.save(run.model.state_dict(), run.out / f"rank{run.ranks.rank}.pth")
+    return ended
+evaluate.FineTuning.update, evaluate.FineTuning.train = update_and_ask, train_twice
+evaluate.RegionProposals.post_nms_top_n = lambda rpn: 40
+evaluate.main()
+"""
 
 
 def test_transfer_on_two_ranks(scenes, tmp_path):
-    """torchrun on a CPU: the ranks end with the same weights and statistics, and both halves of the test split count."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "evaluate.py", *LOOK,
-               "--root", scenes, "--steps", "2", "--out", tmp_path]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100)
+    """torchrun on a CPU: a signal to one rank stops both after the same step; going on, they end with the same weights
+    and statistics, and both halves of the test split count."""
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               tmp_path / "two.py", *LOOK, "--root", scenes, "--steps", "2", "--out", tmp_path]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}, text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["ranks"] == 2 and results["tested"] == 2 and done.stdout.count("box AP50") == 1
+    assert results["ranks"] == 2 and results["tested"] == 2 and done.stdout.count("AP50") == 1
 
 
-def test_transfer_voc(tmp_path, capfd):
+def test_transfer_voc(tmp_path, capfd, few_proposals):
     """The whole of --transfer voc on a VOCdevkit: trainval of two years trains, test2007 is tested, boxes alone."""
-    scenes = data.Scenes("train")
-    for year, lists in ((2007, dict(trainval=[0], test=[1, 3])), (2012, dict(trainval=[2]))):
-        base = tmp_path / f"VOCdevkit/VOC{year}"
-        for part in ("ImageSets/Main", "JPEGImages", "Annotations"):
-            (base / part).mkdir(parents=True)
-        for name, numbers in lists.items():
-            (base / f"ImageSets/Main/{name}.txt").write_text("".join(f"{i:06d}\n" for i in numbers))
-            for i in numbers:
-                image, boxes, labels, _ = scenes.render(i)
-                cv2.imwrite(str(base / f"JPEGImages/{i:06d}.jpg"), image[..., ::-1])
-                things = "".join(
-                    f"<object><name>{data.VOC_CATEGORIES[label]}</name><difficult>{n % 2}</difficult><bndbox><xmin>{x1 + 1}</xmin>"
-                    f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-                    for n, (label, (x1, y1, x2, y2)) in enumerate(zip(labels, boxes.tolist())))
-                (base / f"Annotations/{i:06d}.xml").write_text(
-                    f"<annotation><size><width>112</width><height>112</height></size>{things}</annotation>")
+    voc(tmp_path, 2007, {"trainval": ["000001"], "test": ["000002", "000004"]})
+    voc(tmp_path, 2012, {"trainval": ["2012_000003"]})
     more = ["--transfer", "voc", "--root", tmp_path / "VOCdevkit", "--steps", 1, "--out"]
     code, said, error = detection_run(capfd, *more, tmp_path / "out")
     assert code == 0, error
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert (results["images"], results["tested"]) == (2, 2) and set(results["box"]) == {"AP", "AP50", "AP75"}
-    assert "mask" not in results and "box AP75" in said
-    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000001.jpg").unlink()
+    assert (results["images"], results["tested"]) == (2, 2)
+    assert list(results["box"]["classes"]) == list(data.VOC_CATEGORIES)
+    assert "mask" not in results and "AP75" in said
+    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000002.jpg").unlink()
     code, _, error = detection_run(capfd, *more, tmp_path / "new")
-    assert code == 2 and error.count("\n") == 1 and "absent" in error and "000001" in error
+    assert code == 2 and error.count("\n") == 1 and "absent" in error and "000002" in error
 
 
-def test_not_finite_loss_keeps_the_checkpoint(scenes, tmp_path, capfd):
-    code, _, error = detection_run(capfd, "--root", scenes, "--steps", 40, "--save-steps", 1, "--lr", 1e20, "--out", tmp_path)
-    assert code == 2 and error.count("\n") == 1 and "not finite at step" in error and str(tmp_path / "last.pt") in error
+def test_not_finite_loss_keeps_the_checkpoint(scenes, tmp_path):
+    run = fine_tuning(scenes, tmp_path, steps=40, lr=1e20)
+    run.save()
+    with pytest.raises(UserError, match=f"not finite at step .*{tmp_path}/last.pt"):
+        run.train()
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert saved["step"] >= 1 and all(value.isfinite().all() for key, value in saved["model"].items() if "running" not in key)
+    assert all(value.isfinite().all() for key, value in saved["model"].items() if "running" not in key)
 
 
 def test_transfer_mistakes(scenes, tmp_path, capfd):
-    """Item 6: one line that names the thing, exit code 2."""
+    """One line that names the thing, exit code 2; a resumed run of another network is refused."""
     def fails(*words, root=scenes, more=()):
         code, _, error = detection_run(capfd, "--root", root, "--steps", 1, "--out", tmp_path / "out", *more)
         assert code == 2 and error.count("\n") == 1 and all(word in error for word in words), error
@@ -2672,7 +3305,8 @@ def test_transfer_mistakes(scenes, tmp_path, capfd):
             (tmp_path / name / part).symlink_to(scenes / part)
         for part in ("train", "val"):
             found = json.loads((scenes / f"annotations/instances_{part}2017.json").read_text())
-            change(found) if part == split else None
+            if part == split:
+                change(found)
             (tmp_path / name / f"annotations/instances_{part}2017.json").write_text(json.dumps(found))
         return tmp_path / name
     fails("annotations are missing", root=tmp_path / "nothing")
@@ -2684,11 +3318,14 @@ def test_transfer_mistakes(scenes, tmp_path, capfd):
     fails("other classes", "blob", root=renamed)
     fails("--batch-size 16", more=("--batch-size", 16))
     fails("one --ckpt", more=("--ckpt", "random", "random"))
+    fails("nothing.pth is not a detector.pth", more=("--ckpt", tmp_path / "nothing.pth", "--test-only"))
     run = fine_tuning(scenes, tmp_path / "out")
     run.save()
-    fails("last.pt is of another run", "steps 4, now 1")
-    run.categories = ["blob"]
-    run.save()
-    fails("other classes", "last.pt", "--out")
+    fails("last.pt is of another run", "--steps 4, now 1")
+    with pytest.raises(UserError, match="another run .--ckpt [0-9a-f]{16}, now [0-9a-f]{16}.: name another --out"):
+        fine_tuning(scenes, tmp_path / "out", seed_of_backbone=1)
+    run.save("detector.pth")
+    fails("fine-tuned on coco", more=("--ckpt", tmp_path / "out/detector.pth", "--test-only", "--transfer", "voc"))
+    fails("other classes", "detector.pth", root=renamed, more=("--ckpt", tmp_path / "out/detector.pth", "--test-only"))
     (tmp_path / "out/last.pt").write_bytes(b"PK cut")
-    fails("cannot be read as a transfer's checkpoint", "--resume never")
+    fails("cannot be read as a checkpoint", "--resume never")
