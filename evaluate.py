@@ -243,7 +243,7 @@ def to_detectron2(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-# A stage is where its convolutions are: an optimiser's state by name ends otherwise, clean statistics are of norms alone.
+# A stage is where its convolutions are: an optimiser's state by name ends otherwise, clean statistics are norms' alone.
 STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.conv\d\.weight")
 # Of nn.Sequential(*children), as lightly and others keep it.
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
