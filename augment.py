@@ -281,17 +281,18 @@ class Views(NamedTuple):
 AUGS = ("prc", "prm", "rbj", "cutout", "jitter")
 
 
-def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, generator=None, colour=Colour()):
+def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, p=1.0, generator=None, colour=Colour()):
     """Section 4: from what the loader brings to what the encoders see, on the batch's device.
 
     Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); augs: any of AUGS; prm: reveal | hide;
-    dp_boxes: how many of the K boxes de-positioning moves, 0: without it. Returns Views."""
+    dp_boxes: how many of the K boxes de-positioning moves, 0: without it; p: share of the images, drawn for each view,
+    that the masks of Eq. 2 are applied to (1 in the paper). Returns Views."""
     view1, view2, boxes1, boxes2 = batch
     size = view1.shape[1:3]
     x1, x2 = (normalise(colour_augment(to_float(view), colour, generator)) for view in (view1, view2))
     x2s = F.avg_pool2d(x2, 2)
-    x1_hat = x1 * region_mask(boxes1, size, augs, prm, generator)                                      # Eq. 2
-    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, generator, second=True)
+    x1_hat = x1 * region_mask(boxes1, size, augs, prm, p, generator)                                   # Eq. 2
+    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, p, generator, second=True)
     m_hat = x3 = boxes3 = rois3 = None
     if dp_boxes:
         m_hat, x3, boxes3 = deposition(x2, boxes2[:, :dp_boxes], generator)
@@ -312,9 +313,9 @@ def deposition(x2, boxes, generator=None):
     return m_hat, composite(x2, m, x2.roll(-1, 0), m_hat, offset), moved                               # Eq. 8
 
 
-def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):
-    """The mask (B, 1, H, W) of Eq. 2 for one view: the product of PRC's and PRM's, as far as `augs` names them. SoCo's
-    cutout acts on the second view only."""
+def region_mask(boxes, size, augs, prm="reveal", p=1.0, generator=None, second=False):
+    """The mask (B, 1, H, W) of Eq. 2 for one view: the product of PRC's and PRM's, as far as `augs` names them, for a share
+    p of the images. SoCo's cutout acts on the second view only."""
     mask = boxes.new_ones((len(boxes), 1, *size))
     if "prc" in augs:
         mask = proposal_random_cutout(mask, boxes, generator=generator)
@@ -322,7 +323,8 @@ def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):
         mask = random_cutout(mask, boxes, generator=generator)
     if "prm" in augs:
         mask = mask * proposal_random_mask(boxes, size, reading=prm, generator=generator)
-    return mask
+    whole = torch.rand(len(boxes), generator=generator, device=boxes.device) >= p
+    return mask.maximum(whole.view(-1, 1, 1, 1).to(mask.dtype))
 
 
 def jitter_rois(boxes, size, augs, generator=None):
@@ -405,7 +407,7 @@ def main():
         views = TwoViews(some, Proposals(folder), some.size, args.boxes, seed=args.seed)
         batch = next(iter(make_loader(views, [[(0, i) for i in range(len(views))]], workers=0)))
     generator = torch.Generator().manual_seed(args.seed)
-    sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator))
+    sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator=generator))
     with atomic(args.out) as file:
         sheet.save(file, "PNG")
     print(f"wrote {args.out}: {len(views)} images, {sheet.width} x {sheet.height} pixels")

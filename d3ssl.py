@@ -54,6 +54,7 @@ class Config:
     prm: str = setting("reveal", "section 4.1, two readings; reveal: the literal one", ("reveal", "hide"))
     dp: bool = setting(True, "L_dp, the de-positioning loss (section 4.2)")
     dp_boxes: int = setting(1, "how many of the K boxes it moves; ours: the union of four leaves no room (README)")
+    ramp: float = setting(0.0, "share of the run in which Eq. 2's masks come in, image by image; ours, for short runs")
     roi: int = setting(14, "side of RoIAlign's output on C4; of detectron2's C4 head")
     objective: str = setting("nce", "Eq. 5; cosine: SoCo's, for Table 6", ("nce", "cosine"))
     hidden: int = setting(None, "width of the projector (default: C5's); of MoCo v2")
@@ -508,7 +509,9 @@ class Run:
         seed = np.random.SeedSequence((self.config.seed, step, self.ranks.rank)).generate_state(2, np.uint32)
         generator = torch.Generator(self.ranks.device).manual_seed(int(seed[0]) << 31 | int(seed[1]) >> 1)
         batch = [tensor.to(self.ranks.device, non_blocking=True) for tensor in batch]
-        return make_views(batch, self.config.augs, self.config.prm, self.config.dp * self.config.dp_boxes, generator)
+        config, done = self.config, step % self.total / self.total
+        p = min(1.0, done / config.ramp) if config.ramp else 1.0  # share of the images that Eq. 2's masks are applied to
+        return make_views(batch, config.augs, config.prm, config.dp * config.dp_boxes, p, generator)
 
     def fill_queue(self):
         """Fill the queue with teacher features before step 1. Random unit vectors, MoCo's start, are trivial negatives: loss
@@ -750,104 +753,100 @@ def draw_curves(out):
 
 # -------------------------------------------------------------------------------------------------- where a step's time goes
 
-class Floor:
-    """The least a step can do: E and H, the student's passes forward and backward and the teacher's two forward, on
-    ready-made inputs and RoI maps, in the step's dtype and layout; no RoIAlign, loss or optimiser."""
-
-    def __init__(self, model, views):
-        v, self.model = views, model
-        self.student = [self.ready(v.x1_hat, v.rois1), self.ready(v.x2s_hat, v.rois2 / 2)]
-        self.student += [self.ready(v.x3, v.rois3)] if v.x3 is not None else []
-        self.teacher = [self.ready(v.x1_hat, v.rois1), self.ready(v.x2, v.rois2)]
-
-    def ready(self, x, boxes):
-        """Image, its RoI maps and the gradients that C4 and C5 get back."""
-        student, x = self.model.student, x.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), self.model.autocast(x):
-            c4 = student.c4(x)
-            regions = roi_align(c4, boxes, student.roi, 1 / 16)
-            z = self.head(student, regions)
-        return x, regions.requires_grad_(), [torch.randn_like(c4), torch.randn_like(z)]
-
-    def head(self, encoder, regions):
+def make_floor(model, views):
+    """The least a step can do, as a function: E and H, the student's passes forward and backward and the teacher's two
+    forward, on ready-made inputs and RoI maps, in the step's dtype and layout; no RoIAlign, loss or optimiser."""
+    def head(encoder, regions):
         return encoder.projector(encoder.backbone.layer4(regions).mean((2, 3)))
 
-    def __call__(self):
-        student, teacher, outputs, gradients = self.model.student, self.model.teacher, [], []
-        with self.model.autocast(self.student[0][0]):
-            for x, regions, gradient in self.student:
-                outputs += [student.c4(x), self.head(student, regions)]
+    def ready(x, boxes):
+        """An image batch, its RoI maps and the gradients that C4 and z get back."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), model.autocast(x):
+            c4 = model.student.c4(x)
+            regions = roi_align(c4, boxes, model.student.roi, 1 / 16)
+            return x, regions.requires_grad_(), torch.randn_like(c4), torch.randn_like(head(model.student, regions))
+    v = views
+    taught = [ready(v.x1_hat, v.rois1), ready(v.x2, v.rois2)]
+    studied = [taught[0], ready(v.x2s_hat, v.rois2 / 2)] + ([ready(v.x3, v.rois3)] if v.x3 is not None else [])
+
+    def floor():
+        outputs, gradients = [], []
+        with model.autocast(v.x2):
+            for x, regions, *gradient in studied:
+                outputs += [model.student.c4(x), head(model.student, regions)]
                 gradients += gradient
             with torch.no_grad():
-                for x, regions, _ in self.teacher:
-                    teacher.c4(x)
-                    self.head(teacher, regions)
+                for x, regions, *_ in taught:
+                    model.teacher.c4(x)
+                    head(model.teacher, regions)
         torch.autograd.backward(outputs, gradients)
-        self.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
+    return floor
 
 
 def profile(run, seconds=50):
     """Print where a training step's time goes, images/s of its parts and the ratio of a step to its floor: the median over
-    whole steps, loader included, alternated with floors for `seconds` (two pairs at least), in two minutes or so."""
-    from torch.profiler import profile as recorder
-    from torch.utils.benchmark import Timer
-    images, batches = run.config.batch_size // run.ranks.ranks, iter(run.batches(0, 10**6))
-
-    def timed(work):
-        return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(1).median
+    whole steps, loader included, alternated with floors for `seconds` (two pairs at least); two minutes or so in all."""
+    images, batches, device = run.config.batch_size // run.ranks.ranks, iter(run.batches(0, 10**6)), run.ranks.device
 
     def step():
-        views[0] = run.prepare(next(batches), run.step)
-        run.update(views[0])
-    views = [run.prepare(next(batches), 0)]
-    floor = Floor(run.model, views[0])
-    timed(step), timed(floor)  # warm up
+        run.update(run.prepare(next(batches), run.step))
+    batch = next(batches)
+    floor = make_floor(run.model, run.prepare(batch, 0))
+    seconds_of(step), seconds_of(floor)  # warm up
     print(f"whole steps and floors in turn, for {seconds} s", flush=True)
     pairs, began = [], time.monotonic()
     while len(pairs) < 2 or time.monotonic() - began < seconds:
-        pairs.append((timed(step), timed(floor)))
+        pairs.append((seconds_of(step), seconds_of(floor)))
     steps, floors = np.array(pairs).T
-    print(f"{len(pairs)} pairs; three steps under torch.profiler", flush=True)
-    labels = label_parts(run)
-    with recorder(acc_events=True) as recorded:
-        for _ in range(3):
-            step()
-    print_shares(recorded.key_averages(), labels, run.ranks.device, 3)
-    alone, batch = np.median([timed(lambda: run.update(run.prepare(first, run.step))) for first in [next(batches)] * 3]), images
+    print(f"{len(pairs)} pairs; now the parts", flush=True)
+    alone = np.median([seconds_of(lambda: run.update(run.prepare(batch, run.step))) for _ in range(3)])
     loading = iter(make_loader(run.views, Schedule(len(run.views), images, 1, 0, 10**6), 1))
-    next(loading)
-    load = np.mean([timed(lambda: next(loading)) for _ in range(12)][4:])
-    flops, peak = count_flops(floor), matmul_peak(run.ranks.device, run.model.amp or torch.float32)
+    loader = np.mean([seconds_of(lambda: next(loading)) for _ in range(12)][4:])
+    print_shares(run, step)
+    flops, peak = count_flops(floor), matmul_peak(device, run.model.amp or torch.float32)
+    rows = [("whole step", np.median(steps)), ("step alone, data ready", alone), ("floor", np.median(floors)),
+            (f"the floor's {flops / 1e9:,.0f} GFLOP at {peak / 1e12:.2f} TFLOP/s", flops / peak),
+            ("loader alone, one worker", loader)]
     print(f"\n{'':48}{'ms':>10}{'images/s':>11}")
-    for label, duration_ in (("whole step", np.median(steps)), ("step alone, data ready", alone), ("floor", np.median(floors)),
-                             (f"the floor's {flops / 1e9:,.0f} GFLOP at {peak / 1e12:.2f} TFLOP/s", flops / peak),
-                             ("loader alone, one worker", load)):
-        print(f"{label:48}{1e3 * duration_:10.1f}{batch / duration_:11.1f}")
-    print(f"peak memory {peak_memory(run.ranks.device) / 2**30:.1f} GiB with {images} images")
+    for label, took in rows:
+        print(f"{label:48}{1e3 * took:10.1f}{images / took:11.1f}")
+    print(f"peak memory {peak_memory(device) / 2**30:.1f} GiB with {images} images")
     print(f"step / floor {np.median(steps / floors):.3f}")
 
 
-def label_parts(run):
-    """Run the parts of a step under ranges of torch.profiler. Returns the ranges' names."""
-    model = run.model
-    parts = {"augmentation": (run, "prepare"), "student, forward": (model.student, "forward"),
-             "teacher, forward": (model, "teach"), "loss": (model, "query"), "EMA": (model, "update_teacher"),
-             "optimiser": (run.optimizer, "step"), "queue": (model.queue, "enqueue"), "backward": (torch.Tensor, "backward")}
+def seconds_of(work):
+    """Seconds of one call of `work`, the device's share included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
 
-    def ranged(inner, name):
+
+def print_shares(run, step, steps=2):
+    """The table of where a step goes: the parts of `step` under ranges of torch.profiler."""
+    model, device = run.model, run.ranks.device
+    parts = {"augmentation": (run, "prepare"), "student, forward": (model.student, "forward"), "loss": (model, "query"),
+             "teacher, forward": (model, "teach"), "backward": (torch.Tensor, "backward"), "EMA": (model, "update_teacher"),
+             "optimiser": (run.optimizer, "step"), "queue": (model.queue, "enqueue")}
+
+    def ranged(inner, label):
         def work(*args, **kwargs):
-            with torch.profiler.record_function(name):
+            with torch.profiler.record_function(label):
                 return inner(*args, **kwargs)
         return work
-    for name, (owner, method) in parts.items():
-        setattr(owner, method, ranged(getattr(owner, method), name))
-    return list(parts)
-
-
-def print_shares(averages, labels, device, steps):
-    """The table of where a step goes, from a profiler's averages over `steps` steps."""
+    inner = {label: getattr(owner, method) for label, (owner, method) in parts.items()}
+    for label, (owner, method) in parts.items():
+        setattr(owner, method, ranged(inner[label], label))
+    with torch.profiler.profile(acc_events=True) as recorded:
+        for _ in range(steps):
+            step()
+    torch.Tensor.backward = inner["backward"]
     key = "device_time_total" if device.type == "cuda" else "cpu_time_total"
-    found = {row.key: getattr(row, key) / steps / 1e3 for row in averages if row.key in labels}
+    found = {row.key: getattr(row, key) / steps / 1e3 for row in recorded.key_averages() if row.key in parts}
     print(f"\n{'where a step goes':26}{'ms':>10}{'share':>9}")
     for label in sorted(found, key=found.get, reverse=True):
         print(f"{label:26}{found[label]:10.1f}{found[label] / sum(found.values()):9.1%}")
@@ -863,11 +862,9 @@ def count_flops(work):
 
 def matmul_peak(device, dtype):
     """FLOP/s of a large matrix product."""
-    from torch.utils.benchmark import Timer
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * n ** 3 / min(timer.timeit(1).median for _ in range(6))
+    return 2 * n ** 3 / min(seconds_of(lambda: a @ b) for _ in range(6))
 
 
 def peak_memory(device):

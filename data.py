@@ -2,8 +2,6 @@
 
     python data.py scenes --out DIR --n 800                      the embedded data set as files, in COCO's layout
     python data.py proposals --data coco --root data/coco        selective search, parallel and resumable
-    python data.py stats --data coco --root data/coco            Table 2's row, and what the proposals find
-    python data.py openimages-mini --annotations DIR --coco JSON the paper's OpenImage-MINI
     python data.py openimages-mini --annotations DIR --coco instances_train2017.json --out openimages-mini.txt
     python data.py stats --data coco --root data/coco            Table 2's row and what the proposals look like
 
@@ -24,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -32,7 +31,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -43,6 +45,7 @@ import torch
 from PIL import Image, ImageOps
 
 cv2.setNumThreads(1)  # processes are our parallelism, and OpenCV's own threads do not survive a fork
+multiprocessing.set_forkserver_preload(["cv2", "torch"])  # Python 3.14's way: loaded once, not by every process
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
 
@@ -61,15 +64,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def error_exit(main):
-    """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2."""
+    """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2. So does the death of a
+    loading process, which torch raises wherever `main` is at that moment."""
     try:
         return main()
     except UserError as error:
+        message = str(error).rpartition("UserError: ")[2]  # one from a loading process comes with its traceback
+    except RuntimeError as error:
         message = str(error)
-    # Out of the except clause, so that the frames of `main` are gone and their loaders' workers with them.
+        if "shared memory(shm)" in message or "Bus error" in message:
+            message = "/dev/shm is too small for the loading processes: docker run --shm-size 8g, or fewer --workers"
+        elif "DataLoader worker (pid" in message:
+            message = "a loading process died (is memory short?): the same command goes on, try it with fewer --workers"
+        else:
+            raise
     if int(os.environ.get("RANK", 0)):  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for what is killed here
+    for process in multiprocessing.active_children():  # the loaders': some would stay for half a minute
+        process.kill()
     sys.exit(2)
 
 
@@ -118,11 +132,13 @@ class Progress:
         left = duration((self.total - done) / rate) + " left" if 0 < rate and done < self.total else \
             f"done in {duration(now - self.start)}"
         end = "\r" if self.terminal and done < self.total else "\n"
-        print(f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, {left}   ", end=end, flush=True)
+        said = f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, {left}   "
+        print(said, end=end, flush=True)
 
 
 def usable_cores():
-    """The cores that this process may use: an affinity mask or a batch system can leave it fewer than the machine has."""
+    """The cores that this process may use: an affinity mask or a batch system can leave it fewer than the machine
+    has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -180,20 +196,21 @@ def list_images(root):
     return sorted(found)
 
 
-def open_images(data, root=None, split=None):
+def open_images(data, root=None, split=None, strict=False):
     """The images of a data set; never reads an annotation.
 
-    Args: data: scenes | scenes-biased | coco | voc | openimages | openimages-mini | folder; root: its folder (default data/DATA); split:
-    coco: train2017 | val2017, scenes and voc: train | val, openimages: train | validation (openimages-mini's train is its
-    list, its validation OpenImages'). Raises UserError if the folder is missing or empty."""
+    Args: data: scenes | scenes-biased | coco | voc | openimages | openimages-mini | folder; root: its folder (default
+    data/DATA); split: coco: train2017 | val2017, scenes and voc: train | val, openimages: train | validation
+    (openimages-mini's train is its list, its validation OpenImages'); strict: as open_labelled's. Raises UserError if
+    the folder is missing or empty."""
     root = Path(root or Path("data") / data)
     if data in SCENES:
         return Scenes(split or "train", root, **SCENES[data])
     if data == "voc":
-        return voc_images(root, split or "train")
+        return voc_images(root, split or "train", strict)
     if data == "openimages-mini" and split in (None, "train"):
         folder = root / "train"
-        return Images(folder, read_list(root / "openimages-mini.txt", "train/([0-9a-f]{16})", "{}.jpg", folder))
+        return Images(folder, read_list(root / "openimages-mini.txt", "train/([0-9a-f]{16})", "{}.jpg", folder, strict))
     folder = root if data == "folder" else root / (split or folder_of(data, "train"))
     if not folder.is_dir():
         where = "name a folder" if data == "folder" else "download it (README, section Data) or name its folder"
@@ -334,8 +351,9 @@ def _object(random, label, x, y, side):
 
 
 def write_scenes(out, number, seed=0):
-    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks (uncompressed RLE)."""
-    categories = [{"id": i + 1, "name": name, "supercategory": name.split()[1]} for i, name in enumerate(SCENE_CATEGORIES)]
+    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks."""
+    coder = mask_coder()
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(SCENE_CATEGORIES)]
     for split, count in (("train", number), ("val", max(1, number // 4))):
         scenes, images, annotations = Scenes(split, number=count, seed=seed), [], []
         progress = Progress(f"{split}2017", count)
@@ -346,26 +364,19 @@ def write_scenes(out, number, seed=0):
                 file.write(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
             images.append({"id": i, "file_name": name, "height": scenes.SIDE, "width": scenes.SIDE})
             for box, label, mask in zip(boxes.tolist(), labels.tolist(), masks):
+                code = coder.encode(np.asfortranarray(mask, np.uint8))
                 annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "iscrowd": 0,
                                     "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "area": int(mask.sum()),
-                                    "segmentation": {"size": list(mask.shape), "counts": _run_lengths(mask)}})
+                                    "segmentation": {"size": code["size"], "counts": code["counts"].decode()}})
             progress.update(i + 1)
         with atomic(Path(out) / "annotations" / f"instances_{split}2017.json", "w") as file:
             json.dump({"images": images, "annotations": annotations, "categories": categories}, file)
 
 
-def _run_lengths(mask):
-    """COCO's uncompressed RLE of a (H, W) boolean mask: lengths of alternating runs, column by column, first the zeros."""
-    flat = np.concatenate([[False], mask.T.ravel()])
-    edges = np.flatnonzero(np.diff(flat.astype(np.int8), prepend=0, append=2) != 0)
-    return np.diff(edges, prepend=1).tolist()
-
-
 # ------------------------------------------------------------------------------------------------------- labelled boxes
 
 class Labelled(NamedTuple):
-    """The labelled boxes of a split: the one result of every reader. Image i of N owns rows offsets[i] to offsets[i + 1]
-    of the M boxes."""
+    """The labelled boxes of a split: the one result of every reader. Image i owns rows offsets[i] to offsets[i + 1]."""
     images: Images
     categories: list         # names; a label is an index into it
     offsets: np.ndarray      # (N + 1,) int64
@@ -375,15 +386,20 @@ class Labelled(NamedTuple):
     mask: Callable = None    # mask(row) -> (H, W) bool of box `row`, or None where the annotations have none
 
 
-def open_labelled(data, root=None, split="val"):
-    """Labelled boxes of `split` (train | val) of a data set (scenes | coco | voc | openimages | openimages-mini), sorted by
-    image name. Raises UserError if the annotations are missing or unsound; single broken ones are named, counted and
-    left out."""
+def open_labelled(data, root=None, split="val", strict=False):
+    """Labelled boxes of `split` (train | val) of a data set (scenes | coco | voc | openimages | openimages-mini),
+    sorted by image name. All of it can be pickled. Raises UserError if the annotations are missing or unsound; single
+    broken ones are named, counted and left out. strict: an image that is listed and absent is a UserError too."""
     root = Path(root or Path("data") / data)
-    if "openimages" in data:
-        images = open_images(data, root, folder_of(data, split))
-        return read_openimages(root, folder_of(data, split), images, listed=data == "openimages-mini" and split == "train")
-    return {"scenes": read_scenes, "scenes-biased": read_scenes, "coco": read_coco, "voc": read_voc}[data](root, split)
+    if data in SCENES:
+        return read_scenes(open_images(data, root, split))
+    if data == "coco":
+        return read_coco(root, split, strict)
+    if data == "voc":
+        return read_voc(open_images(data, root, split, strict))
+    folder = folder_of(data, split)
+    listed = data == "openimages-mini" and split == "train"
+    return read_openimages(root, folder, open_images(data, root, folder, strict), listed, strict)
 
 
 def folder_of(data, split):
@@ -391,92 +407,147 @@ def folder_of(data, split):
     return f"{split}2017" if data == "coco" else "validation" if "openimages" in data and split == "val" else split
 
 
-class Faults:
-    """Broken annotations: each kind is named with its first places, then counted; `check` says so, or gives up if
-    nothing sound is left."""
+ABSENT = "image listed but absent from"
 
-    def __init__(self, path):
-        self.path, self.count, self.places = path, Counter(), {}
+
+class Faults:
+    """Broken annotations of the file `path`: each kind is named with its first places, then counted; `check` says so,
+    or gives up if nothing sound is left or, if it is strict, an image is absent."""
+
+    def __init__(self, path, strict=False):
+        self.path, self.strict, self.count, self.places = path, strict, Counter(), {}
 
     def add(self, kind, place):
         self.count[kind] += 1
-        self.places.setdefault(kind, []).append(place) if self.count[kind] <= 3 else None
+        if self.count[kind] <= 3:
+            self.places.setdefault(kind, []).append(str(place))
 
     def check(self, sound, what="box"):
         for kind, count in self.count.items():
-            print(f"left out, {kind}: {count:,} in {self.path} (" + ", ".join(map(str, self.places[kind]))
-                  + (", ...)" if count > 3 else ")"), file=sys.stderr, flush=True)
+            dots = ", ...)" if count > 3 else ")"
+            said = f"{kind}: {count:,} in {self.path} (" + ", ".join(self.places[kind]) + dots
+            if self.strict and kind.startswith(ABSENT):
+                raise UserError(f"{said}: the tables are of all images, download them again")
+            print(f"left out, {said}", file=sys.stderr, flush=True)
         if not sound:
             raise UserError(f"{self.path} holds no sound {what}" + (": " + ", ".join(self.count) if self.count else ""))
 
 
 def labelled(images, categories, index, boxes, labels, crowd, mask=None):
-    """A Labelled from boxes in any order; index (M,) is the image of each. `mask` takes a row of that order."""
+    """A Labelled from boxes in any order, with masks in that of their images; index (M,) is the image of each box."""
     order = np.argsort(index, kind="stable")
     offsets = np.searchsorted(np.asarray(index)[order], np.arange(len(images) + 1))
-    return Labelled(images, categories, offsets, np.float32(boxes).reshape(-1, 4)[order], np.int64(labels)[order],
-                    np.asarray(crowd, bool)[order], mask and (lambda row: mask(order[row])))
+    boxes = np.float32(boxes).reshape(-1, 4)[order]
+    return Labelled(images, categories, offsets, boxes, np.int64(labels)[order], np.asarray(crowd, bool)[order], mask)
 
 
-def read_scenes(root, split):
+def cut_to_image(x1, y1, x2, y2, width, height):
+    """A box cut to its image, None if nothing is left of it."""
+    box = [max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)]
+    return box if box[2] > box[0] and box[3] > box[1] else None  # so written, nothing is left of a NaN
+
+
+def read_scenes(scenes):
     """The embedded scenes' boxes, labels and masks."""
-    scenes = Scenes(split, root)
-    drawn = [scenes.render(i)[1:] for i in range(len(scenes))]
-    index = np.repeat(np.arange(len(scenes)), [len(labels) for _, labels, _ in drawn])
-    masks = [np.packbits(mask) for _, _, found in drawn for mask in found]
-    side = scenes.SIDE
-    return labelled(scenes, SCENE_CATEGORIES, index, np.concatenate([b for b, _, _ in drawn]),
-                    np.concatenate([x for _, x, _ in drawn]), np.zeros(len(index), bool),
-                    lambda row: np.unpackbits(masks[row], count=side * side).reshape(side, side).astype(bool))
+    pictures, boxes, labels, masks = zip(*map(scenes.render, range(len(scenes))))
+    scenes.kept = np.stack(pictures)  # they need not be rendered again
+    index = np.repeat(np.arange(len(scenes)), [len(some) for some in labels])
+    boxes, labels, masks = np.concatenate(boxes), np.concatenate(labels), np.concatenate(masks)
+    # A method of an array can be pickled; a lambda cannot.
+    return labelled(scenes, SCENE_CATEGORIES, index, boxes, labels, np.zeros(len(index), bool), masks.__getitem__)
 
 
-def read_coco(root, split):
-    """COCO's layout: ROOT/{split}2017 and ROOT/annotations/instances_{split}2017.json; masks where they are annotated. The
-    whole file is in memory while it is read."""
-    path = root / "annotations" / f"instances_{split}2017.json"
-    found = read_json(path, "annotations", "images", "categories")
-    faults, folder = Faults(path), root / f"{split}2017"
-    here = set(list_images(folder)) if folder.is_dir() else set()
+def read_coco(root, split, strict=False):
+    """COCO's layout: ROOT/{split}2017 and ROOT/annotations/instances_{split}2017.json; masks where they are annotated.
+    The whole file is in memory while it is read."""
+    path, folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
+    found, faults = read_json(path, "annotations", "images", "categories"), Faults(path, strict)
     try:
         listed = sorted((im["file_name"], im["id"], im["width"], im["height"]) for im in found["images"])
         categories = sorted((c["id"], c["name"]) for c in found["categories"])
     except (KeyError, TypeError):
         raise UserError(f"{path}: an image needs file_name, id, width and height, a category id and name") from None
+    here = set(list_images(folder)) if folder.is_dir() else set()
     for name, *_ in listed:
         if name not in here:
-            faults.add(f"image listed but absent from {folder}", name)
-    listed = [entry for entry in listed if entry[0] in here]
-    place = {entry[1]: i for i, entry in enumerate(listed)}
-    all_ids = {im["id"] for im in found["images"]}
-    category = {number: i for i, (number, _) in enumerate(categories)}
-    rows = []
-    for n, a in enumerate(found["annotations"]):
+            faults.add(f"{ABSENT} {folder}", name)
+    present = [entry for entry in listed if entry[0] in here]
+    place = {number: i for i, (_, number, _, _) in enumerate(present)}
+    sizes = [(width, height) for _, _, width, height in present]
+    absent = {number for _, number, _, _ in listed} - place.keys()
+    label = {number: i for i, (number, _) in enumerate(categories)}
+    rows = sorted(coco_rows(found["annotations"], place, sizes, absent, label, faults), key=itemgetter(0))
+    faults.check(rows)
+    index, boxes, labels, crowd, shapes = zip(*rows)
+    masks = Masks(shapes, [sizes[i] for i in index])
+    names = [name for _, name in categories]
+    return labelled(Images(folder, [entry[0] for entry in present]), names, index, boxes, labels, crowd, masks)
+
+
+def coco_rows(annotations, place, sizes, absent, label, faults):
+    """The sound ones of COCO's annotations, as (image, box, label, crowd, segmentation); the others go to `faults`.
+
+    Args: place: {image id: index into `sizes`, (width, height) each}; absent: ids of images whose annotations are
+    passed over; label: {category id: label}."""
+    for n, a in enumerate(annotations):
         try:
-            where, image, kind = f"annotation {a['id']}", a["image_id"], a["category_id"]
+            where, number, kind = f"annotation {a['id']}", a["image_id"], a["category_id"]
             x, y, w, h = map(float, a["bbox"])
         except (KeyError, TypeError, ValueError):
             faults.add("no id, image_id, category_id or bbox of four numbers", f"annotation number {n}")
             continue
-        if image not in place:
-            if image not in all_ids:
-                faults.add("image id unknown", f"{where}: {image}")
+        if number in absent:
             continue
-        _, _, width, height = listed[place[image]]
-        box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
-        if kind not in category:
+        if number not in place:
+            faults.add("image id unknown", f"{where}: {number}")
+            continue
+        box = cut_to_image(x, y, x + w, y + h, *sizes[place[number]])
+        if kind not in label:
             faults.add("category id unknown", f"{where}: {kind}")
-        elif not (box[2] > box[0] and box[3] > box[1]):  # so written a NaN is one too
+        elif box is None:
             faults.add("box empty or outside its image", where)
         else:
-            rows.append((place[image], box, category[kind], a.get("iscrowd", 0), a.get("segmentation")))
-    faults.check(rows)
-    index, boxes, labels, crowd, shapes = zip(*rows)
+            yield place[number], box, label[kind], a.get("iscrowd", 0), a.get("segmentation")
 
-    def mask(row):
-        _, _, width, height = listed[index[row]]
-        return None if not shapes[row] else draw_segmentation(shapes[row], height, width)
-    return labelled(Images(folder, [entry[0] for entry in listed]), [name for _, name in categories], index, boxes, labels,
-                    crowd, mask)
+
+class Masks:
+    """COCO's segmentations of M boxes as a function: row -> (H, W) bool, None where a box has none.
+
+    They stay what the annotations hold, a polygon's numbers or run lengths, pickled one after the other into one
+    buffer: COCO's 50 million Python numbers would be copied page by page into every worker. sizes: width, height."""
+
+    def __init__(self, shapes, sizes):
+        codes = [pickle.dumps(shape) for shape in shapes]
+        self.codes, self.sizes = b"".join(codes), np.int32(sizes)
+        self.offsets = np.cumsum([0, *map(len, codes)])
+
+    def __call__(self, row):
+        shape = pickle.loads(self.codes[self.offsets[row]:self.offsets[row + 1]])
+        width, height = self.sizes[row].tolist()
+        return draw_segmentation(shape, height, width) if shape else None
+
+
+def draw_segmentation(shape, height, width):
+    """(height, width) bool of COCO's segmentation, as pycocotools draws it: polygons whose parts join, or run lengths,
+    compressed or not. None if no polygon has three corners."""
+    coder = mask_coder()
+    if isinstance(shape, list):
+        parts = [part for part in shape if len(part) >= 6]
+        code = coder.merge(coder.frPyObjects(parts, height, width)) if parts else None
+    elif isinstance(shape["counts"], list):
+        code = coder.frPyObjects(shape, height, width)
+    else:
+        code = shape
+    return None if code is None else coder.decode(code).astype(bool)
+
+
+def mask_coder():
+    """pycocotools' module of masks, which nothing needs but masks. Raises UserError without it."""
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise UserError("masks need pycocotools: pip install pycocotools") from None
+    return mask
 
 
 def read_json(path, *keys, hook=None):
@@ -489,66 +560,57 @@ def read_json(path, *keys, hook=None):
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8; download the file again") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}), cut short? download the file again") from None
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); download the file again") from None
     if not isinstance(found, dict) or not all(key in found for key in keys):
         raise UserError(f"{path} is not a COCO annotation file: it needs {', '.join(keys)}")
     return found
 
 
-def draw_segmentation(shape, height, width):
-    """(height, width) bool of COCO's segmentation: a list of polygons, or run lengths (compressed ones need pycocotools)."""
-    if isinstance(shape, list):
-        mask = np.zeros((height, width), np.uint8)
-        cv2.fillPoly(mask, [np.round(np.reshape(p, (-1, 2))).astype(np.int32) for p in shape if len(p) >= 6], 1)
-        return mask.astype(bool)
-    if isinstance(shape["counts"], str):
-        from pycocotools import mask as coder
-        return coder.decode(shape).astype(bool)
-    values = np.arange(len(shape["counts"])) % 2
-    return np.repeat(values, shape["counts"]).astype(bool).reshape(width, height).T
-
-
-def read_list(path, pattern, form, root):
-    """Sorted images of a text list: form.format(group) for each line that `pattern` (one group) matches, where that exists
-    below `root`; other lines are named and counted. Raises UserError if the list is missing or none is left."""
+def read_list(path, pattern, form, root, strict=False):
+    """Sorted images of a text list: form.format(group) for each line that `pattern` (one group) matches, where that
+    exists below `root`; other lines are named and counted. Raises UserError if the list is missing or none is left, or,
+    if it is strict, one is absent."""
     try:
         lines = path.read_bytes().decode("utf-8", "replace").splitlines()  # a broken byte then matches no pattern
     except OSError as error:
         raise UserError(f"the list of images {path}: {error.strerror} (README, section Data)") from None
-    names, faults = set(), Faults(path)
+    names, faults = set(), Faults(path, strict)
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(pattern, line.strip())
         if match and os.path.exists(root / form.format(match[1])):
             names.add(form.format(match[1]))
         elif line.strip():
-            kind = f"image listed but absent from {root}" if match else "not an image's name"
+            kind = f"{ABSENT} {root}" if match else "not an image's name"
             faults.add(kind, f"line {number}: {line[:40]}")
     faults.check(names, "image")
     return sorted(names)
 
 
+BLOCK = 1 << 14  # rows of OpenImages' CSV that are Python objects at a time
+
 VOC_CATEGORIES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                   "pottedplant sheep sofa train tvmonitor").split()
 
 
-def voc_images(root, split):
-    """The images of a VOCdevkit (`root` or the folder in it), named VOC<year>/JPEGImages/<name>.jpg. If a year has a test
-    list, val is that and train is trainval of all years (the paper's section 5.2: trainval of 2007 and 2012, test of 2007);
-    else they are the years' own train and val. Raises UserError if there is no such list."""
+def voc_images(root, split, strict=False):
+    """The images of a VOCdevkit (`root` or the folder in it), named VOC<year>/JPEGImages/<name>.jpg. If a year has a
+    test list, val is that and train is trainval of all years (the paper's section 5.2: trainval of 2007 and 2012, test
+    of 2007); else they are the years' own train and val. Raises UserError if there is no such list."""
     base = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
     tested = any(base.glob("VOC2*/ImageSets/Main/test.txt"))
     name = f"ImageSets/Main/{({'train': 'trainval', 'val': 'test'} if tested else {}).get(split, split)}.txt"
     lists = sorted(base.glob(f"VOC2*/{name}"))
     if not lists:
-        raise UserError(f"{base} has no VOC2007/{name}: download it (README, section Data) or name its folder with --root")
-    return Images(base, [name for path in lists
-                         for name in read_list(path, r"([\w.-]+)", f"{path.parts[-4]}/JPEGImages/{{}}.jpg", base)])
+        raise UserError(f"{base} has no VOC2007/{name}: download it (README, section Data) or name it with --root")
+    names = []
+    for path in lists:
+        names += read_list(path, r"([\w.-]+)", f"{path.parts[-4]}/JPEGImages/{{}}.jpg", base, strict)
+    return Images(base, names)
 
 
-def read_voc(root, split):
-    """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included. (torchvision's
-    VOCDetection reads one year, as text, and stops at the first broken file.)"""
-    images = voc_images(root, split)
+def read_voc(images):
+    """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included.
+    (torchvision's VOCDetection reads one year, as text, and stops at the first broken file.)"""
     faults, rows = Faults(images.root), []
     for i in range(len(images)):
         path = Path(images.name(i).replace("JPEGImages", "Annotations")).with_suffix(".xml")
@@ -567,8 +629,8 @@ def read_voc(root, split):
             except (TypeError, ValueError):
                 faults.add("category unknown or no corners", f"{path} line {line}: {thing.findtext('name')}")
                 continue
-            box = [max(x1 - 1, 0), max(y1 - 1, 0), min(x2, width), min(y2, height)]
-            if box[2] > box[0] and box[3] > box[1]:
+            box = cut_to_image(x1 - 1, y1 - 1, x2, y2, width, height)
+            if box:
                 rows.append((i, box, label, thing.findtext("difficult", "0").strip() == "1"))
             else:
                 faults.add("box empty or outside its image", f"{path} line {line}")
@@ -577,8 +639,8 @@ def read_voc(root, split):
 
 
 def read_classes(root):
-    """OpenImages' class-descriptions-boxable.csv: {label id: index} and the names. A class without a name (the published
-    file has one) goes by its id."""
+    """OpenImages' class-descriptions-boxable.csv: {label id: index} and the names. A class without a name (the
+    published file has one) goes by its id."""
     path, index, names = root / "class-descriptions-boxable.csv", {}, []
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
@@ -588,64 +650,61 @@ def read_classes(root):
         if "\ufffd" in label + name or not comma:
             faults.add("not a label id and a name in UTF-8", f"line {number}")
         elif label != "LabelName":  # some versions have a header
-            index[label.encode()] = len(names)
+            index[label] = len(names)
             names.append(name.strip() or label)
     faults.check(names, "class")
     return index, names
 
 
 def stream_boxes(path, classes, faults):
-    """OpenImages' box CSV in blocks of about a megabyte, so that 14.6 million rows take no memory: images (n,) uint64 (the
-    16 hex digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of
-    the sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if the file is missing, no box CSV or cut."""
+    """OpenImages' box CSV in blocks of BLOCK rows, so that 14.6 million take no memory: images (n,) uint64 (the 16 hex
+    digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of the
+    sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if it is missing, no box CSV or cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
-    with open(path, "rb") as file:
-        header, number = file.readline().strip().split(b","), 2
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        header, rows = file.readline().strip().split(","), []
         try:
-            columns = [header.index(name) for name in b"ImageID LabelName XMin YMin XMax YMax IsGroupOf".split()]
+            columns = [header.index(name) for name in "ImageID LabelName XMin YMin XMax YMax IsGroupOf".split()]
         except ValueError as error:
             raise UserError(f"{path}, line 1: not OpenImages' box CSV ({error})") from None
-        while lines := file.readlines(1 << 20):
-            yield from _parse_boxes(lines, number, len(header), columns, path, classes, faults)
-            number += len(lines)
+        for number, line in enumerate(file, 2):
+            cells = line.strip().split(",")
+            try:
+                image, name, *sides, group = [cells[column] for column in columns]
+                if len(cells) != len(header) or len(image) != 16 or not image.isalnum() or not cells[-1]:
+                    raise ValueError
+                image, sides = int(image, 16), [float(side) for side in sides]
+            except (ValueError, IndexError):
+                if not line.endswith("\n"):
+                    raise UserError(f"{path}, line {number}: the file is cut short here; download it again") from None
+                faults.add("line cannot be read", f"line {number}")
+                continue
+            box = cut_to_image(*sides, 1, 1)
+            if name not in classes:
+                faults.add("category id unknown", f"line {number}: {name}")
+            elif box is None:
+                faults.add("box empty or outside its image", f"line {number}")
+            else:
+                rows.append((image, classes[name], box, group == "1"))
+            if len(rows) == BLOCK:
+                yield block_of(rows)
+                rows = []
+        if rows:
+            yield block_of(rows)
 
 
-def _parse_boxes(lines, first, width, columns, path, classes, faults):
-    """One block of stream_boxes; one with a broken line is halved until that line is alone."""
-    try:
-        cells = list(zip(*(line.strip().split(b",") for line in lines), strict=True))
-        images, names, *sides, group = (cells[c] for c in columns)
-        if len(cells) != width or set(map(len, images)) != {16} or not cells[-1][-1]:
-            raise ValueError
-        images = np.frombuffer(bytes.fromhex(b"".join(images).decode("ascii")), ">u8", len(lines)).astype(np.uint64)
-        boxes = np.array([list(map(float, side)) for side in sides], np.float32).T.clip(0, 1)
-    except (ValueError, IndexError):
-        if len(lines) > 1:
-            half = len(lines) // 2
-            yield from _parse_boxes(lines[:half], first, width, columns, path, classes, faults)
-            yield from _parse_boxes(lines[half:], first + half, width, columns, path, classes, faults)
-        elif not lines[0].endswith(b"\n"):
-            raise UserError(f"{path}, line {first}: the file is cut short here; download it again") from None
-        else:
-            faults.add("line cannot be read", f"line {first}")
-        return
-    labels = np.array([classes.get(name, -1) for name in names], np.int16)
-    sound = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    for n in np.flatnonzero(labels < 0):
-        faults.add("category id unknown", f"line {first + n}: {names[n].decode(errors='replace')}")
-    for n in np.flatnonzero(~sound):
-        faults.add("box empty or outside its image", f"line {first + n}")
-    kept = sound & (labels >= 0)
-    yield images[kept], labels[kept], boxes[kept], np.array([cell == b"1" for cell in group])[kept]
+def block_of(rows):
+    image, label, box, group = zip(*rows)
+    return np.uint64(image), np.int16(label), np.float32(box), np.array(group)
 
 
-def read_openimages(root, split, images, listed=False):
-    """OpenImages' layout: ROOT/{train,validation}/<ImageID>.jpg and the CSVs beside these folders; crowd is its IsGroupOf.
-    Sizes come from the images' headers. Rows of other images than `images` are left out, and counted unless `listed`."""
+def read_openimages(root, split, images, listed=False, strict=False):
+    """OpenImages' layout: ROOT/{train,validation}/<ImageID>.jpg and the CSVs beside these folders; crowd is its
+    IsGroupOf. Sizes come from the images' headers. Rows of other images are left out, and counted unless `listed`."""
     path = root / f"{split}-annotations-bbox.csv"
     classes, categories = read_classes(root)
-    faults, blocks, absent = Faults(path), [], []
+    faults, blocks, absent = Faults(path, strict), [], []
     images = Images(images.root, [name for name in images.names.tolist() if re.fullmatch(rb"[0-9a-f]{16}\.\w+", name)])
     ids = np.array([int(name[:16], 16) for name in images.names.tolist()] or [0], np.uint64)
     for image, label, box, group in stream_boxes(path, classes, faults):
@@ -654,7 +713,7 @@ def read_openimages(root, split, images, listed=False):
         blocks.append((index[here], box[here], label[here], group[here]))
         absent.append(np.unique(image[~here]))
     for image in np.unique(np.concatenate(absent)) if absent and not listed else []:
-        faults.add(f"image listed but absent from {images.root}", f"{image:016x}")
+        faults.add(f"{ABSENT} {images.root}", f"{image:016x}")
     faults.check(any(len(block[0]) for block in blocks))
     index, boxes, labels, group = map(np.concatenate, zip(*blocks))
     sizes, faults = np.zeros((len(images), 2), np.float32), Faults(images.root)
@@ -665,7 +724,8 @@ def read_openimages(root, split, images, listed=False):
             faults.add("image cannot be read", images.name(i))
     kept = sizes[index].any(1)
     faults.check(kept.any(), "image")
-    return labelled(images, categories, index[kept], (boxes * np.tile(sizes[index], 2))[kept], labels[kept], group[kept])
+    boxes *= np.tile(sizes[index], 2)
+    return labelled(images, categories, index[kept], boxes[kept], labels[kept], group[kept])
 
 
 def image_size(path):
@@ -682,13 +742,14 @@ def image_size(path):
 SEARCH = {"method": "selective search", "long_side": 200, "aspect": 3.0, "share": [0.3, 0.8], "side": 32}
 RELAXED = ("by the whole filter", "relaxed to aspect", "relaxed to sides", "the whole image")
 CHUNK = 32  # images to one unit of work, the part that a kill can lose
+PATIENCE = 600  # seconds without a new chunk until a rank that waits for others gives up; a chunk takes some
 
 
 def selective_search(image, long_side=SEARCH["long_side"]):
     """(P, 4) float32 boxes of selective search in its fast mode, in pixels of `image` (H, W, 3) uint8, sorted; the
     search sees the image reduced to `long_side` pixels (0: as it is). Needs opencv-contrib-python."""
     if not hasattr(cv2, "ximgproc"):
-        raise UserError("this OpenCV has no ximgproc: pip install opencv-contrib-python, or bring proposals (--proposals)")
+        raise UserError("this OpenCV has no ximgproc: pip install opencv-contrib-python, or bring --proposals")
     scale = min(1.0, (long_side or math.inf) / max(image.shape[:2]))
     small = resize(image, max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
@@ -713,10 +774,15 @@ def filter_proposals(boxes, height, width):
     return np.float32([[0, 0, width, height]]), 3
 
 
-def compare_sizes(found, sizes=(160, 200, 240, 320, 0)):
-    """Print what selective search costs and finds at each long side (0: full size) on a Labelled: seconds an image on this
-    one core, boxes an image after the filter, recall at IoU 0.5 of the ground truth that passes the filter."""
+def met(truth, found):
+    """(T,) bool: which boxes of `truth` (T, 4) one of `found` (P, 4) meets with an IoU of at least 0.5."""
     from torchvision.ops import box_iou
+    return (box_iou(torch.tensor(truth), torch.tensor(found)) >= 0.5).any(1).numpy()
+
+
+def compare_sizes(found, sizes=(160, 200, 240, 320, 0)):
+    """Print what selective search costs and finds at each long side (0: full size) on a Labelled: seconds an image on
+    this one core, boxes an image after the filter, recall of the ground truth that passes the filter."""
     images = [found.images.read(i) for i in range(len(found.images))]
     print(f"{'long side':>10}{'s/image':>10}{'boxes':>8}{'recall':>8}")
     for size in sizes:
@@ -725,14 +791,14 @@ def compare_sizes(found, sizes=(160, 200, 240, 320, 0)):
             boxes, _ = filter_proposals(selective_search(image, size), *image.shape[:2])
             truth, level = filter_proposals(found.boxes[found.offsets[i]:found.offsets[i + 1]], *image.shape[:2])
             number += len(boxes)
-            hits += [] if level else (box_iou(torch.tensor(truth), torch.tensor(boxes)).amax(1) >= 0.5).tolist()
-        print(f"{size or 'full':>10}{(time.perf_counter() - began) / len(images):10.3f}{number / len(images):8.0f}{np.mean(hits):8.3f}",
-              flush=True)
+            hits += [] if level else met(truth, boxes).tolist()
+        seconds = (time.perf_counter() - began) / len(images)
+        print(f"{size or 'full':>10}{seconds:10.3f}{number / len(images):8.0f}{np.mean(hits):8.3f}", flush=True)
 
 
 class Proposals:
     """Boxes on disk, memory-mapped: opening 150,000 images takes milliseconds and every worker reads the same pages.
-    proposals[i] is a (P, 4) float32 array of image i of `names`. Raises UserError if a file is missing or does not fit."""
+    proposals[i] is a (P, 4) float32 array of image i of `names`. Raises UserError if a file is missing or unfit."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -740,11 +806,11 @@ class Proposals:
             self.boxes = np.load(self.folder / "boxes.npy", mmap_mode="r")
             self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
             self.names = np.array((self.folder / "names.txt").read_bytes().splitlines(), dtype="S")
+            if len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4):
+                raise ValueError(f"{len(self.names)} names, {len(self.offsets)} offsets, boxes {self.boxes.shape}")
         except (OSError, ValueError) as error:
-            raise UserError(f"proposals in {folder} cannot be read ({error}): delete that folder to have them made again") from None
-        if len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4):
-            raise UserError(f"proposals in {folder} do not fit together: {len(self.names)} names, {len(self.offsets)} offsets, "
-                            f"boxes {self.boxes.shape}; delete that folder to have them made again")
+            raise UserError(f"proposals in {folder} cannot be read, or do not fit each other ({error}): delete that "
+                            "folder to have them made again") from None
 
     def __getitem__(self, i):
         return np.asarray(self.boxes[self.offsets[i]:self.offsets[i + 1]], dtype=np.float32)
@@ -773,130 +839,172 @@ def proposals_state(images, folder):
     return "other settings: " + "; ".join(other) if other else "ready"
 
 
+def listing(images):
+    """16 hex digits that stand for the names of `images`, in their order."""
+    return hashlib.sha1(b"\n".join(images.names.tolist())).hexdigest()[:16]
+
+
 def _settings(images):
-    """What proposals depend on: the search, its filter and the list of images."""
-    return {**SEARCH, "images": len(images), "listing": hashlib.sha1(b"\n".join(images.names.tolist())).hexdigest()[:16]}
+    """What proposals depend on: the search, its filter, the list of images and the version of what draws them."""
+    drawn = {} if images.version is None else {"version": images.version}
+    return {**SEARCH, "images": len(images), "listing": listing(images), **drawn}
 
 
 def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
     """Selective search over `images` into `folder`, in parallel; resumable after a kill.
 
-    Chunks of CHUNK images are files of their own until all are there; whoever finds all of them joins them. Part
-    (i, n) does chunks i, i + n, ..., so disjoint parts may run on several machines that share the folder. With
-    wait=True it returns only once the proposals are whole (ranks of a run wait on files, not in a collective).
-    Raises UserError if the folder cannot be written or no image can be read."""
-    folder, settings, talk = Path(folder), _settings(images), part[0] == 0 or not wait
-    partial = folder / (".partial-" + hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12])
-    chunk_files = [partial / f"{c:06d}.npz" for c in range(math.ceil(len(images) / CHUNK))]
-    state = proposals_state(images, folder)
+    Chunks of CHUNK images are files of their own until all are there; whoever finds all of them joins them. Part (i, n)
+    does chunks i, i + n, ..., so disjoint parts may run on several machines that share the folder. With wait=True they
+    are the ranks of one run, of which each returns when the proposals are whole. Raises UserError if the folder cannot
+    be written, no image can be read, a process dies or, with wait=True, for PATIENCE seconds no rank writes a chunk."""
+    state, talk = proposals_state(images, folder), part[0] == 0 or not wait
     if state == "ready":
         return
     if state != "missing" and talk:
         print(f"proposals in {folder} are made again: {state}", flush=True)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write proposals to {folder} ({error.strerror}): name a folder with --proposals") from None
-    mine = [c for c in range(part[0], len(chunk_files), part[1]) if not chunk_files[c].exists()]
-    workers = min(workers or max(1, (os.cpu_count() or 1) // (part[1] if wait else 1)), max(1, len(mine)))
+    making = Making(images, folder)
+    mine = [chunk for chunk in making.missing() if chunk % part[1] == part[0]]
+    workers = min(workers or usable_cores(), max(1, len(mine)))
     if talk:
-        print(f"selective search: {len(images):,} images, {len(mine):,} of {len(chunk_files):,} chunks to do here, "
+        print(f"selective search: {len(images):,} images, {len(mine):,} of {len(making.chunks):,} chunks to do here, "
               f"{workers} processes, kept in {folder}", flush=True)
-    _search_chunks(images, chunk_files, mine, workers, part, talk)
-    _join_when_complete(images, folder, partial, chunk_files, settings, part, wait)
+    search_chunks(making, mine, workers, talk)
+    if wait:
+        making.wait(first=part[0] == 0)
+    elif making.missing():
+        print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
+    else:
+        making.join()
 
 
-def _search_chunks(images, chunk_files, mine, workers, part, talk):
-    progress = Progress("selective search", sum(len(_chunk(c, images)) for c in mine))
-    done = 0
-    with multiprocessing.Pool(workers, _start_searcher, (images, os.getpid())) as pool:
-        for chunk, unreadable in pool.imap_unordered(_search_chunk, [(c, chunk_files[c]) for c in mine]):
+def search_chunks(making, chunks, workers, talk):
+    """Write `chunks` by several processes. Raises UserError if one of them dies."""
+    progress, done = Progress("selective search", sum(len(making.indices(chunk)) for chunk in chunks)), 0
+    executor = ProcessPoolExecutor(workers, initializer=_start_searcher, initargs=(making,))
+    try:
+        for future in as_completed([executor.submit(_search, chunk) for chunk in chunks]):
+            chunk, unreadable = future.result()
             for name in unreadable:
                 print(f"left out, cannot be read: {name}", flush=True)
-            done += len(_chunk(chunk, images))
+            done += len(making.indices(chunk))
             if talk:
                 progress.update(done)
+    except BrokenProcessPool:
+        raise UserError("a process of the selective search was killed (is memory short?): the same command goes on "
+                        "where it stopped, try it with fewer --workers") from None
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
-def _chunk(c, images):
-    return range(c * CHUNK, min(len(images), (c + 1) * CHUNK))
+_making = None  # what a process of search_chunks makes; sent once, for a large set's names are not small
 
 
-_searched = None  # the images of this worker process
+def _start_searcher(making):
+    global _making
+    _making = making
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
-
-def _start_searcher(images, parent):
-    global _searched
-    _searched = images
-
-    def leave_with_parent():  # a killed parent must not leave workers that wait for its tasks for ever
-        while os.getppid() == parent:
-            time.sleep(1)
+    def leave_with_parent():  # a killed parent must not leave processes that wait for its chunks for ever
+        multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def _search_chunk(task):
-    """Search the images of one chunk and keep them as one file. Returns the chunk and the names it could not read."""
-    chunk, path = task
-    boxes, indices, levels, unreadable = [], [], [], []
-    for i in _chunk(chunk, _searched):
+def _search(chunk):
+    return chunk, _making.write(chunk)
+
+
+class Making:
+    """Proposals of `images` on their way into `folder`: a file a chunk, in a hidden folder that belongs to the
+    settings, until all are joined. Raises UserError if it cannot be made."""
+
+    def __init__(self, images, folder):
+        self.images, self.folder, self.settings, self.size = images, Path(folder), _settings(images), CHUNK
+        self.chunks = range(math.ceil(len(images) / self.size))
+        kind = hashlib.sha1(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+        self.partial = self.folder / f".chunks-{kind}"
         try:
-            image = _searched.read(i)
-        except OSError:
-            unreadable.append(_searched.name(i))
-            continue
-        kept, level = filter_proposals(selective_search(image), *image.shape[:2])
-        boxes.append(kept)
-        indices.append(i)
-        levels.append(level)
-    with atomic(path) as file:
-        np.savez(file, boxes=np.concatenate(boxes or [np.empty((0, 4), np.float32)]), counts=np.int64([len(b) for b in boxes]),
-                 indices=np.int64(indices), levels=np.int64(levels))
-    return chunk, unreadable
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {folder} ({error.strerror}): name another folder with --proposals") from None
 
+    def file(self, chunk):
+        return self.partial / f"{chunk:06d}.npz"
 
-def _join_when_complete(images, folder, partial, chunk_files, settings, part, wait):
-    """Join the chunk files once all are there; with `wait` part 0 does it and the others stay until it has."""
-    told = time.monotonic()
-    while proposals_state(images, folder) != "ready":
-        missing = sum(not path.exists() for path in chunk_files) if partial.exists() else 0
-        if not missing and (part[0] == 0 or not wait):
-            return _join(images, folder, partial, chunk_files, settings)
-        if not wait:
-            return print(f"this part is done; {missing:,} chunks of other parts are still to come", flush=True)
-        if part[0] == 0 and time.monotonic() - told > 30:
-            told = time.monotonic()
-            print(f"waiting for the other ranks' proposals: {missing:,} chunks in {partial}", flush=True)
-        time.sleep(0.3)
+    def indices(self, chunk):
+        """The indices of a chunk's images."""
+        return range(chunk * self.size, min(len(self.images), (chunk + 1) * self.size))
 
+    def missing(self):
+        """The chunks that nobody has written yet."""
+        there = set(self.partial.glob("*.npz"))
+        return [chunk for chunk in self.chunks if self.file(chunk) not in there]
 
-def _join(images, folder, partial, chunk_files, settings):
-    try:
-        parts = []
-        for path in chunk_files:
-            with np.load(path) as part:
-                parts.append({key: part[key] for key in part.files})
-    except OSError:  # another machine, joining at the same moment, was first
-        if proposals_state(images, folder) == "ready":
-            return
-        raise
-    boxes, counts, indices, levels = (np.concatenate([p[key] for p in parts]) for key in ("boxes", "counts", "indices", "levels"))
-    if not len(indices):
-        raise UserError(f"none of the {len(images):,} images in {images.root} can be read")
-    relaxed = {name: int((levels == level).sum()) for level, name in enumerate(RELAXED)}
-    report = {**settings, "filtered": relaxed, "unreadable": len(images) - len(indices), "boxes": len(boxes)}
-    names = b"".join(name + b"\n" for name in images.names[indices].tolist())
-    unique = f"{os.uname().nodename}-{os.getpid()}.tmp"
-    (folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is whole
-    for name, write in (("boxes.npy", lambda f: np.save(f, boxes)), ("names.txt", lambda f: f.write(names)),
-                        ("offsets.npy", lambda f: np.save(f, np.concatenate([[0], counts.cumsum()]))),
-                        ("settings.json", lambda f: f.write(json.dumps(report, indent=1).encode()))):
-        with atomic(folder / name, tmp=partial / (name + unique)) as file:
-            write(file)
-    shutil.rmtree(partial, ignore_errors=True)
-    print(f"proposals of {len(indices):,} images ({len(boxes) / len(indices):.1f} boxes an image; "
-          + ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n) + f") in {folder}", flush=True)
+    def write(self, chunk):
+        """Search the images of a chunk and keep their boxes as one file. Returns the names that could not be read."""
+        boxes, rows, unreadable = [np.empty((0, 4), np.float32)], [], []
+        for i in self.indices(chunk):
+            try:
+                image = self.images.read(i)
+            except OSError:
+                unreadable.append(self.images.name(i))
+                continue
+            kept, level = filter_proposals(selective_search(image), *image.shape[:2])
+            boxes.append(kept)
+            rows.append((i, len(kept), level))
+        with atomic(self.file(chunk)) as file:
+            np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 3))
+        return unreadable
+
+    def wait(self, first):
+        """Return once the proposals are whole; the first rank joins them."""
+        number, since = None, time.monotonic()
+        progress = Progress("waiting for the other ranks", len(self.chunks), "chunks")
+        while proposals_state(self.images, self.folder) != "ready":
+            missing = len(self.missing())
+            if first:
+                progress.update(len(self.chunks) - missing)
+            if first and not missing:
+                return self.join()
+            if missing != number:
+                number, since = missing, time.monotonic()
+            if time.monotonic() - since > PATIENCE:
+                raise UserError(f"no proposals came from the other ranks for {duration(PATIENCE)}: if they have ended, "
+                                "the same command goes on where it stopped")
+            time.sleep(0.3)
+
+    def join(self):
+        """Make one folder for Proposals of the chunks' files. Raises UserError if no image could be read."""
+        boxes, rows = [], []
+        try:
+            for chunk in self.chunks:
+                with np.load(self.file(chunk)) as part:
+                    boxes.append(part["boxes"])
+                    rows.append(part["rows"])
+        except OSError:  # another machine, joining at the same moment, was first
+            if proposals_state(self.images, self.folder) == "ready":
+                return
+            raise
+        boxes, (indices, counts, levels) = np.concatenate(boxes), np.concatenate(rows).T
+        if not len(indices):
+            raise UserError(f"none of the {len(self.images):,} images in {self.images.root} can be read")
+        relaxed = {name: int((levels == level).sum()) for level, name in enumerate(RELAXED)}
+        unreadable = len(self.images) - len(indices)
+        report = {**self.settings, "filtered": relaxed, "unreadable": unreadable, "boxes": len(boxes)}
+        names = b"".join(name + b"\n" for name in self.images.names[indices].tolist())
+        offsets = np.concatenate([[0], counts.cumsum()])
+        (self.folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is whole
+        for name, write in (("boxes.npy", lambda file: np.save(file, boxes)),
+                            ("names.txt", lambda file: file.write(names)),
+                            ("offsets.npy", lambda file: np.save(file, offsets)),
+                            ("settings.json", lambda file: file.write(json.dumps(report, indent=1).encode()))):
+            with atomic(self.folder / name, tmp=self.partial / f"{name}-{os.uname().nodename}-{os.getpid()}") as file:
+                write(file)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
+        average = len(boxes) / len(indices)
+        print(f"proposals of {len(indices):,} images ({average:.1f} boxes an image; {levels}) in {self.folder}",
+              flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- the loaders
@@ -924,7 +1032,7 @@ def random_crop(random, height, width, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
 
 def clip_boxes(boxes, window):
     """Boxes (K, 4) cut to `window` [x1, y1, x2, y2] and the share of each box's area that is inside."""
-    cut = np.concatenate([np.clip(boxes[:, :2], window[:2], window[2:]), np.clip(boxes[:, 2:], window[:2], window[2:])], 1)
+    cut = np.clip(boxes, np.tile(window[:2], 2), np.tile(window[2:], 2))
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     return cut, (cut[:, 2:] - cut[:, :2]).prod(1) / np.maximum(area, 1e-6)
 
@@ -946,11 +1054,11 @@ class TwoViews(torch.utils.data.Dataset):
         self.pairs = None  # (n, 2): index of the image, row of its proposals
         if regions == "proposals":
             row = {name: i for i, name in enumerate(proposals.names.tolist())}
-            filled = np.diff(proposals.offsets) > 0
-            pairs = [(i, row[name]) for i, name in enumerate(images.names.tolist()) if name in row and filled[row[name]]]
+            filled, names = np.diff(proposals.offsets) > 0, images.names.tolist()
+            pairs = [(i, row[name]) for i, name in enumerate(names) if name in row and filled[row[name]]]
             if not pairs:
-                raise UserError(f"no image of {images.root} has a proposal in {proposals.folder}: names.txt must hold the "
-                                "images' paths relative to it")
+                raise UserError(f"no image of {images.root} has a proposal in {proposals.folder}: names.txt must hold "
+                                "the images' paths relative to it")
             self.pairs = np.array(pairs)
 
     def __len__(self):
@@ -1039,35 +1147,33 @@ def make_loader(views, schedule, workers, pin=False):
     """A DataLoader over `views` (TwoViews) in the order of `schedule`: batches of four tensors, images first (B, size,
     size, 3) uint8, boxes (B, K, 4). `workers` changes nothing but speed."""
     return torch.utils.data.DataLoader(views, batch_sampler=schedule, num_workers=workers, pin_memory=pin,
-                                       worker_init_fn=_start_loader, prefetch_factor=4 if workers else None)
+                                       worker_init_fn=_start_loader, prefetch_factor=2 if workers else None)
 
 
-# ------------------------------------------------------------------------------ OpenImage-MINI and Table 2 (section 5.1)
+# ----------------------------------------------------------------------------- OpenImage-MINI and Table 2 (section 5.1)
 
-# COCO's categories, and how OpenImages spells those it does not spell alike. Cup alone has no counterpart: Coffee cup and
-# Mug are kinds of it. OpenImages' Mouse is the animal.
-COCO_CATEGORIES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
-stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
-tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
-hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
-cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
-toothbrush""".replace("\n", " ").split(", ")
+# How OpenImages spells COCO's categories where a capital letter is not all. Cup alone has no counterpart: Coffee cup
+# and Mug are kinds of it. OpenImages' Mouse is the animal.
 SPELLED = {"cow": "Cattle", "frisbee": "Flying disc", "skis": "Ski", "sports ball": "Ball", "donut": "Doughnut",
            "tv": "Television", "potted plant": "Houseplant", "dining table": "Kitchen & dining room table",
            "remote": "Remote control", "keyboard": "Computer keyboard", "mouse": "Computer mouse",
            "cell phone": "Mobile phone", "microwave": "Microwave oven", "hair drier": "Hair dryer", "cup": None}
-SHARED = {name: SPELLED.get(name, name.capitalize()) for name in COCO_CATEGORIES if SPELLED.get(name, name)}
+
+
+def shared_names(names):
+    """{COCO's name: OpenImages' name} of COCO's category `names`; "cup" has none."""
+    spelled = {name: SPELLED.get(name, name.capitalize()) for name in names}
+    return {ours: theirs for ours, theirs in spelled.items() if theirs}
 
 
 def write_mini(annotations, coco, out, seed=0):
     """Write OpenImage-MINI's list (paper, section 5.1) to `out`: a line train/<ImageID> an image, sorted.
 
-    An image needs an object of a shared category; no shared category gets more objects than COCO has; no other image could
-    be added. The paper leaves open what an object and a shared category are. Here an object is a box of either file, a
-    group of OpenImages and a crowd of COCO one each, and a category is shared if SHARED pairs it: boxes of its subclasses
-    (Man, Woman for Person) count as categories of their own, without a cap, as do all others. The choice is random by
-    `seed` and does not depend on the order of the rows. Raises UserError if a file is missing or unsound."""
+    An image needs an object of a shared category; no shared category gets more objects than COCO has; no other image
+    could be added. The paper leaves open what an object and a shared category are. Here an object is a box of either
+    file, a group of OpenImages and a crowd of COCO one each, and a category is shared if shared_names pairs it: boxes
+    of its subclasses (Man, Woman for Person) count as categories of their own, without a cap, as do all others. The
+    choice is random by `seed`, whatever the order of the rows. Raises UserError if a file is missing or unsound."""
     caps = coco_counts(Path(coco))
     classes, names = read_classes(Path(annotations))
     path = Path(annotations) / "train-annotations-bbox.csv"
@@ -1079,18 +1185,20 @@ def write_mini(annotations, coco, out, seed=0):
     image, label = map(np.concatenate, zip(*blocks))
     ids, index = np.unique(image, return_inverse=True)
     cap = np.full(len(names), -1)
-    for ours, theirs in SHARED.items():
-        if ours in caps and theirs in names:
+    shared = shared_names(caps)
+    for ours, theirs in shared.items():
+        if theirs in names:
             cap[names.index(theirs)] = caps[ours]
         else:
-            print("not shared:", f"{theirs} is not in {annotations}" if ours in caps else f"{ours} is not in {coco}")
+            print(f"not shared: {theirs} is not in {annotations}")
     if (cap < 0).all():
         raise UserError(f"{coco} and {annotations} share no category: is it COCO's instances_train2017.json?")
     chosen = choose_images(index, label, cap, seed)
     kept = np.isin(index, chosen)
     with atomic(out, "w") as file:
         file.writelines(f"train/{i:016x}\n" for i in ids[chosen].tolist())
-    report_mini(index[kept], label[kept], label, cap, names, len(chosen))
+    report_mini(index[kept], label[kept], label, cap, names, shared, len(chosen))
+    print("COCO's categories without a counterpart: " + ", ".join(sorted(caps.keys() - shared.keys())))
     print(f"wrote {out}: {len(chosen):,} of {len(ids):,} images")
 
 
@@ -1109,13 +1217,13 @@ def coco_counts(path):
 
 
 def choose_images(index, label, cap, seed):
-    """Greedy choice: images in random order, each taken if it breaks no cap. Counts only grow, so an image that did not fit
-    in its turn does not fit at the end either: one pass leaves nothing out that could be added.
+    """Greedy choice: images in random order, each taken if it breaks no cap. Counts only grow, so an image that did not
+    fit in its turn does not fit at the end either: one pass leaves nothing out that could be added.
 
-    Args: index, label (M,) integers: image and category of each box; cap: boxes allowed of each category, -1 if it is not
-    shared. Returns the sorted indices of the images chosen; each has a box of a shared category."""
+    Args: index, label (M,) integers: image and category of each box; cap: boxes allowed of each category, -1 if it is
+    not shared. Returns the sorted indices of the images chosen; each has a box of a shared category."""
     shared = cap[label] >= 0
-    pairs, counts = np.unique(index[shared] * len(cap) + label[shared], return_counts=True)  # (image, category), its boxes
+    pairs, counts = np.unique(index[shared] * len(cap) + label[shared], return_counts=True)  # of (image, category)
     categories, left = pairs % len(cap), cap.copy()
     images, starts = np.unique(pairs // len(cap), return_index=True)
     ends, chosen = np.append(starts[1:], len(pairs)), []
@@ -1127,19 +1235,18 @@ def choose_images(index, label, cap, seed):
     return np.sort(np.int64(chosen))
 
 
-def report_mini(index, label, everywhere, cap, names, images):
+def report_mini(index, label, everywhere, cap, names, shared, images):
     """Print Table 2 of a choice, its boxes given by `index` and `label`, and each shared category against its cap."""
     print_table2(images, index, label, ("paper", 146_000, 9.1, 3.2, 569))
     got, there = (np.bincount(x, minlength=len(names)) for x in (label, everywhere))
-    spelled = {theirs: ours for ours, theirs in SHARED.items()}
+    spelled = {theirs: ours for ours, theirs in shared.items()}
     for c in sorted(np.flatnonzero(cap >= 0), key=lambda c: -cap[c]):
         print(f"  {spelled[names[c]]:15} {names[c]:28} {got[c]:9,} of at most {cap[c]:9,}"
               + ("" if there[c] else "   (the CSV has none)"))
-    print("COCO's categories without a counterpart: " + ", ".join(n for n in COCO_CATEGORIES if n not in SHARED))
 
 
 def print_table2(images, index, label, *more):
-    """Print Table 2's row for boxes of `images` images; index, label (M,): image and category of each. Then rows `more`."""
+    """Print Table 2's row for boxes of `images` images, index and label (M,) of each box, and the rows `more`."""
     pairs = len(np.unique(index * np.int64(10**6) + label))
     print(f"{'':10}{'images':>12}{'objects/image':>16}{'categories/image':>19}{'categories':>13}")
     ours = ("here", images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
@@ -1148,9 +1255,8 @@ def print_table2(images, index, label, *more):
 
 
 def print_stats(data, root, split, folder=None):
-    """Print Table 2's row of a data set's split (train | val) and what its proposals in `folder` look like: boxes an image,
-    the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
-    from torchvision.ops import box_iou
+    """Print Table 2's row of a data set's split (train | val) and what its proposals in `folder` look like: boxes an
+    image, the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
     found = open_labelled(data, root, split)
     sizes = np.diff(found.offsets)
     print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels,
@@ -1160,17 +1266,16 @@ def print_stats(data, root, split, folder=None):
     if not (folder / "settings.json").exists():
         options = f"--data {data}" + (f" --root {root}" if root else "") + f" --split {folder_of(data, split)}"
         return print(f"no proposals in {folder}: python data.py proposals {options}")
-    proposals = Proposals(folder)
-    row, boxes, without, met, truth = {name: i for i, name in enumerate(proposals.names.tolist())}, 0, 0, 0, 0
+    proposals, boxes, without, hits = Proposals(folder), 0, 0, []
+    row = {name: i for i, name in enumerate(proposals.names.tolist())}
     for i, name in enumerate(found.images.names.tolist()):
         own = slice(found.offsets[i], found.offsets[i + 1])
-        real = found.boxes[own][~found.crowd[own]]
         some = proposals[row[name]] if name in row else np.empty((0, 4), np.float32)
-        boxes, without, truth = boxes + len(some), without + (not len(some)), truth + len(real)
-        if len(some) and len(real):
-            met += int((box_iou(torch.tensor(real), torch.tensor(some)).amax(1) >= 0.5).sum())
-    print(f"proposals: {boxes / max(len(sizes), 1):.1f} boxes an image, recall at IoU 0.5 {met / max(truth, 1):.1%} of "
-          f"{truth:,} objects, {without:,} images without any ({folder})")
+        boxes, without = boxes + len(some), without + (not len(some))
+        hits += met(found.boxes[own][~found.crowd[own]], some).tolist()
+    recall = sum(hits) / max(len(hits), 1)
+    print(f"proposals: {boxes / max(len(sizes), 1):.1f} boxes an image, recall at IoU 0.5 {recall:.1%} of "
+          f"{len(hits):,} objects, {without:,} images without any ({folder})")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -1194,12 +1299,12 @@ def main():
     scenes.add_argument("--n", type=int, default=800, help="train images; a quarter as many val images come with them")
     scenes.add_argument("--seed", type=int, default=0)
     search = commands.add_parser("proposals", help="selective search over a data set")
-    labelled_data = ("scenes", "coco", "voc", "openimages", "openimages-mini")
+    labelled_data = (*SCENES, "coco", "voc", "openimages", "openimages-mini")
     search.add_argument("--data", choices=(*labelled_data, "folder"), required=True)
     search.add_argument("--root")
     search.add_argument("--split")
     search.add_argument("--workers", type=int, help="processes (default: all cores)")
-    search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share the folder")
+    search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share it")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
     mini = commands.add_parser("openimages-mini", help="choose the images of the paper's OpenImage-MINI")
     mini.add_argument("--annotations", required=True, help="folder of OpenImages' two CSVs (README, section Data)")
@@ -1211,7 +1316,7 @@ def main():
     stats.add_argument("--root")
     stats.add_argument("--split", choices=("train", "val"), default="train")
     stats.add_argument("--proposals", help="the folder they are kept in (default: under the root)")
-    stats.add_argument("--sizes", action="store_true", help="instead: selective search at several image sizes, on one core")
+    stats.add_argument("--sizes", action="store_true", help="instead: selective search at several sizes, on one core")
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n, args.seed)

@@ -1,33 +1,46 @@
 """Any ResNet checkpoint's object features: O-KNN and disturbed O-KNN (the paper's section 5.3, Table 4); transfer to
 detection and segmentation (section 5.2, Tables 1 and 3); export.
 
-    python evaluate.py --ckpt runs/scenes/last.pt random --arch resnet18         ours beside the untrained network
-    python evaluate.py --ckpt A.pth.tar B.pth --data coco --root data/coco       anybody's, a row each
+    python evaluate.py --ckpt runs/scenes/last.pt random colour                  ours, an untrained network, no network
+    python evaluate.py --ckpt 'D3SSL=runs/d3ssl-*/last.pt' 'w/o dp=runs/nodp-*/last.pt' random         means over seeds
+    python evaluate.py --ckpt A.pth.tar B.pth:teacher --data coco --root data/coco             anybody's, a row each
     torchrun --nproc_per_node 8 evaluate.py --ckpt X --transfer voc --root VOCdevkit        or coco; last.pt is resumed
-    python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                for detectron2; torchvision: a state dict
+    python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                or torchvision: a state dict
 
-O-KNN: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins. The bank holds
---objects objects of each train image, distinct categories first; every object of the val split is a query, and its k
-nearest in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies outside the boxes of
-these objects is replaced by another image of the split, in bank and queries.
+O-KNN: the bank holds --objects objects of each train image, distinct categories first; every object of the val split is
+a query, and its k nearest in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies
+outside the boxes of these objects is replaced by another image of the split, in bank and queries.
+
+--head map: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins: the paper's
+words, and the default. --head roi: C5 on RoIs of C4, as region-level methods train. It is the default for scenes: at
+their 112 pixels a C5 map has 4 x 4 cells, and a network trained on RoIs scores there little above chance.
+
+--statistics: a fresh network's running mean 0 and variance 1 normalise nothing, so `random` is always evaluated with
+batch-norm statistics of 256 clean train images; with "clean" every network is. A row is a mean over its files with its
+standard error; the last columns are its difference from the first row, paired by seed, else by image.
 
 Images are RGB with ImageNet's mean and deviation, as all these releases expect (detectron2's own MSRA networks, which
 want BGR, are not among them).
 """
 import argparse
+import glob
+import hashlib
 import io
 import json
 import math
 import os
 import pickle
 import re
+import signal
 import sys
 import time
-import zipfile
 from collections import OrderedDict, defaultdict
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -37,21 +50,24 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.utils import draw_bounding_boxes, make_grid
 
-from augment import COLOURS, normalise, to_float
-from d3ssl import Ranks, positive, roi_align
-from data import (Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader, open_labelled, resize,
-                  rng)
+from augment import COLOURS, MEAN, STD, normalise, to_float
+from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
+                   out_of_memory, positive, roi_align)
+from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader,
+                  open_labelled, resize, rng, usable_cores)
 
-SIZE = {"scenes": 224, "coco": 448}  # side of the input in pixels; not in the paper
-TEMPERATURE = 0.07                   # of a vote; not in the paper: instance discrimination's and DINO's
+# The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
+SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
+TEMPERATURE = 0.07  # of a vote; not in the paper: instance discrimination's and DINO's
 BATCH = 32
 
 
@@ -60,27 +76,38 @@ BATCH = 32
 # Bottlenecks or not, and the blocks of each stage.
 ARCHITECTURES = {(False, 2, 2, 2, 2): "resnet18", (False, 3, 4, 6, 3): "resnet34", (True, 3, 4, 6, 3): "resnet50",
                  (True, 3, 4, 23, 3): "resnet101", (True, 3, 8, 36, 3): "resnet152"}
-MOMENTUM = re.compile(r"_k(?![a-z])|teacher|target|momentum|(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+RESNETS = tuple(ARCHITECTURES.values())
+MOMENTUM = re.compile(r"_k(ey)?(?![a-z])|teacher|target|momentum|(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
-def load_backbone(path, arch=None, teacher=False, prefix=None, trust_pickle=False, seed=0):
-    """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those of
-    momentum encoders (_k, teacher, target, momentum, ema) are dropped, and one must be left.
+def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
+    """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those
+    of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code of a
+    pickle is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
 
-    Args: path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum encoder,
-    not the other; prefix: settles which; trust_pickle: open pickles, which can run code.
+    Args: path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum
+    encoder, not the other; prefix: settles which.
     Returns torchvision's ResNet with fc = Identity in eval mode, and its architecture's name. Raises UserError if there
     is no such file, if it is no checkpoint, holds no ResNet or several, or if one of its weights does not fit."""
     if path == "random":
         return build(arch or "resnet50", seed).eval(), arch or "resnet50"
-    found = backbones(dict(flatten(read_checkpoint(path, trust_pickle))))
+    saved = read_checkpoint(path)
+    names = dict(flatten(saved))
+    found = backbones(names)
     if not found:
-        raise UserError(f"--ckpt {path} holds no ResNet: no layer1 to layer4 (or detectron2's res2 to res5) under one prefix")
+        simclr = any(re.search(r"(^|\.)net\.1\.blocks\.0\.net\.0\.weight", name) for name in names)
+        raise UserError(f"--ckpt {path} holds no ResNet: " + (
+            "it is SimCLR v2's, with other stems and shortcuts than torchvision's" if simclr else
+            "no layer1 to layer4 (detectron2's res2 to res5, Hugging Face's stages) under one prefix"))
     prefix, weights = choose(path, found, teacher, prefix)
+    if "conv1.0.weight" in weights:
+        raise UserError(f"--ckpt {path}: {prefix}conv1 is a deep stem, of a ResNet-D (or C): torchvision has none")
     blocks = [1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
     arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *blocks))
     if arch is None:
-        raise UserError(f"--ckpt {path}: stages of {blocks} blocks under {prefix!r} are not {', '.join(ARCHITECTURES.values())}")
+        raise UserError(f"--ckpt {path}: stages of {blocks} blocks under {prefix!r} are none of {', '.join(RESNETS)}")
+    if "d3ssl" in saved and saved.get("clean"):
+        weights.update(saved["clean"]["teacher" if "teacher" in prefix else "student"])
     network = build(arch, seed)
     fill(network, weights, f"--ckpt {path}", prefix, arch)
     return network.eval(), arch
@@ -95,48 +122,118 @@ def build(arch, seed):
     return network
 
 
-def read_checkpoint(path, trust_pickle=False):
-    """What a checkpoint file holds, on the CPU. Raises UserError, also for a pickle without `trust_pickle`."""
+def read_checkpoint(path):
+    """What a checkpoint holds, on the CPU: torch.save's file, a plain pickle (detectron2's) or safetensors. Raises
+    UserError."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(2)
+        file = open(path, "rb")
     except OSError as error:
-        raise UserError(f"--ckpt {path}: {error.strerror}; name a checkpoint file, or random") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # SoCo, PixPro and DINO save their options
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
-        reason = type(error).__name__
-    if zipfile.is_zipfile(path) or start[:1] == b"\x80":  # a pickle of Python objects, or with some in it
-        if not trust_pickle:
-            raise UserError(f"--ckpt {path} is a pickle of more than tensors, which can run any code: if you trust whoever "
-                            "made it, add --trust-pickle")
-        for read in (lambda file: torch.load(file, map_location="cpu", weights_only=False),
-                     lambda file: pickle.load(file, encoding="latin1")):
+        raise UserError(f"--ckpt {path}: {error.strerror}; name a checkpoint file, random or colour") from None
+    with file:
+        safetensors = file.read(9)[8:] == b"{"
+        for read in (read_safetensors,) if safetensors else (read_torch, read_pickle):
+            file.seek(0)
             try:
-                with open(path, "rb") as file:
-                    return read(file)
-            except Exception as error:  # whatever its classes' constructors raise
+                return read(file)
+            except Exception as error:  # of many classes, on a file that is cut or is something else
                 reason = type(error).__name__
-    raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({reason}): name what torch.save or detectron2 wrote")
+    raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({reason}): name what torch.save, detectron2 or "
+                    "safetensors wrote")
+
+
+def read_safetensors(file):
+    """{name: tensor}: eight bytes of length, a JSON header, the numbers (huggingface/safetensors, "Format")."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    numbers, tensors = bytearray(file.read()), {}
+    for name, entry in header.items():
+        if name == "__metadata__" or entry["data_offsets"][0] == entry["data_offsets"][1]:
+            continue
+        (start, end), dtype = entry["data_offsets"], SAFETENSORS[entry["dtype"]]
+        if end > len(numbers):
+            raise EOFError
+        tensors[name] = torch.frombuffer(numbers, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
+        tensors[name] = tensors[name].reshape(entry["shape"])
+    return tensors
+
+
+def read_torch(file):
+    return torch.load(file, map_location="cpu", weights_only=False, pickle_module=SAFE_PICKLE, encoding="latin1")
+
+
+def read_pickle(file, **options):
+    return SafeUnpickler(file, encoding="latin1").load()
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Knows what tensors and arrays are made of. Every other class or function of a pickle becomes a Stub: no code of
+    others runs, and a class that is not installed is not missed."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("torch.storage", "_load_from_bytes"):  # a tensor in a plain pickle is torch.save's bytes
+            return lambda data: read_torch(io.BytesIO(data))
+        if name in HARMLESS.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return super().find_class(module, name)
+        return Stub
+
+
+class Stub(dict):
+    """In the place of an object whose class is not run: takes whatever it is given, and keeps a dictionary's entries
+    and an object's attributes, among which a module has its weights."""
+    __hash__ = object.__hash__
+
+    def __init__(self, *_, **__):
+        super().__init__()
+
+    def __call__(self, *_, **__):
+        return Stub()
+
+    def __setstate__(self, state):
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+    def append(self, _):
+        pass
+
+    extend = add = append
+
+
+SAFE_PICKLE = SimpleNamespace(__name__="safe", Unpickler=SafeUnpickler, load=read_pickle)  # as torch.load asks
+HARMLESS = {
+    "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"),
+    "torch": ("Size", "device", "UntypedStorage"), "torch.storage": ("UntypedStorage", "TypedStorage"),
+    "collections": ("OrderedDict",), "_codecs": ("encode",), "numpy": ("ndarray", "dtype")}
+for package in ("numpy.core", "numpy._core"):  # before and since numpy 2
+    HARMLESS.update({f"{package}.multiarray": ("_reconstruct", "scalar"), f"{package}.numeric": ("_frombuffer",)})
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+               "BOOL": torch.bool}
 
 
 def flatten(tree, prefix=""):
-    """(name, tensor) of every array in nested dictionaries and modules, names joined by dots, in torchvision's words."""
-    tree = tree.state_dict() if isinstance(tree, nn.Module) else tree
+    """(name, tensor) of every array in nested dictionaries and modules, names joined by dots in torchvision's words."""
     if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, (torch.Tensor, np.ndarray)):
-        yield from_detectron2(prefix), torch.as_tensor(tree)
+        for key, value in [*tree.items(), *getattr(tree, "__dict__", {}).items()]:
+            inside = key in ("_modules", "_parameters", "_buffers")  # of a module that was saved whole
+            yield from flatten(value, prefix if inside else f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, torch.Tensor) or (isinstance(tree, np.ndarray) and tree.dtype.kind in "fiub"):
+        yield torchvision_name(prefix), torch.as_tensor(tree)
 
 
-def from_detectron2(name):
-    """res2.0.conv1.norm.weight -> layer1.0.bn1.weight and so on; torchvision's names stay as they are."""
-    name = re.sub(r"(^|\.)stem\.(?=conv1\.)", r"\1", name)
-    name = re.sub(r"(^|\.)res([2-5])\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) - 1}.", name)
-    name = re.sub(r"\bconv(\d)\.norm\.", r"bn\1.", name)
-    return name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+# In torchvision's words: Hugging Face's (transformers, modeling_resnet.py), then detectron2's (backbone/resnet.py).
+SPELLINGS = [(re.compile(pattern), word) for pattern, word in (
+    (r"(^|\.)embedder\.embedder\.convolution\.", r"\1conv1."),
+    (r"(^|\.)embedder\.embedder\.normalization\.", r"\1bn1."),
+    (r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) + 1}."),
+    (r"\.layer\.([0-2])\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
+    (r"\.layer\.([0-2])\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."), (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"(^|\.)stem\.(?=conv1\.)", r"\1"), (r"(^|\.)res([2-5])\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) - 1}."),
+    (r"\bconv(\d)\.norm\.", r"bn\1."), (r"\bshortcut\.norm\.", "downsample.1."), (r"\bshortcut\.", "downsample.0."))]
+
+
+def torchvision_name(name):
+    for pattern, word in SPELLINGS:
+        name = pattern.sub(word, name)
+    return name
 
 
 def to_detectron2(name):
@@ -146,16 +243,41 @@ def to_detectron2(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
+# A stage is where its convolutions are: an optimiser's state by name ends otherwise, clean statistics are norms' alone.
+STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.conv\d\.weight")
+# Of nn.Sequential(*children), as lightly and others keep it.
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
 def backbones(weights):
-    """{prefix: {torchvision's name: tensor}} for each prefix under which all four stages of a ResNet lie."""
+    """{prefix: {torchvision's name: tensor}} for each prefix under which all four stages of a ResNet lie, by name or as
+    numbered children; and for a C4 detector, whose fourth stage is in its head, that of the first three."""
     stages = defaultdict(set)
-    for key in weights:
-        match = re.fullmatch(r"(.*?\.)?layer([1-4])\.\d+\.(?:conv\d|bn\d|downsample)\..*", key)
-        if match:
-            stages[match[1] or ""].add(match[2])
-    return {prefix: {key[len(prefix):]: value for key, value in weights.items()
-                     if key.startswith(prefix) and re.match(r"(conv1|bn1|layer\d+)\.", key[len(prefix):])}
-            for prefix, present in stages.items() if len(present) == 4}
+    for match in filter(None, map(STAGE.fullmatch, weights)):
+        stages[match[1] or ""].add(CHILDREN.get(match[2], match[2]))
+    parts = {prefix: under(prefix, weights) for prefix in stages}
+    found = {prefix: parts[prefix] for prefix, present in stages.items() if len(present) == 4}
+    for momentum in (False, True):
+        alike = [prefix for prefix in stages if bool(MOMENTUM.search(prefix)) == momentum]
+        bodies = [prefix for prefix in alike if stages[prefix] == {"layer1", "layer2", "layer3"}]
+        heads = [prefix for prefix in alike if stages[prefix] == {"layer4"}]
+        if len(bodies) == len(heads) == 1:
+            found[bodies[0]] = {**parts[heads[0]], **parts[bodies[0]]}
+            norm = [key for key in weights if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", key)]
+            if norm:
+                print(f"left out, an extra norm after res5: {', '.join(norm)}", file=sys.stderr, flush=True)
+    return found
+
+
+def under(prefix, weights):
+    """{torchvision's name: tensor} of the stem and the stages under a prefix."""
+    own = {}
+    for key, value in weights.items():
+        first, dot, rest = key[len(prefix):].partition(".")
+        first = CHILDREN.get(first, first)
+        if key.startswith(prefix) and re.fullmatch(r"conv1|bn1|layer\d+", first):
+            own[first + dot + rest] = value
+    return own
 
 
 def choose(path, found, teacher, prefix):
@@ -165,15 +287,17 @@ def choose(path, found, teacher, prefix):
         wanted = prefix and prefix.rstrip(".") + "."
         left = {name: w for name, w in found.items() if name == wanted or (wanted and name.endswith("." + wanted))}
         if len(left) != 1:
-            raise UserError(f"--prefix {prefix} is {len(left) or 'none'} of the ResNets in {path}: name one of {listing}")
+            number = len(left) or "none"
+            raise UserError(f"--prefix {prefix} is {number} of the ResNets in {path}: name one of {listing}")
         return left.popitem()
     left = {}
     for name, weights in found.items():
         if bool(MOMENTUM.search(name)) == teacher and not any(same(weights, other) for other in left.values()):
             left[name] = weights  # OpenSelfSup saves its backbone under two names: equal weights count once
     if not left:
-        kind, cure = ("no momentum encoder", "leave out --teacher") if teacher else ("only momentum encoders", "add --teacher")
-        raise UserError(f"--ckpt {path} holds {kind} ({listing}): {cure}, or name one with --prefix")
+        raise UserError(f"--ckpt {path} holds " + (
+            f"no momentum encoder ({listing}): leave out --teacher" if teacher else
+            f"only momentum encoders ({listing}): add --teacher, or name one, {path}:PREFIX"))
     if len(left) > 1:
         raise UserError(f"--ckpt {path} holds {len(left)} ResNets: name one with --prefix, of {', '.join(left)}")
     return left.popitem()
@@ -184,11 +308,11 @@ def same(one, two):
 
 
 def fill(network, weights, where, prefix, arch):
-    """Copy `weights` into `network`: all must be there, fit and be finite, none be left over; num_batches_tracked aside."""
+    """Copy `weights` into `network`: all must be there, fit and be finite, none may be left but num_batches_tracked."""
     own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     for key, value in own.items():
         if key not in weights:
-            raise UserError(f"{where} lacks {prefix}{key}, which a {arch} has: the file is not whole, or of another network")
+            raise UserError(f"{where} lacks {prefix}{key}, which a {arch} has: it is not whole, or of another network")
         if weights[key].shape != value.shape:
             raise UserError(f"{where}: {prefix}{key} is {tuple(weights[key].shape)}, a {arch} has {tuple(value.shape)}")
         if not weights[key].isfinite().all():
@@ -203,7 +327,7 @@ def export(network, kind, path):
     """Write the backbone as others load it: detectron2: MODEL.WEIGHTS, with INPUT.FORMAT RGB and ImageNet's mean and
     deviation in pixels (MoCo's configs); torchvision: a state dict without fc, load_state_dict(..., strict=False)."""
     weights = network.state_dict()
-    named = {to_detectron2(key): value.numpy() for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    named = {to_detectron2(key): value.numpy() for key, value in weights.items() if not key.endswith("_tracked")}
     with atomic(path) as file:
         if kind == "torchvision":
             torch.save(weights, file)
@@ -211,11 +335,127 @@ def export(network, kind, path):
             pickle.dump({"model": named, "__author__": "D3SSL", "matching_heuristics": True}, file)
 
 
+# ------------------------------------------------------------------------------------------------- arms of a comparison
+
+@dataclass
+class Row:
+    """One network of an arm. `load` reads it anew each time, so that an arm may have more files than memory holds."""
+    path: str                    # a file, or random, or colour
+    teacher: bool = False
+    prefix: str = None
+    arch: str = None
+    seed: int = None             # of its training run, from the last.pt that it is or lies beside; None: not known
+    images: int = None           # that it has seen, likewise
+    bins: int = None             # side of RoIAlign's output on C4, as it was trained: for --head roi
+    statistics: str = "saved"    # or clean: estimated here; or clean (training run): estimated where it was trained
+    digest: str = None           # of its weights as they are in the file
+
+    def load(self, clean):
+        """torchvision's ResNet in eval mode. clean(network, row) re-estimates its batch-norm statistics in place; it is
+        called where they are to be clean, so that random, which has none, is never evaluated without."""
+        network, self.arch = load_backbone(self.path, self.arch, self.teacher, self.prefix, seed=self.seed or 0)
+        self.digest = digest(network)
+        if self.statistics == "clean":
+            clean(network, self)
+        return network
+
+
+class Arm(NamedTuple):
+    """The networks of a row of the table: of one name, and of one number of images seen."""
+    name: str
+    images: int   # None where it is not known
+    rows: list
+
+
+def open_arms(args):
+    """The arms of --ckpt, in its order and by images seen: `random`, `colour`, `FILE`, `FILE:PREFIX`, `FILE:teacher` or
+    a glob of files, each also as NAME=... . Every file is read once, so that mistakes show before minutes have passed.
+
+    random has a row for each seed of the first arm that has seeds (else --seed), and the first file's architecture and
+    bins. Raises UserError for what load_backbone refuses, for a glob without files, for two files of one arm, one
+    seed and one number of images."""
+    entries = [parse_entry(entry, args) for entry in args.ckpt]
+    files = [row for _, rows in entries for row in rows if row.path not in ("random", "colour")]
+    for row in files:
+        run = run_of(row.path)
+        row.seed, row.images, row.bins = run.get("seed"), run.get("images"), args.roi or run.get("roi")
+        row.statistics = "clean" if args.statistics == "clean" else run.get("statistics", "saved")
+        row.load(lambda network, row: None)
+    bins = args.roi or next(filter(None, (row.bins for row in files)), None) or default_bins(args)
+    arch = args.arch or (files[0].arch if files else "resnet50")
+    seeds = next(filter(None, (sorted({row.seed for row in rows} - {None}) for _, rows in entries)), [args.seed])
+    arms = {}
+    for name, rows in entries:
+        if rows[0].path == "random":
+            rows = [Row("random", arch=arch, seed=seed, images=0, statistics="clean") for seed in seeds]
+        for row in sorted(rows, key=lambda row: row.images or 0):
+            row.bins = row.bins or bins
+            arm = arms.setdefault((name, row.images), Arm(name, row.images, []))
+            if row.seed is not None and row.seed in [other.seed for other in arm.rows]:
+                raise UserError(f"--ckpt {name}: {row.path} is its second of seed {row.seed}: name two arms, A=... B=")
+            arm.rows.append(row)
+    return list(arms.values())
+
+
+def parse_entry(entry, args):
+    """An entry of --ckpt -> its name and its rows, of which only path, teacher and prefix are known."""
+    named = "=" in entry and not Path(split_selector(entry)[0]).exists()
+    name, files = entry.split("=", 1) if named else (entry, entry)
+    if files in ("random", "colour"):
+        return name, [Row(files, statistics="none")]
+    path, teacher, prefix = split_selector(files, args.teacher, args.prefix)
+    paths = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
+    if not paths:
+        raise UserError(f"--ckpt {path}: No such file; name a checkpoint file, random or colour")
+    return name, [Row(path, teacher, prefix) for path in paths]
+
+
+def split_selector(entry, teacher=False, prefix=None):
+    """FILE, FILE:teacher or FILE:PREFIX -> path, teacher, prefix; what is not in the entry stays as given."""
+    path, colon, selector = entry.rpartition(":")
+    if not colon or Path(entry).exists():
+        return entry, teacher, prefix
+    return (path, True, prefix) if selector == "teacher" else (path, teacher, selector)
+
+
+@lru_cache(maxsize=None)
+def run_of(path):
+    """What our trainer's last.pt (`path`, or beside a backbone*.pth) says of its run: seed, roi, images seen,
+    statistics; {} of other files. A snapshot has its number of images in its name, and clean statistics."""
+    beside = Path(path).with_name("last.pt")
+    saved = read_checkpoint(beside if Path(path).name.startswith("backbone") and beside.exists() else path)
+    if not isinstance(saved, dict) or "d3ssl" not in saved:
+        return {}
+    config, snapshot = saved["config"], re.fullmatch(r"backbone-(\d+)\.pth", Path(path).name)
+    images = int(snapshot[1]) if snapshot else saved["step"] * config["batch_size"]
+    statistics = "clean (training run)" if snapshot or saved.get("clean") else "saved"
+    return dict(seed=config["seed"], roi=config["roi"], images=images, statistics=statistics)
+
+
+def default_bins(args):
+    """RoIAlign's on C4: detectron2's C4 head has 14; the scenes' preset, for 112 pixels, has 6 (d3ssl.py)."""
+    return 6 if (getattr(args, "size", None) or SIZE[args.data]) <= 112 else 14
+
+
+def digest(network):
+    """A hash of a network's weights and buffers, 16 hexadecimal digits."""
+    whole = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        whole.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def reference(arm, arms):
+    """The arm that `arm` is compared with: the first one, at the same number of images seen where it has several."""
+    first = [other for other in arms if other.name == arms[0].name]
+    return next((other for other in first if other.images == arm.images), first[-1])
+
+
 # -------------------------------------------------------------------------------------------------- objects of a split
 
 def select_objects(labels, crowd, number=None):
-    """Rows of `number` of an image's objects (None: all), without crowds, distinct categories first: the first object of
-    each category in the order of the annotations, then the second of each, and so on."""
+    """Rows of `number` of an image's objects (None: all), without crowds, distinct categories first: the first object
+    of each category in the order of the annotations, then the second of each, and so on."""
     rows, seen, rank = np.flatnonzero(~crowd), defaultdict(int), []
     for label in labels[rows].tolist():
         rank.append(seen[label])
@@ -226,12 +466,13 @@ def select_objects(labels, crowd, number=None):
 class Objects(torch.utils.data.Dataset):
     """The images of a split that have objects, with the selected ones.
 
-    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels and labels (K,) int64,
-    padded with zeros and -1 to the same K for all (labels of an unreadable image are all -1). `disturbed` is the
-    picture where an object's box touches a pixel, else another image of the split, drawn by (seed, index of the image).
+    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels, and their rows in
+    `labelled` (K,) int64, padded with zeros and -1 to the same K for all (rows of an unreadable image are all -1).
+    `disturbed` is the picture where an object's box touches a pixel, else another image of the split, drawn by (seed,
+    index of the image).
 
-    Args: labelled: data.Labelled; size: pixels; number: objects an image, None: all; limit: only the first so many images.
-    Raises UserError if there is no object, or no other image to disturb with."""
+    Args: labelled: data.Labelled; size: pixels; number: objects an image, None: all; limit: only the first so many
+    images. Raises UserError if there is no object, or no other image to disturb with."""
 
     def __init__(self, labelled, size, number=None, limit=None, seed=0):
         self.labelled, self.size, self.seed = labelled, size, seed
@@ -243,7 +484,7 @@ class Objects(torch.utils.data.Dataset):
         if not self.filled:
             raise UserError(f"{labelled.images.root} has no boxes in its first {self.n:,} images: raise --limit-images")
         if self.n < 2:
-            raise UserError(f"{labelled.images.root}: disturbed O-KNN needs a second image, raise --limit-images or add one")
+            raise UserError(f"{labelled.images.root}: disturbed O-KNN needs a second image, raise --limit-images")
         self.k = max(map(len, self.rows))
 
     def __len__(self):
@@ -251,19 +492,20 @@ class Objects(torch.utils.data.Dataset):
 
     def __getitem__(self, j):
         i, side = self.filled[j], self.size
-        rows, images = self.rows[i], self.labelled.images
-        boxes, labels, nothing = np.zeros((self.k, 4), np.float32), np.full(self.k, -1), np.zeros((side, side, 3), np.uint8)
+        images, own = self.labelled.images, self.rows[i]
+        boxes, rows = np.zeros((self.k, 4), np.float32), np.full(self.k, -1)
         try:
             image, background = images.read(i), self.background(i)
         except OSError:
             print(f"left out, cannot be read: {images.name(i)}", flush=True)
-            return nothing, nothing, boxes, labels
+            nothing = np.zeros((side, side, 3), np.uint8)
+            return nothing, nothing, boxes, rows
         picture, disturbed = resize(image, side, side), resize(background, side, side)
-        boxes[:len(rows)] = self.labelled.boxes[rows] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
-        labels[:len(rows)] = self.labelled.labels[rows]
+        boxes[:len(own)] = self.labelled.boxes[own] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
+        rows[:len(own)] = own
         for x1, y1, x2, y2 in np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).astype(int):
             disturbed[y1:y2, x1:x2] = picture[y1:y2, x1:x2]
-        return picture, disturbed, boxes, labels
+        return picture, disturbed, boxes, rows
 
     def background(self, i):
         """Another image than i, by (seed, i); the next one if it cannot be read. Raises OSError if none can be."""
@@ -278,90 +520,161 @@ class Objects(torch.utils.data.Dataset):
     def batches(self):
         return [list(range(j, min(j + BATCH, len(self)))) for j in range(0, len(self), BATCH)]
 
+    def image_of(self, rows):
+        """The index of the image that each of the rows (M,) int64 belongs to."""
+        return torch.searchsorted(torch.from_numpy(self.labelled.offsets), rows, right=True) - 1
+
 
 # ---------------------------------------------------------------------------------------------------- object features
 
-def c5(network):
-    """The C5 map of torchvision's ResNet, as a function: images (B, 3, H, W) -> (B, 2048, H/32, W/32) at ResNet-50."""
-    extractor = create_feature_extractor(network, {"layer4": "c5"})
-    return lambda images: extractor(images)["c5"]
+class ObjectFeatures(nn.Module):
+    """The features of objects by torchvision's ResNet: normalised images (B, 3, H, W) and boxes (B, K, 4) in their
+    pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised.
+
+    head "map": section 5.3's words, RoIAlign 7x7 on C5 of the whole image, averaged. head "roi": as region-level
+    methods train, C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
+
+    def __init__(self, network, head="map", bins=14):
+        super().__init__()
+        self.network, self.head, self.bins = network, head, bins
+
+    def forward(self, images, boxes):
+        net = self.network
+        x = net.maxpool(net.relu(net.bn1(net.conv1(images.contiguous(memory_format=torch.channels_last)))))
+        c4 = net.layer3(net.layer2(net.layer1(x)))
+        if self.head == "map":
+            return object_means(net.layer4(c4), boxes, 1 / 32)
+        features = None
+        for k in range(boxes.shape[1]):  # the k-th object of every image that has one: nothing is spent on padding
+            there = (boxes[:, k, 2] > boxes[:, k, 0]).nonzero()[:, 0]
+            some = net.layer4(roi_align(c4[there], boxes[there, k:k + 1], self.bins, 1 / 16)).mean((2, 3))
+            features = some.new_zeros(*boxes.shape[:2], some.shape[1]) if features is None else features
+            features[there, k] = some
+        return features.flatten(0, 1)
 
 
-def object_features(maps, boxes, scale):
-    """Section 5.3: (B * K, C), L2-normalised: RoIAlign 7x7 with 2x2 samples a bin, averaged over the bins, of the maps
-    (B, C, h, w) at boxes (B, K, 4) in pixels of the image; scale: map cells a pixel."""
-    mean = roi_align(maps.float(), boxes, 1, scale, ratio=14)  # the mean of 7x7 bins is one bin with their 14x14 samples
-    return F.normalize(mean.flatten(1), dim=1)
+def object_means(maps, boxes, scale):
+    """(B * K, C): RoIAlign 7x7 with 2x2 samples a bin, averaged over the bins, of the maps (B, C, h, w) at boxes
+    (B, K, 4) in pixels of the image; scale: map cells a pixel. (That is one bin with the 14x14 samples of all.)"""
+    return roi_align(maps.float(), boxes, 1, scale, ratio=14).flatten(1)
+
+
+class Clean:
+    """Batch norm's statistics on clean images of the evaluated data: `number` of the train split, drawn by seed,
+    without their labels, at the evaluation's size, along the evaluated head's path. With head "roi" C5 sees four random
+    boxes an image, whose sqrt(area share) is uniform in that of the proposals' filter."""
+
+    def __init__(self, images, size, head="map", number=256, seed=0, device="cpu"):
+        self.images, self.size, self.head, self.seed, self.device = images, size, head, seed, device
+        self.chosen = rng(seed).choice(len(images), min(number, len(images)), replace=False)
+
+    def __call__(self, network, row):
+        """Replace the statistics of a ResNet by the mean over equal batches of about 32 images; row: an arm's Row."""
+        clean_statistics(ObjectFeatures(network.to(self.device), self.head, row.bins), self.batches())
+
+    def batches(self):
+        """(normalised images, boxes) of the images that can be read; the others are named when their own turn comes."""
+        for some in np.array_split(self.chosen, max(1, round(len(self.chosen) / BATCH))):
+            pictures, boxes = [], []
+            for i in some.tolist():
+                try:
+                    pictures.append(resize(self.images.read(i), self.size, self.size))
+                    boxes.append(self.boxes(i))
+                except OSError:
+                    continue
+            if pictures:
+                images = normalise(to_float(torch.from_numpy(np.stack(pictures)).to(self.device)))
+                yield images, torch.stack(boxes).to(self.device)
+
+    def boxes(self, i, number=4):
+        """(4, 4) float32, by (seed, i), of aspects between 1/2 and 2."""
+        random = rng(self.seed, i)
+        side = random.uniform(*SEARCH["share"], (number, 1)) * self.size
+        stretch = 2 ** random.uniform(-0.5, 0.5, (number, 1))
+        sides = np.concatenate([side * stretch, side / stretch], 1).clip(max=self.size)
+        corner = random.uniform(0, 1, (number, 2)) * (self.size - sides)
+        return torch.from_numpy(np.concatenate([corner, corner + sides], 1)).float()
+
+
+def median_colours(images, boxes):
+    """(B * K, 3): no network at all, the median colour of each box. Where colour wins, the benchmark is broken."""
+    corners = torch.cat([boxes[..., :2].floor(), boxes[..., 2:].ceil()], -1).long()
+    crops = [image[:, y1:y2, x1:x2] for image, own in zip(images, corners) for x1, y1, x2, y2 in own.tolist()]
+    return torch.stack([crop.flatten(1).median(1).values if crop.numel() else images.new_zeros(3) for crop in crops])
 
 
 @torch.inference_mode()
-def extract(network, objects, what="objects", workers=0, device="cpu"):
-    """The features of all objects, clean and disturbed, in half precision on the CPU, and their labels (M,).
+def extract(features, objects, what="objects", workers=0, device="cpu"):
+    """The L2-normalised features of all objects, clean and disturbed, in half precision on the CPU, and their rows.
 
-    Args: network: normalised images (B, 3, H, W) -> a map (B, C, h, w), on `device`; objects: Objects.
-    Returns features (2, M, C) float16: [0] clean, [1] disturbed, and labels (M,) int64. Images stream: memory is that of the
-    features, 2 * M * C * 2 bytes (7 GB for COCO's 860,000 boxes at C = 2,048), and some batches. Raises UserError if
-    a feature is not finite."""
-    features, labels, filled, done, progress = None, [], 0, 0, Progress(what, len(objects))
-    for *pictures, boxes, marks in make_loader(objects, objects.batches(), workers):
-        some = max(1, int((marks >= 0).sum(1).max()))
-        marks, boxes = marks[:, :some].flatten(), boxes[:, :some].to(device)
-        kept = marks >= 0
-        for which, pixels in enumerate(pictures):
-            images = normalise(to_float(pixels.to(device)))
-            maps = network(images)
-            rows = object_features(maps, boxes, maps.shape[-1] / images.shape[-1]).half().cpu()[kept]
-            if features is None:
-                features = torch.empty(2, objects.count, rows.shape[1], dtype=torch.float16)
-            if not rows.isfinite().all():
+    Args: features: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`; objects: Objects.
+    Returns features (2, M, C) float16, [0] clean, [1] disturbed, and rows (M,) int64 of objects.labelled. Images
+    stream: memory is that of the features, 2 * M * C * 2 bytes (7 GB for COCO's 860,000 boxes at C = 2,048).
+    Raises UserError if a feature is not finite."""
+    found, rows, filled, done, progress = None, [], 0, 0, Progress(what, len(objects))
+    for *pictures, boxes, own in make_loader(objects, objects.batches(), workers):
+        some = max(1, int((own >= 0).sum(1).max()))
+        own, boxes = own[:, :some].flatten(), boxes[:, :some].to(device)
+        kept = own >= 0
+        for which, pixels in enumerate(pictures if kept.any() else ()):
+            values = features(normalise(to_float(pixels.to(device))), boxes)
+            values = F.normalize(values.float(), dim=1).half().cpu()[kept]
+            if found is None:
+                found = torch.empty(2, objects.count, values.shape[1], dtype=torch.float16)
+            if not values.isfinite().all():
                 raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
-            features[which, filled:filled + len(rows)] = rows
-        filled, done = filled + len(rows), done + len(pixels)
-        labels.append(marks[kept])
+            found[which, filled:filled + len(values)] = values
+        filled, done = filled + int(kept.sum()), done + len(own) // some
+        rows.append(own[kept])
         progress.update(done)
     if not filled:
         raise UserError(f"none of the {len(objects):,} images in {objects.labelled.images.root} can be read")
-    return features[:, :filled], torch.cat(labels)
+    return found[:, :filled], torch.cat(rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- O-KNN
 
 @torch.inference_mode()
-def nearest(queries, bank, k, device="cpu", rows=4096, columns=16384, slack=12):
-    """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine; ties to the lower index.
-
-    Chunks of the product Q x M in float32 on `device` (half precision times half precision is exact in TF32) keep a running
-    k + slack, which are scored again in float64, so that rounding decides nothing; queries with more near-ties than the
-    slack go again with a larger one (up to 6,144). Beyond the features it takes rows * columns * 4 bytes a few times (0.3 GB
-    each) and 0.15 GB for the scoring at D = 2,048, whatever Q and M.
+def nearest(queries, bank, k, device="cpu", slack=12, rows=4096, columns=16384):
+    """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine; ties to the lower
+    index. k + slack candidates are found in float32 and scored again in float64, so that rounding decides nothing;
+    queries with more near-ties than the slack go again with eight times as many (up to 6,144).
 
     Returns cosines (Q, k) float64, descending, and indices (Q, k). Raises UserError if k > M."""
     if k > len(bank):
         raise UserError(f"--k {k} is larger than the bank of {len(bank):,} objects: lower --k, or take more images")
-    keep, found, close = min(k + slack, len(bank)), [], []
+    number = min(k + slack, len(bank))
+    index, unclear = candidates(queries, bank, k, number, device, rows, columns)
+    parts = [tensor.split(max(1, 8192 // number)) for tensor in (queries, index)]
+    exact = torch.cat([(some.double()[:, None] * bank[i].double()).sum(2) for some, i in zip(*parts)])
+    exact, order = exact.sort(dim=1, descending=True, stable=True)
+    exact, index = exact[:, :k].contiguous(), index.gather(1, order)[:, :k]
+    if unclear.any() and slack < 6000:
+        exact[unclear], index[unclear] = nearest(queries[unclear], bank, k, device, 8 * slack, rows, columns)
+    return exact, index
+
+
+def candidates(queries, bank, k, number, device, rows, columns):
+    """The indices (Q, number), ascending, of each query's largest cosines in float32, and whether one that is left out
+    may belong to the first k (Q,): the least of them is as near as rounding to the k-th. (Half precision times half
+    precision is exact in TF32.) The product Q x M is made in chunks of rows x columns, 0.3 GB, whatever Q and M."""
+    found, unclear = [], []
     for some in queries.split(rows):
         some = some.to(device).float()
         best, index = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long, device=device)
         for start in range(0, len(bank), columns):
             similarity = some @ bank[start:start + columns].to(device).float().T
-            value, place = similarity.topk(min(keep, similarity.shape[1]), 1)
+            value, place = similarity.topk(min(number, similarity.shape[1]), 1)
             best, order = torch.cat([best, value], 1).sort(1, descending=True)
-            best, index = best[:, :keep], torch.cat([index, place + start], 1).gather(1, order)[:, :keep]
-        found.append(index.cpu())
-        close.append((best[:, -1] > best[:, k - 1] - 4e-6).cpu())
-    index, close, chunk = torch.cat(found).sort(1).values, torch.cat(close), max(1, 8192 // keep)
-    parts = zip(queries.split(chunk), index.split(chunk))
-    exact = torch.cat([(some.double()[:, None] * bank[i].double()).sum(2) for some, i in parts])
-    exact, order = exact.sort(dim=1, descending=True, stable=True)
-    exact, index = exact[:, :k].contiguous(), index.gather(1, order)[:, :k]
-    if keep < len(bank) and slack < 6000 and close.any():
-        exact[close], index[close] = nearest(queries[close], bank, k, device, rows, columns, 8 * slack)
-    return exact, index
+            best, index = best[:, :number], torch.cat([index, place + start], 1).gather(1, order)[:, :number]
+        found.append(index.sort(1).values.cpu())
+        unclear.append((best[:, -1] > best[:, k - 1] - 4e-6).cpu() & (number < len(bank)))
+    return torch.cat(found), torch.cat(unclear)
 
 
 def vote(cosines, labels, categories):
-    """The first five categories (Q, 5) for neighbours' cosines and labels (Q, k): summed weights exp(cos / 0.07), ties to the
-    lower category; -1 where fewer have a vote."""
+    """The first five categories (Q, 5) for neighbours' cosines and labels (Q, k): summed weights exp(cos / 0.07), ties
+    to the lower category; -1 where fewer have a vote."""
     votes = torch.zeros(len(labels), max(categories, 5), dtype=torch.float64)
     votes.scatter_add_(1, labels, (cosines / TEMPERATURE).exp())
     votes, order = votes.sort(dim=1, descending=True, stable=True)
@@ -376,23 +689,71 @@ def o_knn(queries, query_labels, bank, bank_labels, categories, k=20, device="cp
     return torch.stack([hits[:, 0], hits.any(1)], 1)
 
 
-def evaluate(network, bank, queries, k=20, workers=0, device="cpu"):
-    """Section 5.3 for one network (images -> map): hits (4, Q) bool of O-KNN's top-1 and top-5 and disturbed O-KNN's, the
-    queries' labels (Q,) and the number of objects in the bank."""
-    stored, stored_labels = extract(network, bank, "bank", workers, device)
-    asked, labels = extract(network, queries, "queries", workers, device)
+MEASURES = ("oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5", "lost")
+
+
+class Answers(NamedTuple):
+    """Section 5.3 for one network: points (5, Q) float64, a row a measure of MEASURES, 100 or 0 a query (`lost`:
+    O-KNN's top-1 less the disturbed one's); the queries' and the bank's features (2, ..., C) and rows."""
+    points: torch.Tensor
+    asked: torch.Tensor
+    rows: torch.Tensor
+    bank: torch.Tensor
+    bank_rows: torch.Tensor
+
+
+def evaluate(features, bank, queries, k=20, workers=0, device="cpu"):
+    """Answers of (images, boxes) -> features to O-KNN and disturbed O-KNN; bank, queries: Objects."""
+    stored, stored_rows = extract(features, bank, "bank", workers, device)
+    asked, rows = extract(features, queries, "queries", workers, device)
+    labels, stored_labels = (torch.from_numpy(objects.labelled.labels)[some]
+                             for objects, some in ((queries, rows), (bank, stored_rows)))
     categories = len(bank.labelled.categories)
-    hits = [o_knn(asked[i], labels, stored[i], stored_labels, categories, k, device).T for i in (0, 1)]
-    return torch.cat(hits), labels, len(stored_labels)
+    hits = torch.cat([o_knn(asked[i], labels, stored[i], stored_labels, categories, k, device).T for i in (0, 1)])
+    points = 100 * hits.double()
+    return Answers(torch.cat([points, points[:1] - points[2:3]]), asked, rows, stored, stored_rows)
 
 
-# ------------------------------------------------------------------------ transfer to detection (section 5.2, Tables 1, 3)
+# ----------------------------------------------------------------------------------------------- means and their errors
+
+def over_images(values, images):
+    """Means (...,) of values (..., Q) and their standard errors, the queries of one image (images: (Q,) int64) going
+    together: that of the bootstrap over images, to first order (the sandwich formula)."""
+    mean, number = values.mean(-1), len(images.unique())
+    sums = torch.zeros(*values.shape[:-1], int(images.max()) + 1, dtype=values.dtype)
+    sums.index_add_(-1, images, values - mean[..., None])
+    return mean, (sums.square().sum(-1) * number / (number - 1)).sqrt() / values.shape[-1]
+
+
+def over_seeds(values):
+    """Means (...,) of values (R, ...) and their standard errors."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
+
+
+def arm_mean(points, images):
+    """Means and standard errors of an arm's points (R, ..., Q): over its files; of one file, over images."""
+    return over_seeds(points.mean(-1)) if len(points) > 1 else over_images(points[0], images)
+
+
+def difference(points, seeds, first, first_seeds, images):
+    """An arm less the first one, its standard error, and what is paired: "seed" where two or more seeds are in both
+    (the same initialisation and order of data), else "image" (the same queries: without the seeds' part of the error).
+
+    Args: points (R, ..., Q) and first (R', ..., Q); seeds and first_seeds: lists of R and R' numbers or None."""
+    both = sorted({*seeds} & {*first_seeds} - {None})
+    if len(both) < 2:
+        return *over_images(points.mean(0) - first.mean(0), images), "image"
+    mine, theirs = ([known.index(seed) for seed in both] for known in (seeds, first_seeds))
+    return *over_seeds(points[mine].mean(-1) - first[theirs].mean(-1)), "seed"
+
+
+# -------------------------------------------------------------------- transfer to detection (section 5.2, Tables 1, 3)
 
 @dataclass
 class Transfer:
-    """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs ("moco") and
-    the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the learning rate by batch/16,
-    the steps, drops and warm-up by 16/batch; --steps replaces that number of steps, drops and warm-up staying in proportion."""
+    """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs
+    ("moco") and the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the rate
+    by batch/16, steps, drops and warm-up by 16/batch; --steps replaces the steps, drops and warm-up in proportion."""
     task: str                     # section 5.2. voc: Faster R-CNN, trainval of 2007 and 2012, test2007;
                                   # coco: Mask R-CNN, train2017, val2017
     root: str
@@ -422,83 +783,136 @@ def transfer_config(args, arch="resnet50"):
     """Transfer from the command line, scaled by its rule."""
     c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, **RECIPES[args.transfer],
                  seed=args.seed, limit_images=args.limit_images, test_on=args.test_on)
-    c = replace(c, **{key: value for key in ("batch_size", "lr", "rois") if (value := getattr(args, key)) is not None})
+    given = {key: getattr(args, key) for key in ("batch_size", "lr", "rois") if getattr(args, key) is not None}
+    c = replace(c, **given)
     steps = args.steps or max(1, round(c.steps * 16 / c.batch_size))
     drops = tuple(round(drop * steps / c.steps) for drop in c.drops)
     c = replace(c, steps=steps, drops=drops, warmup=c.warmup * steps / c.steps, lr=c.lr * c.batch_size / 16,
                 precise=max(1, min(c.precise, steps // 10)))
-    return replace(c, sides=(args.short_side,), long_side=round(args.short_side * 5 / 3)) if args.short_side else c
+    if args.short_side:
+        c = replace(c, sides=(args.short_side,), long_side=round(args.short_side * 5 / 3))
+    return c
 
 
-class AlignedRoI(MultiScaleRoIAlign):
-    """RoIAlign 14x14 on C4 as the encoder pools (torchvision's own MultiScaleRoIAlign is not aligned)."""
+class UnroundedAnchors(AnchorGenerator):
+    """torchvision's anchors without the rounding of their sides to whole pixels."""
 
-    def __init__(self):
-        super().__init__(["0"], output_size=14, sampling_ratio=2)
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu"):
+        """Boxes (scales x ratios, 4) around 0 with area scale^2 and height / width = ratio."""
+        scales = torch.tensor(scales, dtype=dtype, device=device)
+        root = torch.tensor(aspect_ratios, dtype=dtype, device=device)[:, None].sqrt()
+        width, height = (scales / root).flatten(), (scales * root).flatten()
+        return torch.stack([-width, -height, width, height], 1) / 2
 
-    def forward(self, maps, boxes, sizes):
-        """{"0": (B, C, H/16, W/16)}, B lists of boxes (n, 4) in pixels -> (sum of n, C, 14, 14)."""
-        return torchvision.ops.roi_align(maps["0"], boxes, 14, 1 / 16, self.sampling_ratio, aligned=True)
 
+class RegionProposals(RegionProposalNetwork):
+    """torchvision's RPN with detectron2's losses: L1 for the boxes, and both sums over 256 anchors an image."""
 
-class Res5(nn.Module):
-    """The box head: res5, MoCo's extra norm, the mean; regions (N, 1024, 14, 14) -> (N, 2048). `map` is what is averaged."""
-
-    def __init__(self, layer4, width):
-        super().__init__()
-        self.layer4, self.norm, self.map = layer4, nn.BatchNorm2d(width), None
-
-    def forward(self, regions):
-        self.map = self.norm(self.layer4(regions))
-        return self.map.mean((2, 3))
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
+        sampled, count = positive | negative, self.fg_bg_sampler.batch_size_per_image * len(labels)
+        logits, truth = objectness.flatten()[sampled], torch.cat(labels)[sampled]
+        wanted = torch.cat(regression_targets)[positive]
+        return (F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / count,
+                F.l1_loss(pred_bbox_deltas[positive], wanted, reduction="sum") / count)
 
 
 class C4Heads(RoIHeads):
-    """torchvision's heads, which remember which of the boxes they train on are objects."""
+    """detectron2's Res5ROIHeads with MoCo's extra norm: res5's map of each region, whose mean the box predictor reads.
+    The mask predictor reads the map itself: in training the sampled objects' rows of the very same map (a second pass
+    would show batch norm objects alone), in test that of the boxes found."""
 
-    def select_training_samples(self, proposals, targets):
-        chosen = super().select_training_samples(proposals, targets)
-        self.objects = torch.cat(chosen[2]) > 0
-        return chosen
+    def __init__(self, layer4, categories, masks, rois):
+        width = norms_of(layer4)[-1].num_features
+        super().__init__(None, None, FastRCNNPredictor(width, categories + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
+                         batch_size_per_image=rois, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05,
+                         nms_thresh=0.5, detections_per_img=100)
+        self.layer4, self.norm = layer4, nn.BatchNorm2d(width)
+        last = [(self.box_predictor.cls_score, 0.01), (self.box_predictor.bbox_pred, 0.001)]
+        if masks:
+            self.mask_predictor = MaskRCNNPredictor(width, 256, categories + 1)
+            nn.init.zeros_(self.mask_predictor.conv5_mask.bias)
+            last += [(self.mask_predictor.mask_fcn_logits, 0.001)]
+        for layer, deviation in last:
+            nn.init.normal_(layer.weight, std=deviation)
+            nn.init.zeros_(layer.bias)
 
-
-class SharedMap(AlignedRoI):
-    """What the mask predictor reads: res5's map (N, 2048, 7, 7), as in detectron2's Res5ROIHeads. In training the box head's
-    own map of the objects (in a second pass batch norm would see objects alone), in test that of the boxes found."""
-
-    def forward(self, maps, boxes, sizes):
-        heads = self.heads[0]
+    def forward(self, features, proposals, image_shapes, targets=None):
+        """torchvision's interface: C4 as {"0": map}, B lists of boxes -> detections (in test), losses (in training)."""
         if self.training:
-            return heads.box_head.map[heads.objects]
-        heads.box_head(super().forward(maps, boxes, sizes))
-        return heads.box_head.map
+            return [], self.losses(features["0"], proposals, targets)
+        return self.detections(features["0"], proposals, image_shapes), {}
+
+    def regions(self, c4, boxes):
+        """C4 (B, 1024, h, w), B lists of boxes (n, 4) in pixels -> (sum of n, 2048, 7, 7)."""
+        cut = torchvision.ops.roi_align(c4, boxes, 14, 1 / 16, sampling_ratio=0, aligned=True)
+        return self.norm(self.layer4(cut))
+
+    def losses(self, c4, proposals, targets):
+        boxes, matched, labels, offsets = self.select_training_samples(proposals, targets)
+        maps, every = self.regions(c4, boxes), torch.cat(labels)
+        objects = torch.where(every > 0)[0]
+        scores, deltas = self.box_predictor(maps.mean((2, 3)))
+        deltas = deltas.view(len(every), -1, 4)[objects, every[objects]]
+        offset_loss = F.l1_loss(deltas, torch.cat(offsets)[objects], reduction="sum") / len(every)
+        losses = {"loss_classifier": F.cross_entropy(scores, every), "loss_box_reg": offset_loss}
+        if self.mask_predictor is not None:
+            wanted = torch.cat([mask_targets(target["masks"], rows[of > 0], some[of > 0])
+                                for target, rows, some, of in zip(targets, matched, boxes, labels)])
+            logits = self.mask_predictor(maps[objects])[torch.arange(len(objects)), every[objects]]
+            mask_loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+            losses["loss_mask"] = mask_loss / max(1, wanted.numel())  # the samples may hold no object
+        return losses
+
+    def detections(self, c4, proposals, image_shapes):
+        scores, deltas = self.box_predictor(self.regions(c4, proposals).mean((2, 3)))
+        boxes, scores, labels = self.postprocess_detections(scores, deltas, proposals, image_shapes)
+        found = [dict(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels)]
+        if self.mask_predictor is not None:
+            logits = self.mask_predictor(self.regions(c4, boxes))
+            for one, masks in zip(found, maskrcnn_inference(logits, labels)):
+                one["masks"] = masks
+        return found
+
+
+def mask_targets(masks, matched, boxes):
+    """What the mask head should say of boxes (n, 4), (n, 14, 14) of 0 and 1: the masks of their objects, rows `matched`
+    (n,) of masks (m, H, W), under aligned RoIAlign, cut at 0.5."""
+    rows = torch.cat([matched[:, None].to(boxes), boxes], 1)
+    share = torchvision.ops.roi_align(masks[:, None].to(boxes), rows, 14, aligned=True)[:, 0]
+    return (share >= 0.5).to(boxes)
 
 
 def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
-    """torchvision's Faster R-CNN, with masks=True Mask R-CNN, on C4 of its ResNet, whose layers it takes over, none frozen;
-    detectron2's C4 settings where torchvision's differ. categories: their number; sides, long_side: in pixels."""
+    """torchvision's GeneralizedRCNN on C4 of its ResNet, whose layers it takes over, none frozen: detectron2's Faster
+    R-CNN C4, with masks=True Mask R-CNN, with MoCo's extra norm. categories: their number; sides, long_side: in pixels.
+
+    What differs from detectron2, because torchvision's parts do it so and no method gains by it: images are resized on
+    the device without antialiasing (detectron2: by PIL); batches are not grouped by aspect ratio, and are padded to a
+    multiple of 16 pixels, from which the anchors' stride comes; masks are resized as bitmaps and cut from those
+    (detectron2: from polygons); found masks are pasted into boxes of whole pixels."""
     stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
     backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in stages))
-    backbone.out_channels = network.layer4[0].conv1.in_channels
-    width = norms_of(network.layer4)[-1].num_features
-    box = FastRCNNPredictor(width, categories + 1)
-    nn.init.normal_(box.cls_score.weight, std=0.01)
-    nn.init.normal_(box.bbox_pred.weight, std=0.001)
-    for bias in (box.cls_score.bias, box.bbox_pred.bias):
-        nn.init.zeros_(bias)
-    more, kind = {}, FasterRCNN
-    if masks:
-        predictor, kind = MaskRCNNPredictor(width, 256, categories + 1), MaskRCNN
-        nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
-        more = dict(mask_roi_pool=SharedMap(), mask_head=nn.Identity(), mask_predictor=predictor)
-    anchors = AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
-    model = kind(backbone, None, sides, long_side, rpn_anchor_generator=anchors, rpn_pre_nms_top_n_train=12000,
-                 rpn_pre_nms_top_n_test=6000, box_roi_pool=AlignedRoI(), box_head=Res5(network.layer4, width),
-                 box_predictor=box, box_batch_size_per_image=rois, **more)
-    model.roi_heads.__class__ = C4Heads
-    if masks:
-        model.roi_heads.mask_roi_pool.heads = [model.roi_heads]  # in a list, so that it is no submodule of its own child
-    return model
+    anchors = UnroundedAnchors(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
+    rpn = RegionProposals(anchors, RPNHead(network.layer4[0].conv1.in_channels, 15), fg_iou_thresh=0.7,
+                          bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, nms_thresh=0.7,
+                          pre_nms_top_n=dict(training=12000, testing=6000),
+                          post_nms_top_n=dict(training=2000, testing=1000))
+    transform = GeneralizedRCNNTransform(sides, long_side, MEAN, STD, size_divisible=16)
+    return GeneralizedRCNN(backbone, rpn, C4Heads(network.layer4, categories, masks, rois), transform)
+
+
+def load_detector(path):
+    """What --transfer left in `path`, a detector.pth: torchvision's detector in eval mode, [image (3, H, W) in [0, 1]]
+    -> [{boxes, labels from 1, scores, masks}], its run's settings, and the categories by name."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        c, categories = saved["config"], saved["categories"]
+        model = c4_detector(build(c["arch"], 0), len(categories), c["masks"], c["sides"], c["long_side"])
+        model.load_state_dict(saved["model"])
+    except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
+        raise UserError(f"--ckpt {path} is not a detector.pth of --transfer ({type(error).__name__})") from None
+    return model.eval(), c, categories
 
 
 def norms_of(module):
@@ -508,11 +922,11 @@ def norms_of(module):
 class Detection(torch.utils.data.Dataset):
     """Images and targets of a split for torchvision's detectors, by keys (epoch, index), which alone decide the flip.
 
-    train: crowds are left out (VOC's difficult objects stay), and so are images without boxes; items are (image (3, H, W)
-    uint8, {boxes (n, 4), labels (n,) from 1, masks (n, H, W) uint8}); an object without a mask gets its box. Otherwise every
-    image, not flipped, without a target. An image that cannot be read has None in its place."""
+    train: crowds are left out (VOC's difficult objects stay), and so are images without boxes; items are (index, image
+    (3, H, W) uint8, {boxes (n, 4), labels (n,) from 1, masks (n, H, W) uint8}); an object without a mask gets its box.
+    Otherwise every image, not flipped, without a target. An image that cannot be read has None in its place."""
 
-    def __init__(self, found, train, difficult, masks, limit=None, seed=0):
+    def __init__(self, found, train, difficult=False, masks=False, limit=None, seed=0):
         self.found, self.train, self.masks, self.seed = found, train, masks, seed
         kept = np.full(len(found.labels), difficult) | ~found.crowd
         n = min(len(found.images), limit or len(found.images))
@@ -525,68 +939,98 @@ class Detection(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, j = key
-        rows, found = self.rows[j], self.found
+        i, target = self.index[j], None
         try:
-            image = found.images.read(self.index[j])
+            image = self.found.images.read(i)
         except OSError:
             return j, None, None
-        if not self.train:
-            return j, torch.from_numpy(image).permute(2, 0, 1), None
-        height, width = image.shape[:2]
-        target = dict(boxes=found.boxes[rows].copy(), labels=found.labels[rows] + 1)
+        if self.train:
+            height, width = image.shape[:2]
+            target = self.target(self.rows[j], height, width)
+            if rng(self.seed, epoch, i).random() < 0.5:
+                image = image[:, ::-1].copy()
+                target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
+                if self.masks:
+                    target["masks"] = target["masks"].flip(2)
+        return j, torch.from_numpy(image).permute(2, 0, 1), target
+
+    def target(self, rows, height, width):
+        boxes = torch.tensor(self.found.boxes[rows])
+        target = dict(boxes=boxes, labels=torch.tensor(self.found.labels[rows] + 1))
         if self.masks:
-            target["masks"] = np.stack([self.mask(row, height, width) for row in rows])
-        if rng(self.seed, epoch, self.index[j]).random() < 0.5:
-            image = image[:, ::-1].copy()
-            target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
-            target.update({"masks": target["masks"][..., ::-1].copy()} if self.masks else {})
-        return j, torch.from_numpy(image).permute(2, 0, 1), {key: torch.as_tensor(value) for key, value in target.items()}
+            target["masks"] = torch.zeros(len(rows), height, width, dtype=torch.uint8)
+            for canvas, row, (x1, y1, x2, y2) in zip(target["masks"], rows, boxes.round().int().tolist()):
+                mask = self.found.mask(row)
+                if mask is None:
+                    canvas[y1:y2, x1:x2] = 1
+                else:
+                    canvas[:] = torch.tensor(mask)
+        return target
 
-    def mask(self, row, height, width):
-        mask = self.found.mask(row)
-        if mask is None:
-            x1, y1, x2, y2 = self.found.boxes[row].round().astype(int)
-            mask = np.zeros((height, width), bool)
-            mask[y1:y2, x1:x2] = True
-        return mask.astype(np.uint8)
+    def batches(self, schedule, workers, device):
+        """Lists of (index, image (3, H, W) float32 in [0, 1], target) on the device; `schedule`: lists of keys. Raises
+        UserError if an image cannot be read."""
+        loader = make_loader(self, schedule, workers)
+        loader.collate_fn = list  # images have their own sizes
+        for batch in loader:
+            ready = []
+            for j, image, target in batch:
+                if image is None:
+                    images = self.found.images
+                    raise UserError(f"{images.root / images.name(self.index[j])} cannot be read: download it again")
+                target = target and {key: value.to(device) for key, value in target.items()}
+                ready.append((j, image.to(device).float() / 255, target))
+            yield ready
 
 
-def open_whole(data, root, split):
-    """open_labelled, but an image that is listed and absent is a UserError: a benchmark is of all of its images."""
-    said = io.StringIO()
-    with redirect_stderr(said):
-        found = open_labelled(data, root, split)
-    for line in said.getvalue().splitlines():
-        if "listed but absent" in line:
-            raise UserError(f"{line.removeprefix('left out, ')}: the tables are of all images, download them again")
-    sys.stderr.write(said.getvalue())
-    return found
+def same_classes(ours, theirs, where, whose, cure="give both one list"):
+    if ours != theirs:
+        odd = ", ".join(sorted({*ours} ^ {*theirs})[:3]) or "their order"
+        raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: {cure}")
 
 
 class FineTuning:
     """One fine-tuning: data, detector, optimiser, files. `train` is the loop, `test` the metric; last.pt is resumed."""
 
-    def __init__(self, config, network, ranks, out, resume="auto", workers=0, save_steps=500):
-        c = self.config = config
-        self.ranks, self.out, self.workers, self.save_steps, self.step = ranks, Path(out), workers, save_steps, 0
-        if c.batch_size % ranks.ranks:
-            raise UserError(f"--batch-size {c.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple")
-        found, tested = (open_whole(c.task, c.root, split) for split in ("train", c.test_on))
-        self.same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}")
+    def __init__(self, config, network, ranks, out, resume="auto", workers=0):
+        self.config, self.ranks, self.out, self.workers = config, ranks, Path(out), workers
+        self.step, self.stop_asked, self.backbone = 0, False, digest(network)
+        self.open_splits()
+        saved = load_last(self.out / "last.pt", self.settings(), ranks) if resume == "auto" else None
+        ranks.connect()
+        agree(ranks, self.out, saved["step"] if saved else 0, len(self.trained), config.steps)
+        self.build(network, saved)
+
+    def open_splits(self):
+        c = self.config
+        found, tested = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", c.test_on))
+        same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}", "the train split")
         self.categories = found.categories
         self.masks = c.task == "coco" and found.mask is not None and found.mask(0) is not None
         self.trained = Detection(found, True, c.task == "voc", self.masks, c.limit_images, c.seed)
-        self.tested = Detection(tested, False, True, self.masks, c.limit_images)
-        if len(self.trained) < c.batch_size:
-            raise UserError(f"{c.root} has {len(self.trained):,} images with objects: lower --batch-size {c.batch_size}")
-        saved = self.load() if resume == "auto" else None
-        ranks.connect()
+        self.tested = Detection(tested, False, limit=c.limit_images)
+        if c.batch_size % self.ranks.ranks:
+            raise UserError(f"--batch-size {c.batch_size} cannot be split over {self.ranks.ranks} ranks: choose a "
+                            "multiple")
+        ensure_enough(c.root, len(self.trained), "images with objects", c)
+
+    def settings(self):
+        """What a resumed run must share with the first one, as plain values: how it trains, what, and on what."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()
+                 if key not in ("root", "test_on")}
+        names = [self.trained.found.images.name(i) for i in self.trained.index]
+        listing = hashlib.sha1("\n".join(names + self.categories).encode()).hexdigest()[:16]
+        return {**plain, "ckpt": self.backbone, "masks": self.masks, "listing": listing}
+
+    def build(self, network, saved):
+        """Model and optimiser, as `saved` or from the seed; norms are synchronised on GPUs and do not decay."""
+        c, device = self.config, self.ranks.device
         torch.manual_seed(c.seed)
-        self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois).to(
-            ranks.device, memory_format=torch.channels_last)
-        if ranks.ranks > 1 and ranks.device.type == "cuda":
+        self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois)
+        self.model.to(device, memory_format=torch.channels_last)
+        if self.ranks.ranks > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        norms = {p: None for norm in norms_of(self.model) for p in norm.parameters()}
+        norms = {p: None for norm in norms_of(self.model) for p in norm.parameters()}  # a dict, for its order
         others = [p for p in self.model.parameters() if p not in norms]
         groups = [dict(params=others, weight_decay=c.weight_decay), dict(params=list(norms), weight_decay=0.0)]
         self.optimizer = torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum)
@@ -594,191 +1038,207 @@ class FineTuning:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step = saved["step"]
-        self.parallel = self.model if ranks.ranks == 1 else nn.parallel.DistributedDataParallel(self.model)
+        self.parallel = self.model if self.ranks.ranks == 1 else nn.parallel.DistributedDataParallel(
+            self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def load(self):
-        """What last.pt holds, None if there is none. Raises UserError if it is broken or of another run."""
-        path, advice = self.out / "last.pt", "name another --out, or begin anew with --resume never"
-        if not path.exists():
-            return None
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, ours = saved["transfer"], self.settings()
-        except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
-            raise UserError(f"{path} cannot be read as a transfer's checkpoint ({type(error).__name__}): {advice}") from None
-        self.same_classes(saved["categories"], self.categories, f"--root {self.config.root}", f"{path}", advice)
-        differences = [f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
-        if differences:
-            raise UserError(f"{path} is of another run ({'; '.join(differences)}): {advice}")
-        return saved
-
-    def same_classes(self, ours, theirs, where, whose="the train split", cure="give both one list"):
-        if ours != theirs:
-            odd = ", ".join(sorted({*ours} ^ {*theirs})[:3]) or "their order"
-            raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: {cure}")
-
-    def settings(self):
-        """What a resumed run must share with the first one, as plain values."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()}
-        return {**plain, "ranks": self.ranks.ranks, "images": len(self.trained), "masks": self.masks}
-
-    def diverged(self):
-        kept = f"{self.out}/last.pt is the last good one" if (self.out / "last.pt").exists() else "nothing was saved yet"
-        return UserError(f"the loss is not finite at step {self.step + 1:,}: lower --lr; {kept}")
-
-    def save(self):
-        """Write last.pt by rename, unless a parameter is not finite. Rank 0 only."""
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            raise self.diverged()
+    def save(self, name="last.pt"):
+        """Write last.pt, or detector.pth without the optimiser, unless a parameter is not finite. Rank 0 only."""
+        ensure_finite(self.model, self.step, self.out)
+        content = {"config": self.settings(), "ranks": self.ranks.ranks, "categories": self.categories,
+                   "step": self.step, "model": self.model.state_dict()}
+        if name == "last.pt":
+            content["optimizer"] = self.optimizer.state_dict()
         if self.ranks.rank == 0:
-            with atomic(self.out / "last.pt") as file:
-                torch.save({"transfer": self.settings(), "categories": self.categories, "step": self.step,
-                            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+            with atomic(self.out / name) as file:
+                torch.save(content, file)
 
     def batches(self, first, last):
-        """(images, targets) of this rank's share of steps first to last, on the device. The random state, which the model's
-        sampling uses, is set before each: a function of (seed, step, rank)."""
-        c, ranks, device = self.config, self.ranks, self.ranks.device
+        """(images, targets) of this rank's share of steps first to last, on the device. The random state, which the
+        model's sampling uses, is set before each: a function of (seed, step, rank)."""
+        c, ranks = self.config, self.ranks
         schedule = Schedule(len(self.trained), c.batch_size, c.seed, first, last, ranks.rank, ranks.ranks)
-        for step, batch in enumerate(load_lists(self.trained, schedule, self.workers), first):
+        for step, batch in enumerate(self.trained.batches(schedule, self.workers, ranks.device), first):
             torch.manual_seed(int(rng(c.seed, step, ranks.rank).integers(2**62)))
-            images = [readable(self.trained, j, image, device) for j, image, _ in batch]
-            yield images, [{key: value.to(device) for key, value in target.items()} for _, _, target in batch]
+            yield [image for _, image, _ in batch], [target for _, _, target in batch]
 
     def learning_rate(self):
         c = self.config
         rise = min(1.0, self.step / c.warmup) if c.warmup else 1.0
         return c.lr * (0.001 + 0.999 * rise) * 0.1 ** sum(self.step >= drop for drop in c.drops)
 
+    def update(self, images, targets):
+        """One step; returns its losses by name."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        losses = self.parallel(images, targets)
+        sum(losses.values()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {name: value.detach() for name, value in losses.items()}
+
     def train(self):
-        """From self.step to the last: log every 20 steps, save every `save_steps` and at the end."""
-        c, began, first = self.config, time.monotonic(), self.step
+        """From self.step to the last: log every 20 steps; save when `Clock.save_due` says so, at the end and on
+        SIGTERM, all ranks at the same step. Returns whether the end was reached."""
+        handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.loop()
+        finally:  # the test that follows ends at once: it has nothing to save
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self.step == self.config.steps
+
+    def ask_to_stop(self, number, frame):
+        self.stop_asked = True
+
+    def loop(self):
+        clock, per_epoch, self.stop_asked = Clock(self.step), len(self.trained) // self.config.batch_size, False
         self.parallel.train()
-        for images, targets in self.batches(self.step, c.steps):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-            losses = self.parallel(images, targets)
-            loss = sum(losses.values())
-            if any(self.ranks.maximum(not math.isfinite(loss.item()))):
-                raise self.diverged()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            self.step += 1
-            ends = self.step == c.steps
-            if self.step % 20 == 0 or ends:
-                rate = (self.step - first) / (time.monotonic() - began)
-                parts = "  ".join(f"{key.removeprefix('loss_')} {value.item():.3f}" for key, value in losses.items())
-                self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {loss.item():.3f}  {parts}  "
-                                 f"{rate * c.batch_size:.1f} images/s  {duration((c.steps - self.step) / rate)} left")
-            if self.step % self.save_steps == 0 or ends:
+        for images, targets in self.batches(self.step, self.config.steps):
+            losses = self.update(images, targets)
+            clock.add(torch.stack(list(losses.values())))
+            stop, save_due = self.ranks.maximum(self.stop_asked, clock.save_due(self.step, per_epoch))
+            save_due = save_due or stop or self.step == self.config.steps
+            if save_due or self.step % 20 == 0:
+                self.report(clock, losses.keys())
+            if save_due:
                 self.save()
+                clock.saved = time.monotonic()
+            if stop:
+                self.ranks.print(f"stopped at step {self.step:,} and saved: the same command goes on from there")
+                break
 
-    @torch.no_grad()
-    def precise_norm(self):
-        """Precise batch norm (Wu and Johnson 2021): running statistics become the plain mean over `precise` batches of
-        training, and over ranks, with the final weights."""
-        norms = norms_of(self.model)
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch's cumulative mean
-        self.model.train()
-        for images, targets in self.batches(self.config.steps, self.config.steps + self.config.precise):
-            self.model(images, targets)
-        for norm in norms:
-            norm.momentum = 0.1
-            for statistic in (norm.running_mean, norm.running_var) if self.ranks.ranks > 1 else ():
-                dist.all_reduce(statistic)
-                statistic /= self.ranks.ranks
-
-    @torch.inference_mode()
-    def detect(self):
-        """[(index of the image in its split, boxes (n, 4), labels (n,) from 0, scores (n,), masks in RLE or None)], sorted,
-        the same on all ranks; boxes and masks in pixels of the image."""
-        self.model.eval()
-        mine = range(self.ranks.rank, len(self.tested), self.ranks.ranks)
-        found, progress = [], Progress("test", len(self.tested))
-        for (j, image, _), in load_lists(self.tested, [[(0, j)] for j in mine], self.workers):
-            out = self.model([readable(self.tested, j, image, self.ranks.device)])[0]
-            masks = run_lengths(out["masks"]) if self.masks else None
-            found.append((self.tested.index[j], *(out[key].cpu().numpy() for key in ("boxes", "labels", "scores")), masks))
-            if self.ranks.rank == 0:
-                progress.update(j + 1)
-        if self.ranks.ranks > 1:
-            everyone = [None] * self.ranks.ranks
-            dist.all_gather_object(everyone, found)
-            found = sum(everyone, [])
-        found.sort(key=lambda one: one[0])
-        return [(i, boxes, labels - 1, scores, masks) for i, boxes, labels, scores, masks in found]
+    def report(self, clock, names):
+        """Mean losses since the last line: refuse to go on if they are not finite, and print them."""
+        c, values = self.config, self.ranks.mean(clock.losses / clock.steps)
+        if not all(map(math.isfinite, values)):
+            raise not_finite(self.step, self.out)
+        parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(names, values))
+        rate = clock.steps * c.batch_size / clock.elapsed()
+        left = duration((c.steps - self.step) * c.batch_size / rate)
+        self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {sum(values):.3f}  {parts}  {rate:.1f} images/s  "
+                         f"{left} left")
+        clock.lap()
 
     def test(self):
-        """{box: {AP, AP50, AP75}, mask: the same, where there are masks} in percent on the test split."""
-        self.precise_norm()
-        found, split = self.detect(), self.tested.found
-        if self.config.task == "voc":
-            return {"box": voc_ap(split, self.tested.index, found)}
-        path = Path(self.config.root) / "annotations" / f"instances_{self.config.test_on}2017.json"
-        return coco_ap(path, [split.images.name(i) for i in range(len(split.images))], self.tested.index, found, self.masks)
+        """Statistics of the final weights over `precise` batches, and over ranks; detector.pth; its `results`."""
+        c = self.config
+        with torch.no_grad():
+            clean_statistics(self.model, self.batches(c.steps, c.steps + c.precise))
+        for norm in norms_of(self.model) if self.ranks.ranks > 1 else ():
+            for statistic in (norm.running_mean, norm.running_var):
+                dist.all_reduce(statistic)
+                statistic /= self.ranks.ranks
+        self.save("detector.pth")
+        found = results(c, self.model, self.tested, self.ranks, self.workers)
+        return {**found, **self.settings(), **asdict(c), "backbone": self.backbone, "images": len(self.trained),
+                "ranks": self.ranks.ranks}
 
 
-def load_lists(views, schedule, workers):
-    """make_loader, whose batches stay lists of items: images have their own sizes."""
-    loader = make_loader(views, schedule, workers)
-    loader.collate_fn = list
-    return loader
+@torch.inference_mode()
+def detect(model, views, ranks, workers=0):
+    """What the detector finds in the test images `views`, in order, on rank 0 (the others get []): [(index of the image
+    in its split, boxes (n, 4), labels (n,) from 0, scores (n,), masks in RLE or None)], in pixels of the image."""
+    model.eval()
+    mine, found, progress = range(ranks.rank, len(views), ranks.ranks), [], Progress("test", len(views))
+    for (j, image, _), in views.batches([[(0, j)] for j in mine], workers, ranks.device):
+        out = model([image])[0]
+        masks = run_lengths(out["masks"]) if "masks" in out else None
+        boxes, labels, scores = (out[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
+        found.append((views.index[j], boxes, labels - 1, scores, masks))
+        if ranks.rank == 0:
+            progress.update(j + 1)
+    if ranks.ranks > 1:
+        everyone = [None] * ranks.ranks if ranks.rank == 0 else None
+        dist.gather_object(found, everyone)
+        found = sum(everyone or [], [])
+    return sorted(found, key=lambda one: one[0])
 
 
-def readable(views, j, image, device):
-    """The image (3, H, W) float32 in [0, 1] on the device. Raises UserError if it could not be read."""
-    if image is None:
-        images = views.found.images
-        raise UserError(f"{images.root / images.name(views.index[j])} cannot be read: download it again")
-    return image.to(device).float() / 255
+def results(config, model, views, ranks, workers=0):
+    """{box: `summary` of the test images, mask: the same if the model has masks, tested: their number} on rank 0, which
+    alone computes it; {} on the others."""
+    found, split = detect(model, views, ranks, workers), views.found
+    if ranks.rank:
+        return {}
+    if config.task == "voc":
+        return {"box": voc_ap(split, views.index, found), "tested": len(views)}
+    path = Path(config.root) / "annotations" / f"instances_{config.test_on}2017.json"
+    names = [split.images.name(i) for i in range(len(split.images))]
+    kinds = ("box", "mask") if model.roi_heads.mask_predictor is not None else ("box",)
+    return {**{kind: coco_ap(path, names, views.index, found, kind) for kind in kinds}, "tested": len(views)}
 
 
-# ------------------------------------------------------------------------------------------------- average precision
+# ------------------------------------------------------------------------------------------------ average precision
 
-def average_precision(overlap, best, difficult, threshold):
-    """VOC2007's 11-point AP of one category, as detectron2 computes it: a detection hits if its IoU is over `threshold` and
-    its object has no earlier hit; a difficult object's detections count neither way.
+THRESHOLDS = np.arange(50, 100, 5) / 100  # of IoU; COCO's ten, as detectron2 has them for VOC too
+AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # COCO's all, small, medium, large objects; pixels
 
-    Args: overlap, best (D,): largest IoU of each detection with an object of its image and that object's index, by falling
-    score; difficult (G,) bool. Returns AP in [0, 1], NaN if no object counts."""
-    over = overlap > threshold
-    ignored = over & np.append(difficult, False)[best]
-    counted, hit = np.flatnonzero(over & ~ignored), np.zeros(len(over), bool)
-    hit[counted[np.unique(best[counted], return_index=True)[1]]] = True
-    right, wrong = np.cumsum(hit), np.cumsum(~hit & ~ignored)
-    if difficult.all():
+
+def summary(table, categories):
+    """{AP, AP50, AP75, APs, APm, APl, classes: {category: AP}} in percent, None where no object counts: means of
+    table (areas, categories, thresholds), in which NaN stands for that."""
+    def percent(values):
+        values = values[~np.isnan(values)]
+        return 100 * float(values.mean()) if values.size else None
+    everything, small, medium, large = table
+    return dict(AP=percent(everything), AP50=percent(everything[:, 0]), AP75=percent(everything[:, 5]),
+                APs=percent(small), APm=percent(medium), APl=percent(large),
+                classes=dict(zip(categories, map(percent, everything))))
+
+
+def average_precision(overlap, best, neither, ignored, threshold):
+    """VOC2007's 11-point AP of one category, as detectron2 computes it: a detection hits if its IoU is over `threshold`
+    and its object has no earlier hit. Detections of an ignored object count neither way.
+
+    Args, by falling score: overlap, best (D,): largest IoU of each detection with an object of its image and that
+    object's index; neither (D,) bool: counts neither way unless it hits; ignored (G,) bool: objects that do not count.
+    Returns AP in [0, 1], NaN if no object counts."""
+    if ignored.all():
         return math.nan
-    recall, precision = right / (~difficult).sum(), right / np.maximum(right + wrong, 1)
+    over = overlap > threshold
+    on_ignored = over & np.append(ignored, False)[best]
+    candidates = np.flatnonzero(over & ~on_ignored)
+    _, first = np.unique(best[candidates], return_index=True)  # of each object
+    hit = np.zeros(len(over), bool)
+    hit[candidates[first]] = True
+    right, wrong = np.cumsum(hit), np.cumsum(~hit & ~on_ignored & ~neither)
+    recall, precision = right / (~ignored).sum(), right / np.maximum(right + wrong, 1)
     return float(np.mean([precision[recall >= t].max(initial=0.0) for t in np.arange(0, 1.1, 0.1)]))
 
 
-def voc_ap(truth, index, found):
-    """detectron2's VOC2007 AP, AP50 and AP75 in percent: means over categories, AP over IoU 0.5:0.95 too. (It rounds scores
-    to 0.001 and boxes to 0.1 pixels on the way; not here. Categories without an object in these images are left out.)
+def match(truth, rows, found, label):
+    """One category's detections by falling score: largest IoU with the objects `rows` of their image, the place in
+    `rows` of that object (-1: none there), area in square pixels; (D,) each."""
+    scores, overlaps, bests, areas = [], [], [], []
+    for i, boxes, labels, confidence, _ in found:
+        boxes = torch.as_tensor(boxes[labels == label]).double()
+        start, end = np.searchsorted(rows, truth.offsets[i:i + 2])
+        iou = torchvision.ops.box_iou(boxes, torch.as_tensor(truth.boxes[rows[start:end]]).double()).numpy()
+        scores.append(confidence[labels == label])
+        overlaps.append(iou.max(1, initial=0.0))
+        bests.append(start + iou.argmax(1) if end > start else np.full(len(boxes), -1))
+        areas.append(torchvision.ops.box_area(boxes).numpy())
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    return [np.concatenate(values)[order] for values in (overlaps, bests, areas)]
 
-    Args: truth: Labelled, its crowd VOC's difficult; index: its images that were tested; found: FineTuning.detect's."""
-    thresholds, table = np.arange(50, 100, 5) / 100, []
-    detections = {i: rest for i, *rest in found}
+
+def voc_ap(truth, index, found):
+    """`summary` of detectron2's VOC2007 AP. It rounds scores to 0.001 and boxes to 0.1 pixels on the way; not here.
+    Sizes are COCO's: objects of another size are ignored, and so are detections of another size that hit nothing.
+
+    Args: truth: Labelled, its crowd VOC's difficult; index: its tested images, rising; found: what `detect` gives."""
+    tested = np.concatenate([np.arange(truth.offsets[i], truth.offsets[i + 1]) for i in index])
+    table = np.empty((len(AREAS), len(truth.categories), len(THRESHOLDS)))
     for label in range(len(truth.categories)):
-        scores, overlaps, bests, difficult = [np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], []
-        for i in index:
-            rows = np.arange(truth.offsets[i], truth.offsets[i + 1])
-            rows = rows[truth.labels[rows] == label]
-            boxes, labels, confidence, _ = detections[i]
-            boxes, confidence = boxes[labels == label], confidence[labels == label]
-            iou = torchvision.ops.box_iou(*(torch.as_tensor(b).double() for b in (boxes, truth.boxes[rows]))).numpy()
-            scores.append(confidence)
-            overlaps.append(iou.max(1, initial=0.0))
-            bests.append(len(difficult) + iou.argmax(1) if len(rows) else np.full(len(boxes), -1))
-            difficult += truth.crowd[rows].tolist()
-        order = np.argsort(-np.concatenate(scores), kind="stable")
-        matched = np.concatenate(overlaps)[order], np.concatenate(bests)[order], np.array(difficult, bool)
-        table.append([average_precision(*matched, threshold) for threshold in thresholds])
-    percent = 100 * np.array(table)[~np.isnan(np.array(table)[:, 0])].mean(0)
-    return {"AP": float(percent.mean()), "AP50": float(percent[0]), "AP75": float(percent[5])}
+        rows = tested[truth.labels[tested] == label]
+        overlap, best, area = match(truth, rows, found, label)
+        object_area = torchvision.ops.box_area(torch.as_tensor(truth.boxes[rows])).numpy()
+        for a, (low, high) in enumerate(AREAS):
+            ignored = truth.crowd[rows] | (object_area < low) | (object_area > high)
+            outside = (area < low) | (area > high)
+            table[a, label] = [average_precision(overlap, best, outside, ignored, t) for t in THRESHOLDS]
+    return summary(table, truth.categories)
 
 
 def coco_tools():
@@ -796,55 +1256,85 @@ def run_lengths(masks):
     return [coco_tools()[2].encode(np.asfortranarray(mask)) for mask in binary]
 
 
-def coco_ap(path, names, index, found, masks):
-    """COCO's {box: {AP, AP50, AP75}, mask: the same if `masks`} in percent, by pycocotools, on images `index` of `names`;
-    found: FineTuning.detect's; path: the annotations."""
+def coco_ap(path, names, index, found, kind):
+    """`summary` of pycocotools' AP of `kind`, box or mask, on images `index` of `names`; found: what `detect` returns;
+    path: the annotations."""
     COCO, COCOeval, _ = coco_tools()
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()):  # pycocotools talks
         truth = COCO(str(path))
-    truth.dataset.setdefault("info", {})  # which some versions ask for
-    ids, categories = {im["file_name"]: im["id"] for im in truth.dataset["images"]}, sorted(truth.getCatIds())
-    results = {}
-    for kind, name in (("bbox", "box"), ("segm", "mask"))[:1 + masks]:
+        truth.dataset.setdefault("info", {})  # which some versions ask for
+        ids = {image["file_name"]: image["id"] for image in truth.dataset["images"]}
+        categories = truth.loadCats(sorted(truth.getCatIds()))
         rows = []
-        for i, boxes, labels, scores, shapes in found:
+        for i, boxes, labels, scores, masks in found:
             for n, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-                what = {"bbox": [x1, y1, x2 - x1, y2 - y1]} if kind == "bbox" else {"segmentation": shapes[n]}
-                rows.append(dict(image_id=ids[names[i]], category_id=categories[labels[n]], score=float(scores[n]), **what))
-        percent = [0.0] * 3
-        if rows:  # pycocotools cannot take an empty list
-            with redirect_stdout(io.StringIO()):
-                judge = COCOeval(truth, truth.loadRes(rows), kind)
-                judge.params.imgIds = [ids[names[i]] for i in index]
-                judge.evaluate(), judge.accumulate(), judge.summarize()
-            percent = [100 * max(0.0, float(value)) for value in judge.stats[:3]]
-        results[name] = dict(zip(("AP", "AP50", "AP75"), percent))
-    return results
+                where = dict(bbox=[x1, y1, x2 - x1, y2 - y1]) if kind == "box" else dict(segmentation=masks[n])
+                rows.append(dict(image_id=ids[names[i]], category_id=categories[labels[n]]["id"],
+                                 score=float(scores[n]), **where))
+        judge = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), "bbox" if kind == "box" else "segm")
+        judge.params.imgIds = [ids[names[i]] for i in index]
+        judge.evaluate()
+        judge.accumulate()
+    precision = judge.eval["precision"][..., -1].mean(1)  # (thresholds, categories, areas), at 100 detections an image
+    table = np.where(precision < 0, math.nan, precision).transpose(2, 1, 0)
+    return summary(table, [one["name"] for one in categories])
+
+
+def default_out(task, ckpt):
+    """runs/voc-coco-last of runs/coco/last.pt, runs/voc-coco-last-teacher of runs/coco/last.pt:teacher."""
+    path, _, part = ckpt.partition(":")
+    names = [name for name in Path(path).with_suffix("").parts[-2:] if name.strip("./\\")]
+    return "-".join([f"runs/{task}", *names, *part.split()])
+
+
+def fine_tune(args, ranks, workers):
+    """Results of a fine-tuning (OUT/results.json), None if it was stopped."""
+    network, arch = load_from(args, args.ckpt[0])
+    c = transfer_config(args, arch)
+    run = FineTuning(c, network, ranks, args.out or default_out(c.task, c.ckpt), args.resume, workers)
+    boxes_alone = " (boxes alone, no masks)" if c.task == "coco" and not run.masks else ""
+    ranks.print(f"{arch}-C4 of {c.ckpt} on {len(run.trained):,} images of {c.root}{boxes_alone}, {ranks.ranks} x "
+                f"{ranks.device.type}, steps {run.step:,} to {c.steps:,}; test on {len(run.tested):,} images")
+    try:
+        ended = run.train()
+    except torch.cuda.OutOfMemoryError:
+        raise out_of_memory(c, ranks) from None
+    return (run.test(), args.json or run.out / "results.json") if ended else (None, None)
+
+
+def test_again(args, ranks, workers):
+    """Results of a detector.pth, at the size and on the classes of its training."""
+    path = args.ckpt[0]
+    model, settings, categories = load_detector(path)
+    if settings["task"] != args.transfer:
+        raise UserError(f"--ckpt {path} was fine-tuned on {settings['task']}: use --transfer {settings['task']}")
+    known = {field.name: settings.get(field.name) for field in fields(Transfer)}
+    c = Transfer(**{**known, "root": args.root or f"data/{args.transfer}", "ckpt": path,
+                    "test_on": args.test_on, "limit_images": args.limit_images})
+    split = open_labelled(c.task, c.root, c.test_on, strict=True)
+    same_classes(split.categories, categories, f"the {c.test_on} split of {c.root}", path, "name its own data")
+    ranks.connect()
+    found = results(c, model.to(ranks.device), Detection(split, False, limit=c.limit_images), ranks, workers)
+    return {**found, **settings, **asdict(c), "backbone": settings["ckpt"]}, args.json
 
 
 def transfer(args):
-    """--transfer: fine-tune, test, print the table's columns, write OUT/results.json."""
+    """--transfer: fine-tune, test, print the table, write OUT/results.json; with --test-only test a detector.pth."""
     if args.transfer == "coco":
         coco_tools()  # that it is missing should not show after a day of training
-    network, arch = load_from(args, args.ckpt[0])
-    config, ranks = transfer_config(args, arch), Ranks()
-    out = args.out or f"runs/{config.task}-" + "-".join(Path(config.ckpt).with_suffix("").parts[-2:])
+    ranks = Ranks()
     torch.set_float32_matmul_precision("high")
-    workers = min(args.workers, max(1, (os.cpu_count() or 1) // ranks.on_machine))
-    run = FineTuning(config, network, ranks, out, args.resume, workers, args.save_steps)
-    ranks.print(f"{arch}-C4 of {config.ckpt} on {len(run.trained):,} images of {config.root}"
-                f"{' (boxes alone, no masks)' if config.task == 'coco' and not run.masks else ''}, {ranks.ranks} x "
-                f"{ranks.device.type}, steps {run.step:,} to {config.steps:,}; test on {len(run.tested):,} images")
-    try:
-        run.train()
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(f"{config.batch_size // ranks.ranks} images do not fit a GPU's memory: lower --batch-size "
-                        f"{config.batch_size}, or use more GPUs") from None
-    results = run.test()
-    ranks.print("".join(f"{kind + ' ' + name:>11}" for kind in results for name in results[kind]) + "\n"
-                + "".join(f"{value:11.1f}" for kind in results for value in results[kind].values()))
-    if ranks.rank == 0:
-        save({**results, **run.settings(), "tested": len(run.tested)}, args.json or Path(out) / "results.json")
+    workers = min(args.workers, max(1, usable_cores() // ranks.on_machine))
+    table, path = (test_again if args.test_only else fine_tune)(args, ranks, workers)
+    if table and ranks.rank == 0:
+        columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        print(" " * 4 + "".join(f"{name:>8}" for name in columns))
+        for kind in ("box", "mask"):
+            if kind in table:
+                values = (table[kind][name] for name in columns)
+                print(f"{kind:4}" + "".join(f"{'-':>8}" if value is None else f"{value:8.1f}" for value in values))
+        if path:
+            save(table, path)
     if ranks.ranks > 1:
         dist.destroy_process_group()
 
@@ -853,24 +1343,94 @@ def transfer(args):
 
 def picture(objects, columns=6, tile=224):
     """A PIL picture of what is evaluated: images on top, below them disturbed, with the selected boxes."""
-    columns, gap, head = min(columns, len(objects)), 4, 18
-    sheet = Image.new("RGB", (columns * (tile + gap) + gap, 2 * (tile + gap + head)), "#303030")
-    draw = ImageDraw.Draw(sheet)
-    for c in range(columns):
-        *pictures, boxes, labels = objects[c]
-        for r, (title, pixels) in enumerate(zip(("as it is", "disturbed: another image outside the boxes"), pictures)):
-            left, top = gap + c * (tile + gap), head + r * (tile + gap + head)
-            sheet.paste(Image.fromarray(cv2.resize(pixels, (tile, tile), interpolation=cv2.INTER_AREA)), (left, top))
-            if c == 0:
-                draw.text((left + 2, top - head + 3), title, fill="white")
-            for number, (box, label) in enumerate(zip(boxes * tile / objects.size, labels.tolist())):
-                if label >= 0:
-                    x1, y1, x2, y2 = (box + (left, top) * 2).tolist()
-                    ink = COLOURS[number % len(COLOURS)]
-                    draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=ink, width=2)
-                    draw.text((x1 + 4, min(y1 + 2, top + tile - 14)), objects.labelled.categories[label], fill="white",
-                              stroke_width=1, stroke_fill="black")
-    return sheet
+    tiles = ([], [])
+    for j in range(min(columns, len(objects))):
+        *pictures, boxes, rows = objects[j]
+        names = [objects.labelled.categories[label] for label in objects.labelled.labels[rows[rows >= 0]]]
+        boxes = torch.from_numpy(boxes[rows >= 0]) * tile / objects.size
+        colours = [COLOURS[n % len(COLOURS)] for n in range(len(boxes))]
+        for line, pixels in zip(tiles, pictures):
+            image = torch.from_numpy(resize(pixels, tile, tile)).permute(2, 0, 1)
+            line.append(draw_bounding_boxes(image, boxes, names, colours, width=2))
+    return as_picture(tiles[0] + tiles[1], len(tiles[0]))
+
+
+def as_picture(tiles, columns):
+    """Tiles (3, H, W) uint8 -> a PIL picture, `columns` to a line."""
+    return Image.fromarray(make_grid(tiles, nrow=columns, padding=5, pad_value=32).permute(1, 2, 0).numpy())
+
+
+def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
+    """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query in white,
+    then its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
+    chosen = sorted(rng(seed).choice(len(answers.rows), min(number, len(answers.rows)), replace=False).tolist())
+    neighbours, lines = min(neighbours, len(answers.bank_rows)), {}
+    for which in (0, 1):
+        index = nearest(answers.asked[which][chosen], answers.bank[which], neighbours)[1]
+        for query, nearby in zip(answers.rows[chosen].tolist(), answers.bank_rows[index].tolist()):
+            lines[query, which] = [object_tile(queries, query, which, "white", "disturbed" if which else None)]
+            for row in nearby:
+                right = bank.labelled.labels[row] == queries.labelled.labels[query]
+                lines[query, which].append(object_tile(bank, row, which, "#3fcf5f" if right else "#ff4d4d"))
+    return as_picture([tile for key in sorted(lines) for tile in lines[key]], neighbours + 1)
+
+
+def object_tile(objects, row, which, colour, name=None, side=104, below=17):
+    """(3, 121, 104) uint8: the object of `row` with some of its surroundings, as it is (which 0) or disturbed (1),
+    framed, over the name of its category."""
+    item = objects[objects.filled.index(int(objects.image_of(row)))]
+    x1, y1, x2, y2 = item[2][item[3] == row][0]
+    half = min(0.65 * max(x2 - x1, y2 - y1), objects.size / 2)
+    x, y = (min(max((low + high) / 2, half), objects.size - half) for low, high in ((x1, x2), (y1, y2)))
+    canvas = Image.new("RGB", (side, side + below), "#202020")
+    around = (x - half, y - half, x + half, y + half)
+    canvas.paste(Image.fromarray(item[which]).resize((side, side), Image.BICUBIC, box=around))
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle([0, 0, side - 1, side - 1], outline=colour, width=4)
+    name = name or objects.labelled.categories[objects.labelled.labels[row]]
+    draw.text((side / 2, side + below / 2), name, fill=colour, anchor="mm", font_size=12)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+
+
+def draw_curves(panels, path):
+    """The figure of learning: each measure over images seen, a PNG.
+
+    panels: a list of (title, curves, levels); curves {arm: (images, means, errors)}, lists of one length, drawn as a
+    line in a band of one error to both sides; levels {name: value}: horizontal lines."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    names = list(dict.fromkeys(name for _, curves, _ in panels for name in curves))
+    inks = {name: CURVE_COLOURS[n % len(CURVE_COLOURS)] for n, name in enumerate(names)}
+    wide = 4.6 * len(panels)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(wide, 4.4), layout="constrained", squeeze=False)
+    for axis, (title, curves, levels) in zip(axes[0], panels):
+        for name, (images, means, errors) in curves.items():
+            means, errors = np.array(means), np.nan_to_num(errors)
+            axis.plot(images, means, color=inks[name], marker="o", markersize=4, linewidth=2, label=name, zorder=3)
+            axis.fill_between(images, means - errors, means + errors, color=inks[name], alpha=0.18, linewidth=0)
+        for name, value in levels.items():
+            above = value == max(levels.values())  # the others have their names below: two may lie close together
+            axis.axhline(value, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+            axis.annotate(name, (1, value), (-2, 2 if above else -2), xycoords=("axes fraction", "data"), ha="right",
+                          va="bottom" if above else "top", textcoords="offset points", fontsize=9, color="#444444")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
+        axis.set_title(title, fontsize=11, loc="left")
+        axis.set_xlabel("images seen")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    pyplot.close(figure)
+    print(f"wrote {path}")
 
 
 def save(what, path):
@@ -883,98 +1443,211 @@ def save(what, path):
 def add_checkpoint_arguments(parser):
     """What every script that asks checkpoints takes."""
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, help="checkpoints of ResNets, a row each; random: untrained")
-    add("--arch", choices=tuple(ARCHITECTURES.values()), default="resnet50", help="of random; others have it in their shapes")
-    add("--teacher", action="store_true", help="the momentum encoder of each checkpoint, not the other one")
-    add("--prefix", help="which of several ResNets in a file, if that is not clear")
-    add("--trust-pickle", action="store_true", help="open pickles (detectron2's), which can run code")
+    add("--ckpt", nargs="+", required=True, metavar="ARM", help="a row each: FILE, FILE:teacher, FILE:PREFIX, "
+        "'NAME=GLOB' (the mean over its files), random (untrained), colour (no network: the median colour of each box)")
+    add("--arch", choices=RESNETS, help="of random (default: the first file's, else resnet50)")
+    add("--teacher", action="store_true", help="the momentum encoder of every file, not the other one")
+    add("--prefix", help="which of several ResNets in every file, if that is not clear")
+    add("--statistics", choices=("saved", "clean"), default="saved",
+        help="batch norm's: the file's, or those of 256 clean train images; random, which has none, is always clean")
+    add("--roi", type=positive, help="side of RoIAlign's output on C4 (default: as the file, else the first of our "
+        "files was trained; else scenes 6, photographs 14)")
     add("--data", choices=tuple(SIZE), default="scenes")
     add("--root", help="the data set's folder (default data/DATA)")
     add("--seed", type=int, default=0, help="of random's weights and of what is drawn")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes; changes nothing but speed")
+    add("--workers", type=int, default=min(8, usable_cores()), help="loading processes; changes nothing but speed")
     add("--json", help="write the results there")
     add("--picture", help="write a PNG of the inputs there")
 
 
-def load_from(args, path):
-    """load_backbone of one --ckpt, by the arguments above."""
-    return load_backbone(path, args.arch, args.teacher, args.prefix, args.trust_pickle, args.seed)
+def load_from(args, entry):
+    """load_backbone of one --ckpt, FILE, FILE:PREFIX or FILE:teacher, by the arguments above."""
+    path, teacher, prefix = split_selector(entry, args.teacher, args.prefix)
+    return load_backbone(path, args.arch, teacher, prefix, seed=args.seed)
 
 
 def parse_arguments(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_arguments(parser)
     add = parser.add_argument
-    add("--size", type=positive, help="side of the input in pixels, a multiple of 32 (default: scenes 224, coco 448)")
+    add("--size", type=positive, help="side of the input, a multiple of 16 pixels (default: scenes 112, voc 224, 448)")
+    add("--head", choices=("map", "roi"), help="RoIAlign on C5 of the image, or C5 on RoIs of C4 (default: scenes roi)")
     add("--k", type=positive, default=20, help="neighbours that vote")
     add("--objects", type=positive, default=3, help="N, objects of a train image in the bank")
     add("--limit-images", type=positive, help="only the first so many images of each split")
+    add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
+    add("--plot", metavar="FILE", help="write a PNG of every arm over images seen (needs matplotlib)")
     add("--per-category", action="store_true", help="print the top-1 accuracy of each category too")
-    add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint and test it (Tables 1 and 3)")
-    add("--out", help="of --transfer: last.pt, which is resumed, and results.json (default runs/TASK-CKPT)")
+    add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
+    add("--out", help="of --transfer: last.pt, detector.pth, results.json (default runs/TASK-CKPT)")
     add("--resume", choices=("auto", "never"), default="auto")
-    add("--save-steps", type=positive, default=500, help="of --transfer: steps between checkpoints")
+    add("--test-only", action="store_true", help="of --transfer: test the detector.pth that --ckpt names")
     add("--batch-size", type=positive, help="of --transfer, all ranks together (16); rate and steps scale with it")
     add("--steps", type=positive, help="of --transfer, instead of the schedule's; drops and warm-up stay in proportion")
-    add("--short-side", type=positive, help="of --transfer, one for training and test, instead of 480-800 (voc), 640-800 (coco)")
+    add("--short-side", type=positive, help="of --transfer, one for training and test, not 480-800 (coco: 640-800)")
     add("--lr", type=float, help="of --transfer, for 16 images (0.02)")
     add("--rois", type=positive, help="of --transfer, boxes an image that train the RoI head (512)")
     add("--test-on", choices=("train", "val"), default="val", help="of --transfer; train: does it fit what it saw?")
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
-    if args.size % 32:
-        raise UserError(f"--size {args.size}: a multiple of 32, so that C5's cells are 32 pixels")
+    args.head = args.head or ("roi" if args.data == "scenes" else "map")
+    if args.size % 16:
+        raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
     if args.transfer and len(args.ckpt) > 1:
         raise UserError(f"--transfer {args.transfer} fine-tunes one network: name one --ckpt, and run it once for each")
+    if not args.transfer and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("evaluate.py without --transfer is one process: start it with python, without torchrun")
     if args.export and (args.export[0] not in ("detectron2", "torchvision") or len(args.ckpt) > 1):
-        raise UserError("--export FORMAT FILE: the format is detectron2 or torchvision, and --ckpt names one checkpoint")
+        raise UserError("--export FORMAT FILE: the format is detectron2 or torchvision, and --ckpt names one file")
     return args
 
 
-def print_categories(categories, hits, labels):
-    """Top-1 of each category that has queries, clean and disturbed."""
-    width = max(len(name) for name in categories)
-    print(f"{'category':{width}}  queries  O-KNN  disturbed")
+def evaluate_arms(args, arms, bank, queries, clean, device):
+    """Evaluate every network of the arms. Returns [(arm, points (R, 5, Q))], the files' results (dictionaries) and the
+    queries' rows (Q,)."""
+    answered, files = [], []
+    for arm in arms:
+        points = []
+        for row in arm.rows:
+            network = None if row.path == "colour" else ObjectFeatures(row.load(clean).to(device), args.head, row.bins)
+            answers = evaluate(network or median_colours, bank, queries, args.k, args.workers, device)
+            if args.neighbours and not files:
+                save(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
+            points.append(answers.points)
+            means = over_images(answers.points, queries.image_of(answers.rows))
+            files.append({"arm": arm.name, **asdict(row), **columns(*means),
+                          "bank": len(answers.bank_rows), "queries": len(answers.rows)})
+        answered.append((arm, torch.stack(points)))
+    return answered, files, answers.rows
+
+
+def summarise(answered, images, areas):
+    """A dictionary an arm: means, standard errors, O-KNN by size of the object ({name: (Q,) bool}), the difference from
+    the first arm."""
+    results, arms = [], [arm for arm, _ in answered]
+    for arm, points in answered:
+        result = {"arm": arm.name, "images": arm.images, "files": len(arm.rows), **columns(*arm_mean(points, images))}
+        for name, here in areas.items():
+            result[f"oknn_top1_{name}"] = points[:, 0, here].mean().item() if here.any() else None
+        first = reference(arm, arms)
+        if first is not arm:
+            seeds, first_seeds = ([row.seed for row in one.rows] for one in (arm, first))
+            *means, paired = difference(points, seeds, answered[arms.index(first)][1], first_seeds, images)
+            result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired, **columns(*means)}
+        results.append(result)
+    return results
+
+
+def columns(means, errors):
+    """{measure: mean, measure_se: error} of MEASURES, as plain numbers; None for an error that cannot be told."""
+    named = {name: mean for name, mean in zip(MEASURES, means.tolist())}
+    return {**named, **{f"{name}_se": None if math.isnan(error) else error
+                        for name, error in zip(MEASURES, errors.tolist())}}
+
+
+def size_classes(labelled, rows):
+    """COCO's small, medium and large, by the box's area in pixels of the photograph (COCO's own are of the mask): under
+    32 x 32, under 96 x 96, more. {name: (Q,) bool}."""
+    boxes = torch.from_numpy(labelled.boxes)[rows]
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return {"small": area < 32**2, "medium": (area >= 32**2) & (area < 96**2), "large": area >= 96**2}
+
+
+def name_of(result):
+    """An arm's name, with the number of images it has seen."""
+    return result["arm"] + (f", {result['images']:,} images" if result["images"] else "")
+
+
+def print_table(results):
+    """A line an arm: means, standard errors, differences from the first arm."""
+    def cell(numbers, name, sign=""):
+        error = numbers[f"{name}_se"]
+        return f"{numbers[name]:{sign}.1f} +-" + ("   ?" if error is None else f"{error:4.1f}")
+
+    sizes = [name for name in ("small", "medium", "large") if f"oknn_top1_{name}" in results[0]]
+    width = max(len("arm"), *(len(name_of(result)) for result in results))
+    print(f"\n{'arm':{width}} files   O-KNN top-1  top-5  disturbed top-1 top-5          lost"
+          + "".join(f"{name:>8}" for name in sizes) + "    from the first: O-KNN     disturbed")
+    for result in results:
+        clean, disturbed, lost = (cell(result, name) for name in ("oknn_top1", "disturbed_top1", "lost"))
+        print(f"{name_of(result):{width}} {result['files']:5} {clean:>13}  {result['oknn_top5']:5.1f}  {disturbed:>15} "
+              f"{result['disturbed_top5']:5.1f} {lost:>13}", end="")
+        for name in sizes:
+            share = result[f"oknn_top1_{name}"]
+            print(f"{'-' if share is None else f'{share:.1f}':>8}", end="")
+        less = result.get("difference")
+        print(f"    {cell(less, 'oknn_top1', '+'):>21} {cell(less, 'disturbed_top1', '+'):>13}, by {less['paired_by']}"
+              if less else "")
+
+
+def print_categories(name, categories, points, labels):
+    """Top-1 of each category that has queries, clean and disturbed, of an arm's points (R, 5, Q)."""
+    width = max(len(category) for category in categories)
+    print(f"\n{name}\n{'category':{width}}  queries  O-KNN  disturbed")
     for label in labels.unique().tolist():
-        of = labels == label
-        clean, disturbed = (100 * hits[i, of].double().mean() for i in (0, 2))
-        print(f"{categories[label]:{width}}  {int(of.sum()):7,}  {clean:5.1f}  {disturbed:9.1f}")
+        clean, disturbed = points[:, 0, labels == label].mean(), points[:, 2, labels == label].mean()
+        print(f"{categories[label]:{width}}  {int((labels == label).sum()):7,}  {clean:5.1f}  {disturbed:9.1f}")
+
+
+def curves_of(results, chance):
+    """draw_curves' panels: an arm that has seen images is a curve, another one a level."""
+    panels = []
+    for measure, title in (("oknn_top1", "O-KNN, top-1 in %"), ("disturbed_top1", "Disturbed O-KNN, top-1 in %"),
+                           ("lost", "Lost when disturbed, in points")):
+        curves, levels = defaultdict(lambda: ([], [], [])), {} if measure == "lost" else {"chance": chance}
+        for result in results:
+            if result["images"]:
+                for values, key in zip(curves[result["arm"]], ("images", measure, f"{measure}_se")):
+                    values.append(math.nan if result[key] is None else result[key])
+            else:
+                levels["untrained" if result["arm"] == "random" else result["arm"]] = result[measure]
+        panels.append((title, curves, levels))
+    return panels
 
 
 def main():
     args = parse_arguments()
     if args.transfer:
         return transfer(args)
-    networks = [(path, *load_from(args, path)) for path in args.ckpt]  # mistakes show before minutes have passed
     if args.export:
-        export(networks[0][1], *args.export)
-        return print(f"wrote {args.export[1]}: {networks[0][2]} of {args.ckpt[0]} for {args.export[0]}")
-    bank = Objects(open_labelled(args.data, args.root, "train"), args.size, args.objects, args.limit_images, args.seed)
-    queries = Objects(open_labelled(args.data, args.root, "val"), args.size, None, args.limit_images, args.seed)
+        network, arch = load_from(args, args.ckpt[0])
+        export(network, *args.export)
+        return print(f"wrote {args.export[1]}: {arch} of {args.ckpt[0]} for {args.export[0]}")
+    arms = open_arms(args)
+    stored, asked = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
+    bank = Objects(stored, args.size, args.objects, args.limit_images, args.seed)
+    queries = Objects(asked, args.size, None, args.limit_images, args.seed)
     if args.k > bank.count:
-        raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower --k, or take more images")
+        raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower it, or add images")
     if args.picture:
         save(picture(queries), args.picture)
-    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    for path, network, arch in networks:
-        hits, labels, stored = evaluate(c5(network.to(device)), bank, queries, args.k, args.workers, device)
-        names = ("oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5")
-        percent = (100 * hits.double().mean(1)).tolist()
-        rows.append(dict(ckpt=path, arch=arch, **dict(zip(names, percent)), bank=stored, queries=len(labels)))
-        if args.per_category:
-            print(f"\n{path}")
-            print_categories(bank.labelled.categories, hits, labels)
-    width = max(len("checkpoint"), *(len(row["ckpt"]) for row in rows))
-    print(f"\n{'checkpoint':{width}}  arch       O-KNN top-1  top-5   disturbed top-1  top-5")
-    for row in rows:
-        print(f"{row['ckpt']:{width}}  {row['arch']:9}  {row['oknn_top1']:11.1f}  {row['oknn_top5']:5.1f}   "
-              f"{row['disturbed_top1']:15.1f}  {row['disturbed_top5']:5.1f}")
-    print(f"bank: {rows[0]['bank']:,} objects of {len(bank):,} images, queries: {rows[0]['queries']:,} of {len(queries):,}; "
-          f"k {args.k}, {args.size} x {args.size} pixels")
+    clean = Clean(stored.images, args.size, args.head, seed=args.seed, device=device)
+    answered, files, rows = evaluate_arms(args, arms, bank, queries, clean, device)
+    labels = torch.from_numpy(asked.labels)[rows]
+    results = summarise(answered, queries.image_of(rows), {} if args.data == "scenes" else size_classes(asked, rows))
+    if args.per_category:
+        for result, (_, points) in zip(results, answered):
+            print_categories(name_of(result), asked.categories, points, labels)
+    print_table(results)
+    kinds = dict.fromkeys(file["statistics"] for file in files)
+    print("statistics: " + "; ".join(kind + ": " + ", ".join(dict.fromkeys(
+        file["arm"] for file in files if file["statistics"] == kind)) for kind in kinds))
+    commonest = np.bincount(stored.labels[np.concatenate(bank.rows)]).argmax()
+    chance = 100 * (labels == commonest).double().mean().item()
+    print(f"bank: {files[0]['bank']:,} objects of {len(bank):,} images, queries: {files[0]['queries']:,} of "
+          f"{len(queries):,}; k {args.k}, {args.size} x {args.size} pixels, head {args.head}; "
+          f"chance (the bank's commonest category): {chance:.1f}")
     if args.json:
-        save(rows, args.json)
+        options = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}
+        settings = {**{name: getattr(args, name) for name in options}, "root": str(stored.images.root),
+                    "bank": "train", "queries": "val", "chance": chance, "versions": versions}
+        save({"settings": settings, "arms": results, "files": files}, args.json)
+    if args.plot:
+        draw_curves(curves_of(results, chance), args.plot)
 
 
 if __name__ == "__main__":

@@ -3,245 +3,489 @@
     python probes.py --ckpt runs/scenes/last.pt random --arch resnet18 --plot curves.png --picture probe.png
     python probes.py --ckpt A.pth.tar B.pth --data coco --root data/coco --plot curves.png --json curves.json
 
-Coupling rate (CR): cos(A1, B) / cos(A2, B); A1 and B are the features of two neighbouring objects of different categories
-on black, A2 is A's when B is gone. 1 is ideal; more means that B has leaked into A.
+Objects of the val split are cut out and placed on black as squares; a feature is the mean of the cells of its
+square, in the maps after res2 to res5 and, `roi`, in C5 of RoIAlign of the square on C4, as region-level C4
+networks were trained.
 
-Mean cosine similarity (MCS): one object in all places of a 3x3 grid; the mean cosine of the central one's feature with
-the other eight. 1 is ideal; less means that a feature knows its place.
+Of the paper, 1 is ideal: the coupling rate CR = cos(A1, B) / cos(A2, B), A1 and B being two neighbouring objects of
+different categories and A2 being A when B is gone; the mean cosine similarity MCS of an object with itself at the
+other places of a 3x3 grid. Both are near 1 as well where features of all objects are alike, so they compare
+networks whose features differ equally.
 
-Both for the maps after res2, res3, res4 and res5: means and standard errors over --pairs pairs of objects of the val split,
-the same for every checkpoint. An object is cut out by its mask where the annotations have one, else by its box, and fills
-a square of 96 pixels as far as its proportions allow; squares lie at multiples of 32 pixels, so that they are made of whole
-cells at every layer. A feature is the plain mean of the cells in its square.
-"""
+Relative to how much objects differ, not in the paper, 0 is ideal: rc = mean(1 - cos(A1, A2)) / mean(1 - cos(A2,
+B2)) and rp = mean(1 - MCS) / mean(1 - cos(A2, B2)), B2 being B alone at A's place. At 1 a neighbour (a place)
+changes a feature as much as another object would. A constant added to all features changes neither; but they tell
+nothing of a network that sees only what does not matter, and one large difference between objects (their colour)
+hides what becomes of all small ones.
+
+Re-identification, not in the paper, needs no scale; 100 is ideal: does an object's feature, amid four neighbours or
+moved to a corner, find the same object, alone in the centre, among 150 (R@1 in %, by cosine; a tie is a miss)? It
+tells nothing of how alike two objects of one category are.
+
+From Python: `probe(network, open_inputs(open_labelled("scenes")), bins=6)`, a torchvision ResNet in eval mode,
+gives all of these by name, `reid(network, bank, bins=6)` the last two alone: each .value and .error, five numbers
+in the order of LAYERS. """
 import argparse
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from augment import normalise, to_float
-from d3ssl import positive
-from data import Parser, Progress, UserError, atomic, error_exit, make_loader, open_labelled, resize, rng
-from evaluate import add_checkpoint_arguments, load_from, save
+from d3ssl import positive, roi_align
+from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, resize, rng
+from evaluate import CURVE_COLOURS, SIZE, Clean, add_checkpoint_arguments, open_arms, reference, save
 
 
-LAYERS = ("res2", "res3", "res4", "res5")
+LAYERS = ("res2", "res3", "res4", "res5", "roi")
+SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
+FILLS = {"black": (0, 0, 0), "mean": (124, 116, 104)}  # around the objects; mean: ImageNet's colour, 0 once normalised
+BATCH = 16                               # images that a network sees at once
+RESAMPLES = 1000                         # of the bootstrap
+MEASURES = {                             # title, ideal
+    "reid_neighbours": ("re-identified amid four neighbours, R@1 in %", 100),
+    "reid_moved": ("re-identified in a corner, R@1 in %", 100),
+    "rc": ("relative coupling rc: a neighbour's part", 0),
+    "rp": ("relative position rp: the place's part", 0),
+    "cr": ("coupling rate CR (Fig. 3b)", 1),
+    "mcs": ("mean cosine similarity MCS (Fig. 4b)", 1)}
+
+# CR and MCS. Squares lie at multiples of 32 pixels, C5's stride: they are made of whole cells at every layer.
 SIDE = 96                                # of a square, in pixels
 PAIR = (224, 320)                        # height and width of the image of two objects, with margins of 64 pixels
 A, B = (64, 64), (64 + SIDE, 64)         # x and y of their squares: side by side
 GRID = (3 * SIDE, 3 * SIDE)              # height and width of the 3x3 image
 PLACES = [(x, y) for y in (0, SIDE, 2 * SIDE) for x in (0, SIDE, 2 * SIDE)]
-SMALLEST = 24                            # sides of an object in its image: smaller ones, four times as large, are a blur
-BATCH = 16
+
+# Re-identification, likewise.
+OBJECTS = 150                            # in the bank
+BANK_SIDE = 64                           # of a square
+BANK = (3 * BANK_SIDE, 3 * BANK_SIDE)    # height and width of an image
+CENTRE = (64, 64)
+NEIGHBOURS = ((0, 64), (128, 64), (64, 0), (64, 128))
+CORNERS = ((0, 0), (128, 0), (0, 128), (128, 128))
 
 
 # -------------------------------------------------------------------------------------------------- synthesised inputs
 
-def cut_out(image, box, mask=None):
-    """(96, 96, 3) uint8: what lies in `box` [x1, y1, x2, y2] of image (H, W, 3), on black, black too where mask (H, W) is
-    False; as large as the square allows with its proportions kept, centred."""
+class Squares(NamedTuple):
+    """N objects, each cut out of its image and filling a square."""
+    pixels: torch.Tensor  # (N, side, side, 3) uint8 RGB
+    masks: torch.Tensor   # (N, side, side) bool: what of the square is the object, all of it without a mask
+
+    def take(self, index, device="cpu"):
+        return Squares(self.pixels[index].to(device), self.masks[index].to(device))
+
+
+class Inputs(NamedTuple):
+    """What every network is asked about: pairs (a[i], b[i]) of different categories, 96 pixels; a bank, 64 pixels."""
+    a: Squares
+    b: Squares
+    bank: Squares
+
+
+def cut_out(image, box, mask, side):
+    """An object as a square: pixels (side, side, 3) uint8, and which of them are the object's (side, side) bool.
+
+    Args: image (H, W, 3) uint8; box: [x1, y1, x2, y2] in it; mask: None, then the crop fills the square, as the
+    paper places images of objects; or (H, W) bool, then proportions are kept, the object is in the middle and the
+    rest is not the object."""
     (x1, y1), (x2, y2) = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
     crop = image[y1:y2, x1:x2]
-    if mask is not None and mask[y1:y2, x1:x2].any():
-        crop = crop * mask[y1:y2, x1:x2, None]
-    scale = SIDE / max(crop.shape[:2])
+    if mask is None:
+        return resize(crop, side, side), np.ones((side, side), bool)
+    scale = side / max(crop.shape[:2])
     height, width = (max(1, round(n * scale)) for n in crop.shape[:2])
-    square, top, left = np.zeros((SIDE, SIDE, 3), np.uint8), (SIDE - height) // 2, (SIDE - width) // 2
-    square[top:top + height, left:left + width] = resize(crop, width, height)
-    return square
+    top, left = (side - height) // 2, (side - width) // 2
+    pixels, inside = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
+    pixels[top:top + height, left:left + width] = resize(crop, width, height)
+    shape = resize(mask[y1:y2, x1:x2].astype(np.uint8) * 255, width, height)
+    inside[top:top + height, left:left + width] = shape > 127
+    return pixels, inside
 
 
-def paste(size, squares):
-    """A black image (*size, 3) uint8 with squares, [((x, y), (96, 96, 3) uint8), ...], at their places."""
-    canvas = np.zeros((*size, 3), np.uint8)
-    for (x, y), square in squares:
-        canvas[y:y + SIDE, x:x + SIDE] = square
-    return canvas
+def open_inputs(labelled, pairs=150, seed=0, cut="box", workers=1):
+    """Inputs of a split (data.Labelled): pairs of objects, A uniform over all, B over those of other categories,
+    and 150 objects (or as many as there are) for the bank; crowds and sides of less than 24 pixels are left out.
+
+    Args: cut: box | mask; workers: threads. Raises UserError if there are too few objects, or no masks to cut
+along."""
+    sides = (labelled.boxes[:, 2:] - labelled.boxes[:, :2]).min(1)
+    rows, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng(seed, 0)
+    if len(rows) < 5 or len(np.unique(labelled.labels[rows])) < 2:
+        raise UserError(f"{labelled.images.root} has no five objects of two categories with sides of at least "
+                        f"{SMALLEST} pixels: name another data set")
+    a = random.choice(rows, pairs)
+    b = [random.choice(rows[labelled.labels[rows] != labelled.labels[row]]) for row in a]
+    bank = rng(seed, 1).permutation(rows)[:OBJECTS]  # the same for any number of pairs
+
+    def cut_all(rows, side):
+        with ThreadPoolExecutor(max(1, workers)) as threads:
+            pixels, masks = zip(*threads.map(lambda row: cut_row(labelled, row, side, cut), rows))
+        return Squares(torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(masks)))
+    return Inputs(cut_all(a, SIDE), cut_all(b, SIDE), cut_all(bank, BANK_SIDE))
 
 
-class Pairs(torch.utils.data.Dataset):
-    """Pairs of objects of different categories, drawn by (seed, pair): A uniformly over all objects, B over those of the
-    other categories; crowds and objects with a side of less than 24 pixels are left out.
+def cut_row(labelled, row, side, cut):
+    """cut_out of object `row` of a split."""
+    images, i = labelled.images, int(np.searchsorted(labelled.offsets, row, side="right")) - 1
+    mask = labelled.mask and labelled.mask(row) if cut == "mask" else None
+    if cut == "mask" and mask is None:
+        raise UserError(f"{images.root / images.name(i)} has an object without a mask: --cut box")
+    try:
+        return cut_out(images.read(i), labelled.boxes[row], mask, side)
+    except OSError:
+        raise UserError(f"{images.root / images.name(i)} cannot be read: download it again") from None
 
-    Item -> both (224, 320, 3), alone (224, 320, 3), grid (288, 288, 3) uint8 RGB: A beside B, A without B, A nine times.
-    Raises UserError if there are no two objects to pair."""
 
-    def __init__(self, labelled, number=500, seed=0):
-        self.labelled, self.number, self.seed = labelled, number, seed
-        sides = (labelled.boxes[:, 2:] - labelled.boxes[:, :2]).min(1)
-        self.rows = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST))
-        if len(np.unique(labelled.labels[self.rows])) < 2:
-            raise UserError(f"{labelled.images.root} has no two objects of different categories with sides of at least "
-                            f"{SMALLEST} pixels: name another data set")
+def compose(size, placed, fill="black"):
+    """(N, *size, 3) uint8: squares `placed`, [((x, y), Squares of N), ...], each on its own image of one colour."""
+    first = placed[0][1].pixels
+    images = first.new_tensor(FILLS[fill]).repeat(len(first), *size, 1)
+    for (x, y), squares in placed:
+        side = squares.masks.shape[1]
+        images[:, y:y + side, x:x + side][squares.masks] = squares.pixels[squares.masks]
+    return images
 
-    def __len__(self):
-        return self.number
 
-    def __getitem__(self, i):
-        a, b = self.draw(i)
-        return paste(PAIR, [(A, a), (B, b)]), paste(PAIR, [(A, a)]), paste(GRID, [(place, a) for place in PLACES])
+# ------------------------------------------------------------------------------------------------------------ features
 
-    def draw(self, i):
-        """The squares A and B (96, 96, 3) of pair i; drawn again, up to ten times, while an image cannot be read."""
-        random, labels = rng(self.seed, i), self.labelled.labels
-        for _ in range(10):
-            a = random.choice(self.rows)
-            b = random.choice(self.rows[labels[self.rows] != labels[a]])
-            try:
-                return self.square(a), self.square(b)
-            except OSError as error:
-                problem = error
-        raise UserError(f"images of {self.labelled.images.root} cannot be read: {problem}")
+@torch.inference_mode()
+def features(network, size, placed, read=None, bins=6, fill="black", seen=None):
+    """Features of the first `read` (None: all) squares of `compose(size, placed, fill)`.
 
-    def square(self, row):
-        found = self.labelled
-        image = found.images.read(int(np.searchsorted(found.offsets, row, side="right")) - 1)
-        return cut_out(image, found.boxes[row], found.mask and found.mask(row))
+    Args: network: torchvision's ResNet in eval mode; bins: of RoIAlign for `roi`; seen: called with the
+    number of images after each batch. Returns a list by layer of (N, P, C) float64, P squares read."""
+    batches, device = [], network.conv1.weight.device
+    for start in range(0, len(placed[0][1].masks), BATCH):
+        part = [(place, squares.take(slice(start, start + BATCH), device)) for place, squares in placed]
+        images = normalise(to_float(compose(size, part, fill))).contiguous(memory_format=torch.channels_last)
+        maps, by_layer = stages(network, images), [[] for _ in LAYERS]
+        for (x, y), squares in part[:read]:
+            side = squares.masks.shape[1]
+            for found, cells in zip(by_layer, maps):
+                stride = size[1] // cells.shape[3]
+                window = cells[:, :, y // stride:(y + side) // stride, x // stride:(x + side) // stride]
+                found.append(object_mean(window, squares.masks))
+            box = images.new_tensor([x, y, x + side, y + side]).expand(len(images), 1, 4)
+            regions = network.layer4(roi_align(maps[2], box, bins, 1 / 16))
+            by_layer[-1].append(object_mean(regions, squares.masks))
+        batches.append([torch.stack(found, 1) for found in by_layer])
+        if seen:
+            seen(len(images))
+    return [torch.cat(parts) for parts in zip(*batches)]
+
+
+def stages(network, images):
+    """The maps after res2, res3, res4 and res5."""
+    x, maps = network.maxpool(network.relu(network.bn1(network.conv1(images)))), []
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        x = stage(x)
+        maps.append(x)
+    return maps
+
+
+def object_mean(cells, masks):
+    """(N, C) float64: the mean of cells (N, C, h, w) of a square, each weighed by the share of it that is the
+    object's, masks (N, side, side) bool: with --cut box the plain mean."""
+    share = F.adaptive_avg_pool2d(masks[:, None].double(), cells.shape[2:])
+    return (cells.double() * share).sum((2, 3)) / share.sum((2, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
 
-def stages(network):
-    """The maps after res2 to res5 of torchvision's ResNet, as a function: images (B, 3, H, W) -> four maps."""
-    extractor = create_feature_extractor(network, {f"layer{i}": LAYERS[i - 1] for i in (1, 2, 3, 4)})
-    return lambda images: list(extractor(images).values())
+class Estimate(NamedTuple):
+    """A measure by layer, and the same of bootstrap resamples of its objects. Two networks' resamples are the same
+    objects, so that the difference of two estimates is paired."""
+    value: np.ndarray      # (L,)
+    resampled: np.ndarray  # (R, L)
+
+    @property
+    def error(self):
+        """Standard error (L,)."""
+        return self.resampled.std(0)
+
+    def minus(self, other):
+        return Estimate(self.value - other.value, self.resampled - other.resampled)
 
 
-def square_feature(maps, place, width):
-    """(B, C) float64: the mean of the cells of maps (B, C, h, w) in the square at `place` (x, y) of images `width` wide."""
-    stride = width // maps.shape[-1]
-    x, y, side = place[0] // stride, place[1] // stride, SIDE // stride
-    return maps[:, :, y:y + side, x:x + side].double().mean((2, 3))
+def ratio_of_means(numerator, denominator=None):
+    """Estimate of mean(numerator) / mean(denominator) by layer, lists by layer of (N,); None: 1. Not a number where
+    the denominator is 0: no two objects differ."""
+    above = torch.stack(numerator, 1).cpu().numpy()
+    below = np.ones_like(above) if denominator is None else torch.stack(denominator, 1).cpu().numpy()
+    n = len(above)
+    counts = np.concatenate([np.ones((1, n)), rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = (counts @ above) / (counts @ below)
+    return Estimate(ratios[0], ratios[1:])
 
 
-def coupling_rate(both, alone, width=PAIR[1]):
-    """Section 3.1: cos(A1, B) / cos(A2, B), (N,) float64, of maps (N, C, h, w) of the images with both objects and A alone."""
-    a1, b, a2 = square_feature(both, A, width), square_feature(both, B, width), square_feature(alone, A, width)
-    return torch.cosine_similarity(a1, b) / torch.cosine_similarity(a2, b)
+def coupling(network, a, b, alone=False, **options):
+    """CR and rc (section 3.1), MCS and rp (section 3.2) of a network on pairs of Squares: {name: Estimate}.
+
+    alone: for MCS and rp the object is alone at each of the nine places, not repeated at all: what remains of them
+    is place, through padding, without the neighbours. options: bins, fill and seen of `features`."""
+    cosine = torch.cosine_similarity
+    both = features(network, PAIR, [(A, a), (B, b)], **options)
+    only_a = features(network, PAIR, [(A, a)], **options)
+    only_b = features(network, PAIR, [(A, b)], **options)
+    if alone:
+        runs = [features(network, GRID, [(place, a)], **options) for place in PLACES]
+        nine = [torch.cat(layer, 1) for layer in zip(*runs)]
+    else:
+        nine = features(network, GRID, [(place, a) for place in PLACES], **options)
+    rates, similarities, coupled, moved, apart = [], [], [], [], []
+    for ab, a2, b2, grid in zip(both, only_a, only_b, nine):
+        (a1, b1), a2, b2 = ab.unbind(1), a2[:, 0], b2[:, 0]
+        rates.append(cosine(a1, b1) / cosine(a2, b1))
+        others = torch.cat([grid[:, :4], grid[:, 5:]], 1)
+        similarities.append(cosine(grid[:, 4:5], others, dim=2).mean(1))
+        coupled.append(1 - cosine(a1, a2))
+        moved.append(1 - similarities[-1])
+        apart.append(1 - cosine(a2, b2))
+    return {"cr": ratio_of_means(rates), "mcs": ratio_of_means(similarities),
+            "rc": ratio_of_means(coupled, apart), "rp": ratio_of_means(moved, apart)}
 
 
-def mean_cosine_similarity(grid, width=GRID[1]):
-    """Section 3.2: the mean cosine (N,) float64 of the central feature with the other eight, of maps (N, C, h, w)."""
-    features = torch.stack([square_feature(grid, place, width) for place in PLACES])
-    others = [i for i in range(9) if i != 4]
-    return torch.cosine_similarity(features[4], features[others], dim=-1).mean(0)
+def reid(network, bank, **options):
+    """Does an object find itself? R@1 in % of queries amid the next four objects of the bank, and alone in a corner
+    (object i in corner i mod 4), in the bank, where each is alone in the centre: {name: Estimate}. options as
+    `coupling`'s."""
+    stored = features(network, BANK, [(CENTRE, bank)], **options)
+    around = neighbours(bank, range(len(bank.masks)))
+    amid = features(network, BANK, [(CENTRE, bank), *around], read=1, **options)
+    moved = [torch.empty_like(layer) for layer in stored]
+    for c, corner in enumerate(CORNERS):
+        for layer, part in zip(moved, features(network, BANK, [(corner, bank.take(slice(c, None, 4)))], **options)):
+            layer[c::4] = part
+    return {"reid_neighbours": ratio_of_means([hits(q[:, 0], k[:, 0]) for q, k in zip(amid, stored)]),
+            "reid_moved": ratio_of_means([hits(q[:, 0], k[:, 0]) for q, k in zip(moved, stored)])}
 
 
-class Curves(NamedTuple):
-    """Means and standard errors by layer, each a list."""
-    cr: list
-    cr_se: list
-    mcs: list
-    mcs_se: list
+def neighbours(bank, rows):
+    """The squares around objects `rows` of the bank: the four that follow each, left, right, above and below."""
+    return [(place, bank.take([(row + 1 + k) % len(bank.masks) for row in rows])) for k, place in enumerate(NEIGHBOURS)]
 
 
-@torch.inference_mode()
-def probe(network, pairs, what="pairs", workers=0, device="cpu"):
-    """CR and MCS of a network on Pairs, layer by layer: Curves.
+def hits(queries, bank):
+    """(N,) float64: 100 where query i's cosine with entry i of the bank is larger than with every other, else 0."""
+    cosines = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+    own = cosines.diagonal().clone()
+    return 100 * (own > cosines.fill_diagonal_(-2).amax(1)).double()
 
-    Args: network: normalised images (B, 3, H, W) -> a list of maps (B, C, h, w) whose strides divide 32, on `device`.
-    Raises UserError if a value is not finite."""
-    rates, similarities, progress, done = [], [], Progress(what, len(pairs), "pairs"), 0
-    for inputs in make_loader(pairs, [list(range(len(pairs))[i:i + BATCH]) for i in range(0, len(pairs), BATCH)], workers):
-        both, alone, grid = (network(normalise(to_float(pixels.to(device)))) for pixels in inputs)
-        rates.append(torch.stack([coupling_rate(m1, m2) for m1, m2 in zip(both, alone)], 1).cpu())
-        similarities.append(torch.stack([mean_cosine_similarity(m) for m in grid], 1).cpu())
-        done += len(inputs[0])
+
+def probe(network, inputs, what="probes", alone=False, bins=6, fill="black"):
+    """All measures of a network, torchvision's ResNet in eval mode, on Inputs: {name: Estimate}, in the order of
+MEASURES.
+
+    Raises UserError if one is not finite."""
+    pairs, objects = len(inputs.a.masks), len(inputs.bank.masks)
+    total = (12 if alone else 4) * pairs + 3 * objects
+    progress, done = Progress(what, total), 0
+
+    def seen(images):
+        nonlocal done
+        done += images
         progress.update(done)
-    (cr, cr_se), (mcs, mcs_se) = mean_and_error(torch.cat(rates)), mean_and_error(torch.cat(similarities))
-    if not np.isfinite(cr + mcs).all():
+
+    options = dict(bins=bins, fill=fill, seen=seen)
+    found = {**reid(network, inputs.bank, **options), **coupling(network, inputs.a, inputs.b, alone, **options)}
+    if not np.isfinite(found["cr"].value + found["mcs"].value).all():
         raise UserError(f"{what}: CR or MCS is not finite, features vanish or diverge: is it a trained ResNet?")
-    return Curves(cr, cr_se, mcs, mcs_se)
+    return {name: found[name] for name in MEASURES}
 
 
-def mean_and_error(values):
-    """Mean and standard error by column of values (N, L), N >= 2."""
-    return values.mean(0).tolist(), (values.std(0) / len(values) ** 0.5).tolist()
+# ------------------------------------------------------------------------------------------------- arms of a comparison
+
+def over_networks(estimates):
+    """Mean by layer and its standard error: over an arm's networks, of one alone over its objects."""
+    values = np.stack([estimate.value for estimate in estimates])
+    error = estimates[0].error if len(values) == 1 else values.std(0, ddof=1) / len(values) ** 0.5
+    return values.mean(0), error
+
+
+def difference(rows, seeds, first, first_seeds):
+    """An arm's estimates less the first one's, mean and standard error by layer, and what is paired: "seed" where
+    two or more seeds are in both arms, else "object" (which leaves the seeds' part of the error out)."""
+    both = sorted({seed for seed in seeds if seed is not None} & {*first_seeds})
+    if len(both) > 1:
+        return *over_networks([rows[seeds.index(seed)].minus(first[first_seeds.index(seed)]) for seed in both]), "seed"
+    mine, theirs = (Estimate(*(np.mean(parts, 0) for parts in zip(*some))) for some in (rows, first))
+    return *over_networks([mine.minus(theirs)]), "object"
+
+
+def columns(measures):
+    """{name: values, name_se: errors} of {name: (values, errors)}, lists by layer; what is not a number is None."""
+    named = {key: numbers for name, pair in measures.items() for key, numbers in zip((name, f"{name}_se"), pair)}
+    return {key: [float(x) if np.isfinite(x) else None for x in numbers] for key, numbers in named.items()}
+
+
+def compare(arms, inputs, clean, device, **options):
+    """Probe every network of the arms (evaluate.open_arms). Returns the arms' and the files' results for JSON."""
+    probed, files, results = {}, [], []
+    for arm in arms:
+        found = []
+        for row in arm.rows:
+            what = row.path if row.seed is None else f"{row.path}, seed {row.seed}"
+            found.append(probe(row.load(clean).to(device), inputs, what, bins=row.bins, **options))
+            measured = columns({name: (one.value, one.error) for name, one in found[-1].items()})
+            files.append({"arm": arm.name, **asdict(row), **measured})
+        probed[arm.name, arm.images] = found
+        result = {"arm": arm.name, "images": arm.images, "files": len(found),
+                  **columns({name: over_networks([one[name] for one in found]) for name in MEASURES})}
+        first = reference(arm, arms)
+        if first is not arm:
+            seeds, first_seeds = ([row.seed for row in some.rows] for some in (arm, first))
+            theirs = probed[first.name, first.images]
+            paired = {name: difference([one[name] for one in found], seeds, [one[name] for one in theirs], first_seeds)
+                      for name in MEASURES}
+            result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired["rc"][2],
+                                    **columns({name: values[:2] for name, values in paired.items()})}
+        results.append(result)
+    return results, files
+
+
+def print_tables(results):
+    """A table a measure: arms, after the most images that each has seen, and their differences from the first one."""
+    last = list({result["arm"]: result for result in results}.values())
+    width = max(len(result["arm"]) + 2 for result in last)
+    for name, (title, _) in MEASURES.items():
+        digits = 1 if name.startswith("reid") else 4
+        print(f"\n{title}\n{'arm':{width}} files" + "".join(f"{layer:>18}" for layer in LAYERS))
+        for result in last:
+            print(f"{result['arm']:{width}} {result['files']:5}" + cells(result, name, f".{digits}f"))
+            if "difference" in result:
+                versus = result["difference"]
+                print(f"{'  less ' + versus['to']:{width + 6}}" + cells(versus, name, f"+.{digits}f"))
+
+
+def cells(result, name, form):
+    """A measure's means and errors, a column a layer."""
+    texts = []
+    for mean, error in zip(result[name], result[f"{name}_se"]):
+        texts.append("-" if mean is None or error is None else f"{mean:{form}} +-{error:{form.lstrip('+')}}")
+    return "".join(f"{text:>18}" for text in texts)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-def plot(rows, path):
-    """Figures 3b and 4b: CR and MCS by layer, one curve a checkpoint with its standard errors, as a PNG."""
+def plot(results, path):
+    """Figures 3b and 4b and ours, a PNG: every measure by layer, a curve an arm with its standard errors, after the
+    most images seen; where an arm has several numbers of images seen, below it over these, at res4 and at `roi`
+    (dashed)."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, key, title in zip(axes, ("cr", "mcs"), ("Coupling rate (Fig. 3b)", "Mean cosine similarity (Fig. 4b)")):
-        axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-        for row in rows:
-            axis.errorbar(LAYERS, row[key], row[f"{key}_se"], label=row["ckpt"], marker="o", markersize=4, capsize=3)
-        axis.set(title=title, xlabel="layer", ylabel=key.upper())
+    arms = defaultdict(list)
+    for result in results:
+        arms[result["arm"]].append(result)
+    inks = dict(zip(arms, CURVE_COLOURS * len(arms)))
+    learning = any(len(some) > 1 for some in arms.values())
+    figure, axes = pyplot.subplots(4 if learning else 2, 3, figsize=(13, 14 if learning else 7.5), layout="constrained")
+    for n, axis in enumerate(axes.flat):
+        name, (title, ideal) = list(MEASURES.items())[n % 6]
+        axis.axhline(ideal, color="grey", linewidth=0.8, linestyle=":")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("layer" if n < 6 else "images seen (solid res4, dashed roi)")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+        for arm, some in arms.items():
+            means, errors = (np.array([result[key] for result in some], float) for key in (name, f"{name}_se"))
+            images = [result["images"] for result in some]
+            style = dict(color=inks[arm], marker="o", markersize=4, capsize=3)
+            if n < 6:
+                axis.errorbar(LAYERS, means[-1], errors[-1], label=arm, **style)
+                continue
+            for layer, dashes in ((LAYERS.index("res4"), "-"), (LAYERS.index("roi"), "--")):
+                if images[-1]:
+                    axis.errorbar(images, means[:, layer], errors[:, layer], linestyle=dashes, **style)
+                else:
+                    axis.axhline(means[-1, layer], color=inks[arm], linewidth=1, linestyle=dashes)
+        if n >= 6:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
     print(f"wrote {path}")
 
 
-def picture(pairs, rows=4):
-    """A PIL picture of what is probed, a row a pair: A1 beside B, A2 alone (Figure 3a), nine A (Figure 4a), the squares
-    outlined."""
-    gap, head, (height, width) = 6, 18, PAIR
-    titles = ("CR: A1 and B", "CR: A2, without B", "MCS: the centre against the other eight")
-    lefts, tall = (gap, 2 * gap + width, 3 * gap + 2 * width), max(height, GRID[0])
-    rows = min(rows, len(pairs))
-    sheet = Image.new("RGB", (4 * gap + 2 * width + GRID[1], head + rows * (tall + gap)), "#505050")
+def picture(inputs, alone=False, fill="black", rows=3):
+    """A PIL picture of what is asked, a row a pair and an object of the bank; the squares that are read are
+outlined."""
+    gap, head, rows = 8, 18, min(rows, len(inputs.a.masks))
+    nine = "alone at each place in turn" if alone else "the centre against eight places"
+    titles = ("CR, rc: A1 beside B", "A2: A, without B", "B2: B at A's place", f"MCS, rp: {nine}",
+              "bank: in the centre", "amid four neighbours", "moved to a corner")
+    widths = (*[PAIR[1]] * 3, GRID[1], *[BANK[1]] * 3)
+    sheet = Image.new("RGB", (sum(widths) + gap * 8, head + rows * (GRID[0] + gap)), "#505050")
     draw = ImageDraw.Draw(sheet)
-    for left, title in zip(lefts, titles):
-        draw.text((left, 3), title, fill="white")
     for r in range(rows):
-        for left, pixels, names in zip(lefts, pairs[r], ({A: "A1", B: "B"}, {A: "A2"}, dict.fromkeys(PLACES, ""))):
-            top = head + r * (tall + gap) + (tall - len(pixels)) // 2
-            sheet.paste(Image.fromarray(pixels), (left, top))
-            for (x, y), name in names.items():
-                x, y = left + x, top + y
-                draw.rectangle([x, y, x + SIDE - 1, y + SIDE - 1], outline="#707070")
-                draw.text((x + 4, y - 14), name, fill="white")
+        a, b, one = (squares.take([r]) for squares in inputs)
+        asked = ((PAIR, [(A, a), (B, b)]), (PAIR, [(A, a)]), (PAIR, [(A, b)]),
+                 (GRID, [(place, a) for place in PLACES[:1 if alone else 9]]),
+                 (BANK, [(CENTRE, one)]), (BANK, [(CENTRE, one), *neighbours(inputs.bank, [r])]),
+                 (BANK, [(CORNERS[r % 4], one)]))
+        left = gap
+        for title, (size, placed) in zip(titles, asked):
+            top = head + r * (GRID[0] + gap) + (GRID[0] - size[0]) // 2
+            draw.text((left, 3), title, fill="white")
+            sheet.paste(Image.fromarray(compose(size, placed, fill)[0].numpy()), (left, top))
+            for (x, y), squares in placed[:1] if size == BANK else placed:
+                side = squares.masks.shape[1] - 1
+                draw.rectangle([left + x, top + y, left + x + side, top + y + side], outline="#909090")
+            left += size[1] + gap
     return sheet
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-def print_table(rows, number):
-    """CR and MCS by layer, mean and standard error."""
-    width = max(len("checkpoint"), *(len(row["ckpt"]) for row in rows))
-    for key, title in (("cr", "coupling rate"), ("mcs", "mean cosine similarity")):
-        print(f"\n{title}, {number:,} {'pairs' if key == 'cr' else 'objects'}\n{'checkpoint':{width}}  arch     "
-              + "".join(f"{layer:>17}" for layer in LAYERS))
-        for row in rows:
-            cells = (f"{mean:.4f} +-{error:.4f}" for mean, error in zip(row[key], row[f"{key}_se"]))
-            print(f"{row['ckpt']:{width}}  {row['arch']:9}" + "".join(f"{cell:>17}" for cell in cells))
-
-
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_arguments(parser)
-    parser.add_argument("--pairs", type=positive, default=500, help="pairs of objects, at least 2")
-    parser.add_argument("--plot", help="write the curves there, a PNG (needs matplotlib)")
+    add = parser.add_argument
+    add("--pairs", type=positive, default=100, help="pairs of objects for CR, MCS, rc and rp, at least 2")
+    add("--cut", choices=("box", "mask"), default="box", help="box: a crop fills its square, as the paper places "
+        "images; mask: an object is cut along its mask, its feature the mean of its own cells")
+    add("--alone", action="store_true", help="MCS and rp of one object alone at nine places, not of nine at once")
+    add("--fill", choices=tuple(FILLS), default="black", help="around the objects: black or ImageNet's mean colour")
+    add("--plot", help="write the curves there, a PNG (needs matplotlib)")
     args = parser.parse_args()
     if args.pairs < 2:
         raise UserError(f"--pairs {args.pairs}: a standard error needs at least 2")
-    networks = [(path, *load_from(args, path)) for path in args.ckpt]  # mistakes show before minutes have passed
-    pairs = Pairs(open_labelled(args.data, args.root, "val"), args.pairs, args.seed)
+    arms = open_arms(args)
+    if any(row.path == "colour" for arm in arms for row in arm.rows):
+        raise UserError("--ckpt colour is no network and has no layers to probe: leave it out")
+    inputs = open_inputs(open_labelled(args.data, args.root, "val"), args.pairs, args.seed, args.cut, args.workers)
     if args.picture:
-        save(picture(pairs), args.picture)
-    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
-    for path, network, arch in networks:
-        curves = probe(stages(network.to(device)), pairs, path, args.workers, device)
-        rows.append(dict(ckpt=path, arch=arch, **curves._asdict()))
-    print_table(rows, args.pairs)
+        save(picture(inputs, args.alone, args.fill), args.picture)
+    device, clean = "cuda" if torch.cuda.is_available() else "cpu", None
+    torch.backends.cudnn.allow_tf32 = False  # differences of nearly equal features are what is measured
+    if any(row.statistics == "clean" for arm in arms for row in arm.rows):
+        clean = Clean(open_images(args.data, args.root), SIZE[args.data], "roi", seed=args.seed, device=device)
+    results, files = compare(arms, inputs, clean, device, alone=args.alone, fill=args.fill)
+    print_tables(results)
+    print(f"\n{args.pairs:,} pairs, {len(inputs.bank.masks):,} objects in the bank, +- one standard error; statistics: "
+          + "; ".join(sorted({f"{file['arm']} {file['statistics']}" for file in files})))
     if args.json:
-        save(rows, args.json)
+        names = ("data", "root", "seed", "pairs", "cut", "alone", "fill", "statistics")
+        settings = {**{name: getattr(args, name) for name in names}, "side": SIDE, "bank": len(inputs.bank.masks),
+                    "bank_side": BANK_SIDE, "layers": LAYERS,
+                    "versions": {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}}
+        save({"settings": settings, "arms": results, "files": files}, args.json)
     if args.plot:
-        plot(rows, args.plot)
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":

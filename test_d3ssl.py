@@ -45,6 +45,7 @@ from data import Labelled, Scenes, UserError, open_labelled
 
 HERE = Path(__file__).resolve().parent
 COCO = HERE.parent / "shared" / "data" / "coco256"
+VOC = COCO.parent / "voc2007"
 needs_coco = pytest.mark.skipif(not COCO.exists(), reason="../shared/data/coco256 is not here")
 
 
@@ -556,7 +557,8 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
     picture.convert("P").save(tmp_path / "palette.gif")
     cv2.imwrite(str(tmp_path / "deep.png"), rgb[..., ::-1].astype(np.uint16) * 257)
     picture.save(tmp_path / "plain-ü.png")
-    wanted = {"turned.jpg": np.rot90(rgb, -1), "grey.jpg": np.stack([np.asarray(picture.convert("L"))] * 3, -1), "cmyk.jpg": rgb,
+    wanted = {"turned.jpg": np.rot90(rgb, -1), "grey.jpg": np.stack([np.asarray(picture.convert("L"))] * 3, -1),
+              "cmyk.jpg": rgb,
               "palette.gif": rgb, "deep.png": rgb, "plain-ü.png": rgb}
     tolerance = {"palette.gif": 40}
     for name, pixels in wanted.items():
@@ -653,9 +655,9 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     assert data.proposals_state(images, tmp_path / "whole") == "ready"
     data.compute_proposals(images, tmp_path / "parts", workers=1, part=(1, 2))
     assert data.proposals_state(images, tmp_path / "parts") == "missing"
-    chunk = next((tmp_path / "parts").glob(".partial-*/*.npz"))
+    chunk = next((tmp_path / "parts").glob(".chunks-*/*.npz"))
     stamp, done = chunk.stat().st_mtime_ns, []
-    monkeypatch.setattr(data, "_join", lambda *a: done.append(a))  # a kill before the joining
+    monkeypatch.setattr(data.Making, "join", lambda making: done.append(making))  # a kill before the joining
     data.compute_proposals(images, tmp_path / "parts", workers=1, part=(0, 2))
     assert done and chunk.stat().st_mtime_ns == stamp  # finished chunks are not done again
     monkeypatch.undo()
@@ -668,7 +670,8 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     for i in range(11):  # SoCo's filter, by the definition
         for x1, y1, x2, y2 in found[i].tolist():
             w, h = x2 - x1, y2 - y1
-            assert min(w, h) >= 32 and 1 / 3 <= w / h <= 3 and 0.3 <= math.sqrt(w * h) / 96 <= 0.8 and 0 <= x1 and x2 <= 96
+            assert min(w, h) >= 32 and 1 / 3 <= w / h <= 3 and 0.3 <= math.sqrt(w * h) / 96 <= 0.8
+            assert 0 <= x1 and x2 <= 96
     monkeypatch.setitem(data.SEARCH, "long_side", 64)
     assert "long_side" in data.proposals_state(images, tmp_path / "whole")  # other settings: made again, never mixed
     foreign = json.loads((tmp_path / "whole" / "settings.json").read_text()) | {"method": "my own"}
@@ -676,16 +679,104 @@ def test_proposals_in_parts_and_after_a_kill_are_those_of_one_go(tmp_path, monke
     assert data.proposals_state(images, tmp_path / "whole") == "ready"  # somebody else's are taken as they are
 
 
+def test_scenes_of_another_version_recompute_their_proposals(tmp_path, monkeypatch):
+    """Other pictures under the same names: boxes of the old ones would be taken without a word."""
+    for version, state in (("old", "missing"), ("old", "ready"), ("new", "other settings: version old")):
+        monkeypatch.setattr(data.Scenes, "VERSION", version)
+        scenes = data.Scenes(number=3)
+        assert data.proposals_state(scenes, tmp_path).startswith(state)
+        data.compute_proposals(scenes, tmp_path, workers=1)
+    assert data.proposals_state(scenes, tmp_path) == "ready"
+
+
+def test_a_rank_that_others_have_left_does_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 2)
+    monkeypatch.setattr(data, "PATIENCE", 1)
+    with pytest.raises(data.UserError, match="no proposals came from the other ranks for 1 s.*goes on"):
+        data.compute_proposals(data.Scenes(number=4), tmp_path, workers=1, part=(1, 2), wait=True)
+    assert [path.name for path in tmp_path.glob(".chunks-*/*")] == ["000001.npz"]  # its own share is done and kept
+
+
+# A user's script, with classes of its own: forkserver and spawn import it anew in every process.
+STARTS = """
+import multiprocessing, os, signal, sys
+import numpy as np, torch
+import data
+
+class Deadly(data.Scenes):  # the kernel's out-of-memory killer, for one picture
+    def read(self, i):
+        if i == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(i)
+
+class Marks(torch.utils.data.Dataset):
+    def __init__(self, splits):
+        self.splits = splits
+    def __getitem__(self, row):
+        return [np.packbits(found.mask(row)) for found in self.splits]
+
+def main():
+    method, out, searched, loaded = sys.argv[1:]  # the last two: the picture that kills the process that reads it
+    multiprocessing.set_start_method(method)
+    data.CHUNK = 2
+    scenes = Deadly(number=6)
+    scenes.deadly = int(searched)
+    data.compute_proposals(scenes, out + "/boxes", workers=1)
+    scenes.deadly = int(loaded)
+    views = data.TwoViews(scenes, data.Proposals(out + "/boxes"), 64, 2)
+    made = list(data.make_loader(views, data.Schedule(6, 2, 0, 0, 6), workers=1))
+    splits = data.open_labelled("scenes"), data.open_labelled("coco", out, "train", strict=True)
+    marks = list(data.make_loader(Marks(splits), [[0, 1], [2]], workers=1))
+    torch.save([made, marks], out + "/made.pt")
+
+if __name__ == "__main__":
+    data.error_exit(main)
+"""
+
+
+def starts(folder, method, searched=-1, loaded=-1, ok=True):
+    (folder / "starts.py").write_text(STARTS)
+    path = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return command(folder / "starts.py", method, folder, searched, loaded, env=path, ok=ok)
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_proposals_and_loaders_under_any_start_method(tmp_path, method):
+    """Python 3.14 starts processes by forkserver, macOS by spawn: their batches are those of this process."""
+    data.write_scenes(tmp_path, 2)
+    starts(tmp_path, method)
+    made, marks = torch.load(tmp_path / "made.pt", weights_only=True)
+    views = data.TwoViews(data.Scenes(number=6), data.Proposals(tmp_path / "boxes"), 64, 2)
+    for batch, items in zip(made, data.Schedule(6, 2, 0, 0, 6), strict=True):
+        for got, wanted in zip(batch, zip(*[views[item] for item in items]), strict=True):
+            assert np.array_equal(got, np.stack(wanted))
+    for found, split in zip(zip(*marks), ("val", "train"), strict=True):
+        wanted = np.concatenate([data.Scenes(split).render(i)[3] for i in (0, 1)])[:3]
+        assert np.array_equal(torch.cat(found), [np.packbits(mask) for mask in wanted])
+
+
+def test_a_process_that_is_killed_ends_the_command_with_one_line(tmp_path):
+    data.write_scenes(tmp_path, 2)
+    for killed, said in ((dict(searched=5), "a process of the selective search was killed"),
+                         (dict(loaded=3), "a loading process died")):
+        done = starts(tmp_path, "fork", **killed, ok=False)
+        last = done.stdout.splitlines()[-1]
+        assert done.returncode == 2 and re.fullmatch(f"starts.py: error: {said}.*: the same command goes on.*", last)
+        assert "Traceback" not in done.stdout
+        assert (tmp_path / "boxes/settings.json").exists() == ("loaded" in killed)  # the second went on
+
+
 def test_filter_relaxes_step_by_step():
     whole = [[0, 0, 100, 100], [0, 0, 300, 40], [0, 0, 40, 40], [0, 0, 20, 90]]
-    for keep, level, kept in ((slice(0, 4), 0, [0]), (slice(1, 4), 1, [2]), (slice(1, 2), 2, [1]), (slice(3, 4), 3, None)):
+    for keep, level, kept in ((slice(0, 4), 0, [0]), (slice(1, 4), 1, [2]), (slice(1, 2), 2, [1]),
+                              (slice(3, 4), 3, None)):
         boxes, got = data.filter_proposals(np.float32(whole[keep]), 200, 300)
         assert got == level and boxes.tolist() == ([whole[i] for i in kept] if kept else [[0, 0, 300, 200]])
 
 
 @needs_coco
 def test_proposals_find_cocos_objects():
-    """Recall of the ground-truth boxes that pass the filter, IoU >= 0.5, on 24 images; a full-size search has 0.986 on 128."""
+    """Recall of the ground-truth boxes that pass the filter, IoU >= 0.5, on 24 images (full size: 0.986 on 128)."""
     labelled, found = data.open_labelled("coco", COCO, "train"), []
     for i in range(24):
         image, truth = labelled.images.read(i), labelled.boxes[labelled.offsets[i]:labelled.offsets[i + 1]]
@@ -1511,12 +1602,12 @@ def test_the_gpu_command_runs(tmp_path):
 
 # ------------------------------------------------------------------------------------- evaluate.py: any ResNet checkpoint
 
-def resnet_state(arch="resnet50", seed=0):
-    """torchvision's state dict with every buffer and parameter different from its default, so that none can be mixed up."""
+def resnet_state(arch="resnet18", seed=0):
+    """torchvision's state dict, every buffer and parameter different from its default, so that none can be mixed up."""
     torch.manual_seed(seed)
     state = torchvision.models.get_model(arch, weights=None).state_dict()
-    return {key: value if value.dtype == torch.long else
-            value * (0.9 + 0.2 * torch.rand(value.shape)) + 0.01 * torch.rand(value.shape) for key, value in state.items()}
+    change = lambda value: value * (0.9 + 0.2 * torch.rand(value.shape)) + 0.01 * torch.rand(value.shape)
+    return {key: value if value.dtype == torch.long else change(value) for key, value in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -1554,118 +1645,240 @@ def moco_to_detectron2(state, prefix):
     return {"model": named, "__author__": "MOCO", "matching_heuristics": True}
 
 
+def numbered(prefix, state):
+    """The state dict of nn.Sequential(*list(resnet.children())[:-1]) under a prefix."""
+    network = torchvision.models.resnet18(weights=None)
+    network.load_state_dict(state)
+    return under(prefix, nn.Sequential(*list(network.children())[:-1]).state_dict())
+
+
+def hugging_face(state):
+    """huggingface/transformers, convert_resnet_to_pytorch.py's result, models/resnet/modeling_resnet.py's names."""
+    named = {}
+    for key, value in under("", state, fc=False).items():
+        first, *rest = key.split(".")
+        if first in ("conv1", "bn1"):
+            kind = "convolution" if first == "conv1" else "normalization"
+            named[".".join(["resnet.embedder.embedder", kind, *rest])] = value
+            continue
+        block, layer, *rest = rest
+        where = f"resnet.encoder.stages.{int(first[-1]) - 1}.layers.{block}"
+        if layer == "downsample":
+            kind, rest = ("convolution", "normalization")[int(rest[0])], rest[1:]
+            named[".".join([where, "shortcut", kind, *rest])] = value
+        else:
+            kind = "convolution" if layer.startswith("conv") else "normalization"
+            named[".".join([where, "layer", str(int(layer[-1]) - 1), kind, *rest])] = value
+    return {**named, "classifier.1.weight": torch.ones(1000, 512), "classifier.1.bias": torch.ones(1000)}
+
+
+def c4(state):
+    """The first three stages with the stem, and the fourth, of a C4 detector."""
+    head = {key: value for key, value in state.items() if key.startswith("layer4.")}
+    return {key: value for key, value in under("", state, fc=False).items() if key not in head}, head
+
+
+def detectron2_c4(state):
+    body, head = (moco_to_detectron2(part, "")["model"] for part in c4(state))
+    head = {key.removeprefix("stem."): value for key, value in head.items()}
+    return {**under("backbone.", body), **under("roi_heads.", head), "roi_heads.res5.norm.weight": np.ones(512),
+            "proposal_generator.rpn_head.conv.weight": np.ones((8, 8, 3, 3))}
+
+
+def our_detector(state):
+    network = evaluate.build("resnet18", 0)
+    network.load_state_dict(under("", state, fc=False))
+    return evaluate.c4_detector(network, 3).state_dict()
+
+
+class NotInstalled:
+    """Stands for a class of a package that is not here: unpickling it by reference would run its __setstate__."""
+
+    def __init__(self):
+        self.path, self.number = Path("/a/path"), np.float64(3)
+
+    def __setstate__(self, state):
+        raise ModuleNotFoundError("mmengine")
+
+
+def safetensors(state):
+    """huggingface/safetensors, README's "Format", written from its description."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for key, value in state.items():
+        raw = value.contiguous().numpy().tobytes()
+        kind = "I64" if value.dtype == torch.long else "F32"
+        header[key] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
 QUEUE = {"queue": torch.zeros(128, 64), "queue_ptr": torch.zeros(1, dtype=torch.long)}
 
 LAYOUTS = {
-    # torchvision.models.resnet50().state_dict()
+    # torchvision.models.resnet18().state_dict()
     "torchvision": lambda p, s: p,
-    # facebookresearch/moco: moco/builder.py (encoder_q, encoder_k, queue; v2's fc is an MLP), main_moco.py (state_dict, DDP)
+    # facebookresearch/moco: moco/builder.py (encoder_q, encoder_k, queue; v2's fc is an MLP), main_moco.py (DDP)
     "moco": lambda p, s: {"epoch": 200, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}, "state_dict": {
-        **under("module.encoder_q.", p, fc=False), **mlp("module.encoder_q.fc", (0, (2048, 2048)), (2, (128, 2048))),
+        **under("module.encoder_q.", p, fc=False), **mlp("module.encoder_q.fc", (0, (512, 512)), (2, (128, 512))),
         **under("module.encoder_k.", s, fc=False), **under("module.", QUEUE)}},
     # Tete-Xiao/ReSim: detection/convert-pretrain-to-detectron2.py (MoCo's keys, and an fpn beside the stages)
     "resim": lambda p, s: {"state_dict": {
         **under("module.encoder_k.", s), **under("module.encoder_q.", p),
-        "module.encoder_q.fpn.fpn_lateral5.weight": torch.ones(256, 2048, 1, 1)}},
-    # hologerry/SoCo: converter_detectron2/convert_detectron2_C4.py (model, model_ema), contrast/option.py (opt, a Namespace)
+        "module.encoder_q.fpn.fpn_lateral5.weight": torch.ones(256, 512, 1, 1)}},
+    # hologerry/SoCo: converter_detectron2/convert_detectron2_C4.py (model, model_ema), contrast/option.py (a Namespace)
     "soco": lambda p, s: {"opt": argparse.Namespace(arch="resnet50"), "model_ema": under("encoder.", s), "model": {
         **under("module.encoder.", p, fc=False), **under("module.encoder_k.", s, fc=False),
-        "module.projector.linear1.weight": torch.ones(4096, 2048), "module.projector_k.linear1.weight": torch.ones(4096, 2048)}},
+        "module.projector.linear1.weight": torch.ones(64, 512),
+        "module.projector_k.linear1.weight": torch.ones(64, 512)}},
     # zdaxie/PixPro: contrast/models/PixPro.py, main_pretrain.py (save_checkpoint)
     "pixpro": lambda p, s: {"opt": argparse.Namespace(model="PixPro"), "scheduler": {"last_epoch": 3}, "model": {
         **under("module.encoder_k.", s, fc=False), **under("module.encoder.", p, fc=False),
-        "module.projector.linear1.weight": torch.ones(4096, 2048, 1, 1), "module.value_transform.weight": torch.ones(256, 256, 1, 1)}},
+        "module.projector.linear1.weight": torch.ones(64, 512, 1, 1),
+        "module.value_transform.weight": torch.ones(256, 256, 1, 1)}},
     # WXinlong/DenseCL: openselfsup/models/densecl.py (backbone is encoder_q[0] under a second name)
     "densecl": lambda p, s: {"meta": {"epoch": 800}, "state_dict": {
         **under("encoder_q.0.", p, fc=False), **under("backbone.", p, fc=False), **under("encoder_k.0.", s, fc=False),
-        **mlp("encoder_q.1.mlp", (0, (2048, 2048)), (2, (128, 2048))), **QUEUE, "queue2": torch.zeros(128, 64)}},
+        **mlp("encoder_q.1.mlp", (0, (512, 512)), (2, (128, 512))), **QUEUE, "queue2": torch.zeros(128, 64)}},
     # WXinlong/DenseCL and open-mmlab/mmselfsup: tools/extract_backbone_weights.py (bare names)
     "densecl extracted": lambda p, s: {"author": "DenseCL", "state_dict": under("", p, fc=False)},
-    # open-mmlab/mmselfsup (OpenSelfSup): openselfsup/models/byol.py (online_net, target_net, backbone is online_net[0])
+    # open-mmlab/mmselfsup (OpenSelfSup): models/byol.py (online_net, target_net, backbone is online_net[0])
     "openselfsup byol": lambda p, s: {"state_dict": {
-        **under("target_net.0.", s, fc=False), **under("online_net.0.", p, fc=False), **under("backbone.", p, fc=False)}},
+        **under("target_net.0.", s, fc=False), **under("online_net.0.", p, fc=False),
+        **under("backbone.", p, fc=False)}},
     # lucidrains/byol-pytorch: byol_pytorch.py (net, online_encoder.net, target_encoder.net)
     "byol-pytorch": lambda p, s: {
         **under("net.", p), **under("online_encoder.net.", p), **under("target_encoder.net.", s),
-        **mlp("online_encoder.projector", (0, (4096, 2048)), (3, (256, 4096)))},
+        **mlp("online_encoder.projector", (0, (64, 512)), (3, (256, 64)))},
     # facebookresearch/PLRC: PLRC/models/builder.py and resnet.py (encoder_q.enc, encoder_k.enc, fcs, fcs_2)
     "plrc": lambda p, s: {"state_dict": {
         **under("module.encoder_q.enc.", p, fc=False), **under("module.encoder_k.enc.", s, fc=False),
-        **mlp("module.encoder_q.enc.fcs", (0, (2048, 2048)), (2, (128, 2048)))}},
+        **mlp("module.encoder_q.enc.fcs", (0, (512, 512)), (2, (128, 512)))}},
     # facebookresearch/dino: main_dino.py (save_dict), utils.py (MultiCropWrapper: backbone, head)
-    "dino": lambda p, s: {"student": {**under("module.backbone.", p, fc=False), **mlp("module.head.mlp", (0, (2048, 2048)))},
-                          "teacher": {**under("module.backbone.", s, fc=False), **mlp("module.head.mlp", (0, (2048, 2048)))},
-                          "epoch": 800, "args": argparse.Namespace(arch="resnet50"), "dino_loss": {"center": torch.zeros(1, 9)}},
+    "dino": lambda p, s: {
+        "student": {**under("module.backbone.", p, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
+        "teacher": {**under("module.backbone.", s, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
+        "epoch": 800, "args": argparse.Namespace(arch="resnet50"), "dino_loss": {"center": torch.zeros(1, 9)}},
     # facebookresearch/moco: detection/convert-pretrain-to-detectron2.py
     "detectron2": lambda p, s: moco_to_detectron2({**under("module.encoder_q.", p), **under("module.encoder_k.", s)},
                                                   "module.encoder_q."),
+    # a query and a key encoder, written out (encoder_query, encoder_key), as MoCo's ports in many course projects do
+    "query and key": lambda p, s: {**under("encoder_query.", p), **under("encoder_key.", s), **QUEUE},
+    # lightly-ai/lightly: examples/pytorch/moco.py (nn.Sequential(*list(resnet.children())[:-1]), backbone_momentum)
+    "lightly": lambda p, s: {"state_dict": {
+        **numbered("backbone.", p), **numbered("backbone_momentum.", s),
+        **mlp("projection_head.layers", (0, (64, 512)))}},
+    # huggingface/pytorch-image-models: timm's ResNet has torchvision's names, in a model.safetensors
+    "timm, safetensors": lambda p, s: safetensors(p),
+    # huggingface/transformers: models/resnet/modeling_resnet.py, in a model.safetensors
+    "hugging face": lambda p, s: safetensors(hugging_face(p)),
+    # limbo0000/InstanceLoc: transfer/detection/convert_pretrained.py (backbone, backbone_k, roi_head.shared_head)
+    "insloc c4": lambda p, s: {"meta": {}, "state_dict": {
+        **under("backbone.", c4(p)[0]), **under("backbone_k.", c4(s)[0]), **under("roi_head.shared_head.", c4(p)[1])}},
+    # facebookresearch/detectron2: modeling/roi_heads (Res5ROIHeads); moco's detection/train_net.py (res5.norm)
+    "detectron2 c4": lambda p, s: {"model": detectron2_c4(p), "__author__": "MOCO"},
+    # our own fine-tuned detector: evaluate.c4_detector
+    "our detector": lambda p, s: {"transfer": {}, "step": 3, "model": our_detector(p)},
+    # pytorch/pytorch: torch.save(model), the whole module (BasicBlock and all of its classes)
+    "whole module": lambda p, s: evaluate.build("resnet18", 0),
+    # Lightning-AI/pytorch-lightning: checkpoint_connector.py (hyper_parameters: any object; callbacks)
+    "lightning": lambda p, s: {
+        "state_dict": under("model.", p), "hyper_parameters": NotInstalled(), "epoch": np.int64(7),
+        "callbacks": {"best": Path("a/b"), "classes": np.array(["cat", "dog"]), NotInstalled: 1}},
+    # an optimiser's state by parameter name (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict)
+    "named optimiser": lambda p, s: {"model": p, "optimizer": {"state": {
+        key: {"exp_avg": value, "exp_avg_sq": value, "step": torch.tensor(3.0)} for key, value in p.items()}}},
 }
-WITH_MOMENTUM = ("moco", "resim", "pixpro", "densecl", "openselfsup byol", "byol-pytorch", "plrc", "dino")
+WITH_MOMENTUM = ("moco", "resim", "pixpro", "densecl", "openselfsup byol", "byol-pytorch", "plrc", "dino",
+                 "query and key", "lightly")
 
 
 def write_checkpoint(path, content):
-    with open(path, "wb") as file:
-        pickle.dump(content, file) if "__author__" in content else torch.save(content, file)
+    if isinstance(content, dict) and "__author__" in content:
+        content = pickle.dumps(content)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
 
-def reference_features(state, images):
-    network = torchvision.models.resnet50(weights=None)
-    network.load_state_dict(state)
+def reference_features(state, images, arch="resnet18"):
+    network = torchvision.models.get_model(arch, weights=None)
+    network.load_state_dict({**network.state_dict(), **state})
     network.fc = torch.nn.Identity()
     with torch.no_grad():
         return network.eval()(images)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_plain_features(layout, plain, shifted, tmp_path):
-    write_checkpoint(tmp_path / "x", LAYOUTS[layout](plain, shifted))
-    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    network, arch = evaluate.load_backbone(tmp_path / "x", trust_pickle=layout == "detectron2")
-    assert arch == "resnet50" and not network.training
-    expected, decoy = reference_features(plain, images), reference_features(shifted, images)
+def test_every_layout_gives_the_plain_features(layout, plain, shifted, tmp_path, capfd):
+    content = LAYOUTS[layout](plain, shifted)
+    write_checkpoint(tmp_path / "x", content)
+    images = torch.rand(1, 3, 64, 64, generator=seeded(1))
+    network, arch = evaluate.load_backbone(tmp_path / "x")
+    assert arch == "resnet18" and not network.training
+    expected = reference_features(content.state_dict() if isinstance(content, nn.Module) else plain, images)
+    decoy = reference_features(shifted, images)
     assert not torch.allclose(expected, decoy, rtol=1e-2)
     with torch.no_grad():
         torch.testing.assert_close(network(images), expected, rtol=0, atol=0)
         if layout in WITH_MOMENTUM:
             teacher, _ = evaluate.load_backbone(tmp_path / "x", teacher=True)
             torch.testing.assert_close(teacher(images), decoy, rtol=0, atol=0)
+    said = "left out, an extra norm after res5" in capfd.readouterr().err
+    assert said == (layout in ("detectron2 c4", "our detector"))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet101", "resnet152"])
-def test_architecture_is_read_off_the_shapes(arch, tmp_path):
-    state = torchvision.models.get_model(arch, weights=None).state_dict()
-    torch.save(state, tmp_path / "x.pth")
-    network, found = evaluate.load_backbone(tmp_path / "x.pth")
-    assert found == arch
+def test_a_bottleneck_network(tmp_path):
+    state = resnet_state("resnet50")
+    torch.save(hugging_face(state), tmp_path / "x.pth")
+    network, arch = evaluate.load_backbone(tmp_path / "x.pth")
+    assert arch == "resnet50"
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
-def test_our_own_checkpoints(tmp_path):
+@pytest.mark.parametrize("arch", ["resnet34", "resnet101", "resnet152"])
+def test_architecture_is_read_off_the_shapes(arch, monkeypatch):
+    with torch.device("meta"):
+        state = torchvision.models.get_model(arch, weights=None).state_dict()
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: state)
+    monkeypatch.setattr(evaluate, "fill", lambda *arguments: None)
+    network, found = evaluate.load_backbone("x")
+    assert found == arch and network.state_dict().keys() == {key for key in state if not key.startswith("fc.")}
+
+
+def write_run(folder, seed=0, clean=True, **more):
+    """A trainer's folder: last.pt of a fresh model with clean statistics of 1 and 2, backbone.pth, snapshots."""
+    torch.manual_seed(seed)
     model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
     for p in model.teacher.parameters():
         p.data += 0.1
-    torch.save({"d3ssl": 1, "config": {"data": "scenes"}, "model": model.state_dict(), "optimizer": {"state": {}}},
-               tmp_path / "last.pt")
-    torch.save(model.student.backbone.state_dict(), tmp_path / "backbone.pth")
-    student, arch = evaluate.load_backbone(tmp_path / "last.pt")
-    teacher, _ = evaluate.load_backbone(tmp_path / "last.pt", teacher=True)
-    backbone, _ = evaluate.load_backbone(tmp_path / "backbone.pth")
-    assert arch == "resnet18"
-    for network, expected in ((student, model.student), (teacher, model.teacher), (backbone, model.student)):
-        for key, value in expected.backbone.state_dict().items():
-            assert torch.equal(network.state_dict()[key], value), key
+    names = [key for key in model.student.backbone.state_dict() if "running_" in key]
+    statistics = {name: {key: torch.full_like(model.student.backbone.state_dict()[key], number) for key in names}
+                  for name, number in (("student", 1.0), ("teacher", 2.0))}
+    folder.mkdir(parents=True)
+    config = {"data": "scenes", "seed": seed, "roi": 6, "batch_size": 16, **more}
+    torch.save({"d3ssl": 2, "config": config, "step": 64, "model": model.state_dict(), "optimizer": {"state": {}},
+                "clean": statistics if clean else None}, folder / "last.pt")
+    torch.save(model.student.backbone.state_dict(), folder / "backbone.pth")
+    for images in (256, 1024):
+        os.link(folder / "backbone.pth", folder / f"backbone-{images}.pth")
+    return model
+
+
+def test_our_own_checkpoints_and_their_clean_statistics(tmp_path):
+    for clean in (True, False):
+        model = write_run(tmp_path / str(clean), clean=clean)
+        cases = (("last.pt", False, model.student, 1.0), ("last.pt", True, model.teacher, 2.0),
+                 ("backbone.pth", False, model.student, None))
+        for name, teacher, source, number in cases:
+            network, arch = evaluate.load_backbone(tmp_path / str(clean) / name, teacher=teacher)
+            assert arch == "resnet18"
+            for key, value in source.backbone.state_dict().items():
+                if "running_" in key and clean and number:
+                    value = torch.full_like(value, number)
+                assert torch.equal(network.state_dict()[key], value), key
 
 
 def without(state, key):
     return {k: v for k, v in state.items() if k != key}
-
-
-SMALL = {}  # a resnet18's weights, made once
-
-
-def small_state():
-    SMALL.update(SMALL or resnet_state("resnet18", 1))
-    return dict(SMALL)
 
 
 BROKEN = {
@@ -1676,29 +1889,39 @@ BROKEN = {
                 "lacks layer4.1.bn2.bias"),
     "left over": (lambda s: {**s, "layer2.0.se.weight": torch.ones(3)}, "layer2.0.se.weight has no place"),
     "other shape": (lambda s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)}, r"conv1.weight is \(64, 3, 3, 3\)"),
-    "other depth": (lambda s: {**s, **{k.replace("layer2.1", "layer2.2"): v for k, v in s.items()}}, r"stages of \[2, 3, 2, 2\]"),
+    "other depth": (lambda s: {**s, **{k.replace("layer2.1", "layer2.2"): v for k, v in s.items()}},
+                    r"stages of \[2, 3, 2, 2\]"),
     "not finite": (lambda s: {**s, "bn1.weight": torch.full((64,), float("nan"))}, "bn1.weight is not finite"),
     "no ResNet": (lambda s: {"features.0.weight": torch.ones(3)}, "holds no ResNet"),
     "only momentum": (lambda s: under("teacher.", s), "only momentum encoders.*add --teacher"),
-    "two": (lambda s: {**under("a.", s), **under("b.", {k: v + 1 for k, v in s.items()})}, "holds 2 ResNets.*--prefix.*a., b."),
+    "two": (lambda s: {**under("a.", s), **under("b.", {k: v + 1 for k, v in s.items()})},
+            "holds 2 ResNets.*--prefix.*a., b."),
+    # two heads: which is res5?
+    "two heads": (lambda s: {**under("a.", c4(s)[0]), **under("b.", c4(s)[1]), **under("c.", c4(s)[1])},
+                  "holds no ResNet"),
+    # huggingface/pytorch-image-models: timm/models/resnet.py, resnet50d's deep stem
+    "ResNet-D": (lambda s: {**without(s, "conv1.weight"), "conv1.0.weight": torch.ones(32, 3, 3, 3)}, "ResNet-D"),
+    # Separius/SimCLRv2-Pytorch: resnet.py (Stem, BlockGroup.blocks, BottleneckBlock.net), convert.py (resnet, head)
+    "SimCLR v2": (lambda s: {"resnet": {"net.0.0.weight": torch.ones(64, 3, 7, 7),
+                                        "net.1.blocks.0.net.0.weight": torch.ones(64, 64, 1, 1)}}, "SimCLR v2"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_backbone_that_does_not_fit_is_named(case, tmp_path):
+def test_a_backbone_that_does_not_fit_is_named(case, plain, tmp_path):
     change, message = BROKEN[case]
-    torch.save(change(small_state()), tmp_path / "x.pth")
+    torch.save(change(dict(plain)), tmp_path / "x.pth")
     with pytest.raises(UserError, match=message) as error:
         evaluate.load_backbone(tmp_path / "x.pth")
     assert "\n" not in str(error.value)
 
 
-def test_prefix_settles_which(tmp_path):
-    state = small_state()
-    torch.save({"model": {**under("a.", state), **under("b.", {k: v + 1 for k, v in state.items()})}}, tmp_path / "x.pth")
+def test_prefix_settles_which(plain, tmp_path):
+    other = {key: value + 1 for key, value in plain.items()}
+    torch.save({"model": {**under("a.", plain), **under("b.", other)}}, tmp_path / "x.pth")
     for prefix, plus in (("a", 0), ("model.b.", 1)):
         network, _ = evaluate.load_backbone(tmp_path / "x.pth", prefix=prefix)
-        assert torch.equal(network.conv1.weight, state["conv1.weight"] + plus)
+        assert torch.equal(network.conv1.weight, plain["conv1.weight"] + plus)
     with pytest.raises(UserError, match="--prefix c is none of the ResNets.*model.a., model.b."):
         evaluate.load_backbone(tmp_path / "x.pth", prefix="c")
 
@@ -1714,19 +1937,19 @@ class Harmful:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_pickle_runs_no_code_unasked(write, tmp_path):
-    write({"state_dict": small_state(), "extra": Harmful(tmp_path / "harm")}, tmp_path / "x.pkl")
-    with pytest.raises(UserError, match="--trust-pickle"):
-        evaluate.load_backbone(tmp_path / "x.pkl")
-    assert not (tmp_path / "harm").exists()
+def test_a_pickle_runs_no_code(write, plain, tmp_path):
+    write({"state_dict": plain, "extra": Harmful(tmp_path / "harm")}, tmp_path / "x.pkl")
+    network, _ = evaluate.load_backbone(tmp_path / "x.pkl")
+    assert torch.equal(network.conv1.weight, plain["conv1.weight"]) and not (tmp_path / "harm").exists()
 
 
-def test_files_that_are_no_checkpoints(tmp_path):
-    torch.save(small_state(), tmp_path / "whole.pth")
+def test_files_that_are_no_checkpoints(plain, tmp_path):
+    torch.save(plain, tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:10000])
+    (tmp_path / "cut.safetensors").write_bytes(safetensors(plain)[:-9])
     (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "empty.pth").write_bytes(b"")
-    for name in ("cut.pth", "text.pth", "empty.pth"):
+    for name in ("cut.pth", "cut.safetensors", "text.pth", "empty.pth"):
         with pytest.raises(UserError, match=f"{name} is not a checkpoint, or cut short"):
             evaluate.load_backbone(tmp_path / name)
     with pytest.raises(UserError, match="No such file"):
@@ -1755,10 +1978,61 @@ def test_export(plain, tmp_path):
     assert written["matching_heuristics"] is True and written["model"].keys() == expected.keys()
     assert all(np.array_equal(written["model"][key], value) for key, value in expected.items())
     evaluate.export(network, "torchvision", tmp_path / "out.pth")
-    other = torchvision.models.resnet50(weights=None)
+    other = torchvision.models.resnet18(weights=None)
     report = other.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=False)
     assert report.missing_keys == ["fc.weight", "fc.bias"] and not report.unexpected_keys
-    assert torch.equal(other.layer4[2].bn3.running_var, plain["layer4.2.bn3.running_var"])
+    assert torch.equal(other.layer4[1].bn2.running_var, plain["layer4.1.bn2.running_var"])
+
+
+# arms
+
+def arms_of(*words):
+    return evaluate.open_arms(evaluate.parse_arguments(["--ckpt", *map(str, words)]))
+
+
+def test_arms_know_their_files_seeds_images_and_statistics(plain, tmp_path):
+    for seed in (3, 5):
+        write_run(tmp_path / f"run-{seed}", seed, clean=seed == 3)
+    other = {key: value + 1 for key, value in plain.items()}
+    torch.save({**under("student.", plain), **under("teacher.", other)}, tmp_path / "a=b.pth")
+    arms = arms_of(f"ours={tmp_path}/run-*/last.pt", f"snap={tmp_path}/run-*/backbone-*.pth", tmp_path / "a=b.pth",
+                   f"{tmp_path}/a=b.pth:teacher", f"{tmp_path}/run-3/last.pt:teacher.backbone", "untrained=random",
+                   "colour")
+    names = [str(name).removeprefix(f"{tmp_path}/") for name, *_ in arms]
+    assert names == ["ours", "snap", "snap", "a=b.pth", "a=b.pth:teacher", "run-3/last.pt:teacher.backbone",
+                     "untrained", "colour"]
+    assert [arm.images for arm in arms] == [1024, 256, 1024, None, None, 1024, 0, None]
+    assert [[row.seed for row in arm.rows] for arm in arms] == [[3, 5]] * 3 + [[None]] * 2 + [[3], [3, 5], [None]]
+    clean, saved = "clean (training run)", "saved"
+    assert [[row.statistics for row in arm.rows] for arm in arms] == [
+        [clean, saved], [clean] * 2, [clean] * 2, [saved], [saved], [clean], ["clean"] * 2, ["none"]]
+    assert all(row.bins == 6 and row.arch == "resnet18" for arm in arms[:-1] for row in arm.rows)
+    student, teacher = (arm.rows[0].load(None) for arm in arms[3:5])
+    assert torch.equal(teacher.conv1.weight, student.conv1.weight + 1) and len(arms[3].rows[0].digest) == 16
+    assert arms[3].rows[0].digest != arms[4].rows[0].digest
+    assert [evaluate.reference(arm, arms[1:]).images for arm in arms[1:]] == [256, 1024, 1024, 1024, 1024, 1024, 1024]
+    first_of_two = arms[6].rows[1]  # random's are the runs' own initialisations
+    expected = evaluate.load_backbone(tmp_path / "run-5" / "backbone.pth")[0].conv1.weight
+    assert torch.equal(first_of_two.load(lambda network, row: None).conv1.weight, expected)
+
+
+def test_arms_that_are_mistakes_are_one_line(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    with pytest.raises(UserError, match="its second of seed 0"):
+        arms_of(f"ours={tmp_path}/?/last.pt")
+    with pytest.raises(UserError, match=r"\*.pt: No such file"):
+        arms_of(f"ours={tmp_path}/*.pt")
+
+
+def test_random_is_never_evaluated_without_statistics(tmp_path):
+    """Whatever --statistics says; a file is re-estimated only when it asks."""
+    torch.save(evaluate.build("resnet18", 0).state_dict(), tmp_path / "x.pth")
+    for words, expected in (([], ["random"]), (["--statistics", "clean"], [f"{tmp_path}/x.pth", "random"])):
+        called = []
+        for arm in arms_of(tmp_path / "x.pth", "random", *words):
+            arm.rows[0].load(lambda network, row: called.append(row.path))
+        assert called == expected
 
 
 # --------------------------------------------------------------------------------------------------- evaluate.py: O-KNN
@@ -1826,33 +2100,208 @@ def test_objects_are_selected_with_distinct_categories_first():
     assert evaluate.select_objects(labels[5:6], crowd[5:6], 3).tolist() == []
 
 
-def test_object_features_are_roi_align_7x7_averaged():
-    torch.manual_seed(0)
-    maps = torch.randn(2, 5, 14, 14)
-    boxes = torch.tensor([[[3.0, 5, 200, 300], [0, 0, 448, 448]], [[100, 90, 131, 121], [400, 380, 448, 447.5]]])
-    rois = torch.cat([torch.tensor([[0.0], [0], [1], [1]]), boxes.flatten(0, 1)], 1)
-    expected = torchvision.ops.roi_align(maps, rois, 7, 1 / 32, sampling_ratio=2, aligned=True).mean((2, 3))
-    torch.testing.assert_close(evaluate.object_features(maps, boxes, 1 / 32), F.normalize(expected, dim=1), atol=1e-5, rtol=1e-5)
+def network_and_boxes(size=128):
+    network = evaluate.load_backbone("random", "resnet18", seed=2)[0]
+    boxes = random_boxes(3, 4, (size, size), seed=3)
+    boxes[1, 2:] = boxes[2, 0] = 0  # padding, also before an object
+    return network, torch.randn(3, 3, size, size, generator=seeded(4)), boxes
+
+
+def test_head_map_is_roi_align_7x7_on_c5_averaged():
+    network, images, boxes = network_and_boxes()
+    with torch.no_grad():
+        c5 = nn.Sequential(*list(network.children())[:8])(images)
+        rois = torch.cat([torch.arange(3).repeat_interleave(4)[:, None].float(), boxes.flatten(0, 1)], 1)
+        expected = torchvision.ops.roi_align(c5, rois, 7, 1 / 32, sampling_ratio=2, aligned=True).mean((2, 3))
+        found = evaluate.ObjectFeatures(network, "map")(images, boxes)
+    kept = boxes.flatten(0, 1)[:, 2] > 0
+    torch.testing.assert_close(found[kept], expected[kept], atol=1e-5, rtol=1e-4)
+
+
+def test_head_roi_is_what_the_encoder_trains():
+    network, images, boxes = network_and_boxes(112)
+    encoder = Encoder("resnet18", roi=6).eval()
+    encoder.backbone.load_state_dict(network.state_dict())
+    encoder.projector = nn.Identity()
+    with torch.no_grad():
+        found, expected = evaluate.ObjectFeatures(network, "roi", 6)(images, boxes), encoder(images, boxes)
+    kept = boxes.flatten(0, 1)[:, 2] > 0
+    torch.testing.assert_close(F.normalize(found[kept], dim=1), expected[kept], atol=1e-5, rtol=1e-4)
+    assert not found[~kept].any()
+
+
+@pytest.mark.parametrize("head", ["map", "roi"])
+def test_clean_statistics_are_a_plain_loops(head):
+    """Each norm's statistics: the mean over batches of its inputs' mean and (unbiased) variance, in training mode; the
+    first layer's inputs are made without the network."""
+    clean = evaluate.Clean(Scenes("train"), 64, head, number=40, seed=1)
+    network, row = evaluate.build("resnet18", 0).eval(), evaluate.Row("random", bins=4)
+    means = {name: [] for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    sides, first = [], []
+    copy = evaluate.build("resnet18", 0).train()
+    for name, module in copy.named_modules():
+        if name in means:
+            module.register_forward_pre_hook(lambda _, inputs, name=name: means[name].append(
+                (inputs[0].mean((0, 2, 3)), inputs[0].var((0, 2, 3)))))
+    with torch.no_grad():
+        for images, boxes in clean.batches():
+            x = F.conv2d(images.double(), network.conv1.weight.double(), stride=2, padding=3).transpose(0, 1).flatten(1)
+            first.append((x.mean(1).float(), x.var(1).float()))
+            sides.append((boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt() / 64)
+            c4 = nn.Sequential(*list(copy.children())[:7])(images)
+            rois = torch.cat([torch.arange(len(images)).repeat_interleave(4)[:, None].float(), boxes.flatten(0, 1)], 1)
+            regions = torchvision.ops.roi_align(c4, rois, 4, 1 / 16, sampling_ratio=2, aligned=True)
+            if head == "map":
+                copy.layer4(c4)
+            else:
+                [copy.layer4(regions[k::4]) for k in range(4)]  # the k-th boxes of all images are a batch
+    clean(network, row)
+    assert not network.training
+    torch.testing.assert_close(network.bn1.running_mean, torch.stack([m for m, _ in first]).mean(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(network.bn1.running_var, torch.stack([v for _, v in first]).mean(0), atol=0, rtol=1e-4)
+    for name, module in network.named_modules():
+        if name in means:
+            mean, var = (torch.stack([values[i] for values in means[name]]).mean(0) for i in (0, 1))
+            torch.testing.assert_close(module.running_mean, mean, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(module.running_var, var, atol=1e-4, rtol=1e-3)
+    sides = torch.cat(sides)
+    assert sides.shape == (40, 4) and 0.29 < sides.min() < 0.4 and 0.7 < sides.max() < 0.81
+
+
+class Pictures(list):
+    """What Labelled needs of its images."""
+    root, read, name = "painted", list.__getitem__, str
+
+
+def painted(images=12, seed=0):
+    """Labelled pictures of 64 x 64, two squares of 20 each in the colour of their category, on a background of any:
+    what lies inside the boxes tells all, what lies outside nothing."""
+    random = np.random.default_rng(seed)
+    inks = np.uint8([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 30]])
+    labels, boxes, pictures = random.permutation(np.arange(images * 2) % 4), [], Pictures()
+    for i in range(images):
+        picture = np.full((64, 64, 3), inks[random.integers(4)])
+        for j, (x, y) in enumerate(((4, 8), (36, 30))):
+            picture[y:y + 20, x:x + 20] = inks[labels[2 * i + j]]
+            boxes.append([x, y, x + 20, y + 20])
+        pictures.append(picture)
+    return Labelled(pictures, ["red", "green", "blue", "yellow"], np.arange(0, 2 * images + 1, 2), np.float32(boxes),
+                    labels, np.zeros(2 * images, bool))
+
+
+def test_measures_on_networks_made_by_hand():
+    """One that reads the box alone, one that reads the picture alone, one that always says the same."""
+    labelled = painted()
+    bank, queries = evaluate.Objects(labelled, 64, None), evaluate.Objects(labelled, 64, None, seed=1)
+    inside = evaluate.evaluate(evaluate.median_colours, bank, queries, k=1)
+    assert inside.points.mean(1).tolist() == [100, 100, 100, 100, 0]
+    assert inside.rows.tolist() == list(range(24))
+    assert queries.image_of(inside.rows).tolist() == [i // 2 for i in range(24)]
+
+    def whole(images, boxes):  # the corner of the picture, out of reach of every box, and the first box
+        return torch.cat([images[:, :, 0, 0], images[:, :, 10, 10]], 1).repeat_interleave(boxes.shape[1], 0)
+    context = evaluate.evaluate(whole, bank, queries, k=1).points
+    by_loop = []
+    seen = [[image[0, 0].tolist(), image[10, 10].tolist()] for image in labelled.images]
+    for i in range(12):  # its nearest is the first image with the same corner and the same first square
+        same = seen.index(seen[i])
+        by_loop += [100.0 * (labelled.labels[2 * same] == label) for label in labelled.labels[2 * i:2 * i + 2]]
+    assert context[0].tolist() == by_loop
+    assert torch.equal(context[4], context[0] - context[2])
+    constant = evaluate.evaluate(lambda images, boxes: torch.ones(boxes.numel() // 4, 3), bank, queries, k=24)
+    assert constant.points.mean(1).tolist() == [25, 100, 25, 100, 0]  # six of each: the lowest category
+
+
+def test_median_colours_are_numpys():
+    image = np.random.default_rng(0).random((3, 30, 40)).astype(np.float32)
+    boxes = torch.tensor([[[3.2, 4.0, 9.7, 8.9], [0, 0, 0, 0], [39, 29, 40, 30]]])
+    found = evaluate.median_colours(torch.from_numpy(image)[None], boxes).numpy()
+    ranked = np.sort(image[:, 4:9, 3:10].reshape(3, -1))
+    assert np.array_equal(found[0], ranked[:, (ranked.shape[1] - 1) // 2]) and not found[1].any()
+    assert np.array_equal(found[2], image[:, 29, 39])
+
+
+def test_colour_alone_does_not_tell_the_scenes():
+    """Below three times chance (1 in 15). Scenes with free hue: 14.7 +- 1.6 %; scenes whose category fixes the hue: 64.
+    The scenes are the same on every machine."""
+    bank, queries = (evaluate.Objects(open_labelled("scenes", split=split), 112, None, limit=limit)
+                     for split, limit in (("train", 400), ("val", 200)))
+    points = evaluate.evaluate(evaluate.median_colours, bank, queries).points
+    assert points[0].mean() < 3 * 100 / 15 and torch.equal(points[0], points[2])
+
+
+def test_errors_are_those_of_a_bootstrap_over_images():
+    """4,000 resamples of 300 images: the bootstrap's own error is 1 % of it, so 6 % are five of these. Queries of an
+    image are alike: an error that takes them as independent is half as large."""
+    random = np.random.default_rng(0)
+    images = np.repeat(np.arange(300), random.integers(1, 8, 300))
+    luck = random.normal(size=(2, 300))
+    one, two = 100.0 * (0.9 * luck[:, images] + random.normal(0, 0.3, (2, len(images))) > 0)
+    sizes, tensors = np.bincount(images), [torch.from_numpy(values)[None] for values in (one, two)]
+    alone = evaluate.arm_mean(tensors[0], torch.from_numpy(images))
+    *paired, by = evaluate.difference(tensors[0], [3], tensors[1], [3], torch.from_numpy(images))
+    assert by == "image"
+    for values, (mean, error) in ((one, alone), (one - two, paired)):
+        drawn = random.integers(300, size=(4000, 300))
+        means = np.bincount(images, values)[drawn].sum(1) / sizes[drawn].sum(1)
+        assert mean.item() == pytest.approx(values.mean()) and error.item() == pytest.approx(means.std(), rel=0.06)
+        assert error > 1.5 * values.std() / len(values) ** 0.5
+
+
+def test_an_arm_is_the_mean_of_its_files_and_differences_are_paired_by_seed():
+    """Seeds move both arms together: paired, the error is that of the differences alone."""
+    random = np.random.default_rng(1)
+    images = torch.arange(40) // 2
+    rows = lambda *seeds: [evaluate.Row("x", seed=seed) for seed in seeds]
+    arms = [evaluate.Arm("A", 64, rows(0, 1, 2)), evaluate.Arm("A", 128, rows(0, 1, 2)),
+            evaluate.Arm("B", 128, rows(2, 0, 9)), evaluate.Arm("C", None, rows(None))]
+    answered = [(arm, torch.from_numpy(random.integers(0, 2, (len(arm.rows), 5, 40)) * 100.0)) for arm in arms]
+    small = torch.arange(40) < 7
+    results = evaluate.summarise(answered, images, {"small": small, "large": torch.zeros(40, dtype=torch.bool)})
+    files = [points.mean(2).numpy() for _, points in answered]
+    for m, name in enumerate(evaluate.MEASURES):
+        for result, file in zip(results[:3], files):
+            assert result[name] == pytest.approx(np.mean(file[:, m]))
+            assert result[f"{name}_se"] == pytest.approx(np.std(file[:, m], ddof=1) / 3 ** 0.5)
+        pairs = [files[2][1, m] - files[1][0, m], files[2][0, m] - files[1][2, m]]  # seeds 0 and 2, at 128 images
+        assert results[2]["difference"][name] == pytest.approx(np.mean(pairs))
+        assert results[2]["difference"][f"{name}_se"] == pytest.approx(abs(pairs[0] - pairs[1]) / 2)
+        assert results[3]["difference"][name] == pytest.approx(files[3][0, m] - files[1][:, m].mean())
+    assert [result.get("difference", {}).get("paired_by") for result in results] == [None, None, "seed", "image"]
+    assert results[3]["difference"]["to_images"] == 128  # of its own it has no number: the first arm's last
+    assert results[0]["oknn_top1_small"] == pytest.approx(answered[0][1][:, 0, :7].mean().item())
+    assert results[0]["oknn_top1_large"] is None
+    panels = evaluate.curves_of(results, 6.7)
+    assert panels[0][1]["A"][0] == [64, 128] and panels[0][2] == {"chance": 6.7, "C": results[3]["oknn_top1"]}
+
+
+def test_sizes_are_of_the_photograph():
+    boxes = np.float32([[0, 0, 31, 33], [0, 0, 32, 32], [5, 5, 101, 100], [0, 0, 96, 96], [10, 10, 300, 300]])
+    found = evaluate.size_classes(SimpleNamespace(boxes=boxes), torch.tensor([4, 0, 1, 2, 3]))
+    assert {name: here.tolist() for name, here in found.items()} == {
+        "small": [False, True, False, False, False], "medium": [False, False, True, True, False],
+        "large": [True, False, False, False, True]}
 
 
 def test_disturbance_moves_whole_image_features_only():
-    objects = evaluate.Objects(open_labelled("scenes", split="val"), 224, None, limit=10)
-    (clean, disturbed), labels = evaluate.extract(lambda images: images, objects)  # the mean colour of the box
-    assert len(clean) == len(labels) == sum(len(Scenes("val").render(i)[2]) for i in range(10))
+    objects = evaluate.Objects(open_labelled("scenes", split="val"), 112, None, limit=10)
+    (clean, disturbed), rows = evaluate.extract(evaluate.median_colours, objects)
+    assert len(clean) == len(rows) == sum(len(Scenes("val").render(i)[2]) for i in range(10))
     assert torch.equal(clean, disturbed)
-    assert labels.tolist() == [label for i in range(10) for label in Scenes("val").render(i)[2]]
-    pooled = evaluate.extract(lambda images: images.mean((2, 3), keepdim=True).expand_as(images), objects)[0]
-    assert ((pooled[0] - pooled[1]).abs().amax(1) > 0.05).float().mean() > 0.9
+    assert objects.labelled.labels[rows].tolist() == [label for i in range(10) for label in Scenes("val").render(i)[2]]
+    whole = lambda images, boxes: images.mean((2, 3)).repeat_interleave(boxes.shape[1], 0)
+    pooled = evaluate.extract(whole, objects)[0]
+    assert ((pooled[0] - pooled[1]).abs().amax(1) > 0.05).float().mean() > 0.8
 
 
 def test_disturbed_pictures():
     objects = evaluate.Objects(open_labelled("scenes", split="train"), 112, 2, limit=8)
     seen = set()
     for j in range(len(objects)):
-        picture, disturbed, boxes, labels = objects[j]
-        assert np.array_equal(picture, Scenes("train").read(j)) and (labels >= 0).sum() <= 2
+        picture, disturbed, boxes, rows = objects[j]
+        assert np.array_equal(picture, Scenes("train").read(j)) and (rows >= 0).sum() <= 2
         inside = np.zeros((112, 112), bool)
-        for x1, y1, x2, y2 in boxes[labels >= 0].astype(int):
+        for x1, y1, x2, y2 in boxes[rows >= 0].astype(int):
             inside[y1:y2, x1:x2] = True
         assert np.array_equal(disturbed[inside], picture[inside])
         source = [i for i in range(8) if np.array_equal(disturbed[~inside], Scenes("train").read(i)[~inside])]
@@ -1866,10 +2315,10 @@ def test_disturbed_pictures():
 
 def test_extract_does_not_depend_on_workers_nor_on_batches(monkeypatch):
     objects = evaluate.Objects(open_labelled("scenes", split="val"), 64, None, limit=9)
-    network = evaluate.c5(evaluate.load_backbone("random", "resnet18")[0])
-    features, labels = evaluate.extract(network, objects)
+    network = evaluate.ObjectFeatures(evaluate.load_backbone("random", "resnet18")[0], "roi", 4)
+    features, rows = evaluate.extract(network, objects)
     again, same = evaluate.extract(network, objects, workers=2)
-    assert torch.equal(features, again) and torch.equal(labels, same) and features.dtype == torch.float16
+    assert torch.equal(features, again) and torch.equal(rows, same) and features.dtype == torch.float16
     monkeypatch.setattr(evaluate, "BATCH", 4)
     torch.testing.assert_close(evaluate.extract(network, objects)[0], features, atol=2e-3, rtol=0)
 
@@ -1882,8 +2331,9 @@ def write_coco(root, boxes, crowd=(), split="train"):
         Image.new("RGB", (64, 48), (40 * i, 100, 30)).save(root / f"{split}2017" / f"{i}.png")
     found = {"images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(count)],
              "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
-             "annotations": [{"id": j, "image_id": image, "bbox": box, "category_id": category, "iscrowd": int(j in crowd)}
-                             for j, (image, box, category) in enumerate(boxes)]}
+             "annotations": [
+                 {"id": j, "image_id": image, "bbox": box, "category_id": category, "iscrowd": int(j in crowd)}
+                 for j, (image, box, category) in enumerate(boxes)]}
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(found))
 
@@ -1892,17 +2342,20 @@ def test_crowds_and_empty_boxes_are_left_out(tmp_path):
     write_coco(tmp_path, [(0, [8, 12, 16, 24], 3), (0, [0, 0, 9, 9], 7), (1, [5, 5, 0, 3], 7), (2, [32, 0, 32, 48], 7)],
                crowd=(1,))
     objects = evaluate.Objects(open_labelled("coco", tmp_path, "train"), 128)
+    labels = objects.labelled.labels
     assert objects.count == 2 and len(objects) == 2
-    assert objects[0][2].tolist() == [[16, 32, 48, 96]] and objects[0][3].tolist() == [0]  # dog is 3, before cat's 7
-    assert objects[1][2].tolist() == [[64, 0, 128, 128]] and objects[1][3].tolist() == [1]
+    assert objects[0][2].tolist() == [[16, 32, 48, 96]] and labels[objects[0][3]].tolist() == [0]  # dog, then cat
+    assert objects[1][2].tolist() == [[64, 0, 128, 128]] and labels[objects[1][3]].tolist() == [1]
 
 
 def test_an_unreadable_image_is_left_out(tmp_path, capfd):
     write_coco(tmp_path, [(0, [8, 12, 16, 24], 3), (1, [0, 0, 20, 20], 7), (2, [32, 0, 32, 48], 7)])
     (tmp_path / "train2017" / "1.png").write_bytes(b"no image")
-    features, labels = evaluate.extract(lambda images: images, evaluate.Objects(open_labelled("coco", tmp_path, "train"), 64))
-    assert labels.tolist() == [0, 1] and features.shape == (2, 2, 3)
+    objects = evaluate.Objects(open_labelled("coco", tmp_path, "train"), 64)
+    features, rows = evaluate.extract(evaluate.median_colours, objects)
+    assert rows.tolist() == [0, 2] and features.shape == (2, 2, 3)
     assert "cannot be read: 1.png" in capfd.readouterr().out
+    assert [len(images) for images, _ in evaluate.Clean(objects.labelled.images, 64).batches()] == [2]
 
 
 @needs_coco
@@ -1917,41 +2370,89 @@ def test_coco256():
         assert objects.count == sum(min(len(value), number or len(value)) for value in by_image.values())
         names = {c["id"]: c["name"] for c in found["categories"]}
         for j in (0, 5, 100):
-            image = next(im for im in found["images"] if im["file_name"] == objects.labelled.images.name(objects.filled[j]))
+            name = objects.labelled.images.name(objects.filled[j])
+            image = next(im for im in found["images"] if im["file_name"] == name)
             sx, sy = 64 / image["width"], 64 / image["height"]
             want = [(names[a["category_id"]], [x * sx, y * sy, (x + w) * sx, (y + h) * sy])
                     for a in by_image[image["id"]] for x, y, w, h in [a["bbox"]]]
-            _, _, boxes, labels = objects[j]
-            have = [(objects.labelled.categories[label], box) for label, box in zip(labels, boxes) if label >= 0]
+            _, _, boxes, rows = objects[j]
+            have = [(objects.labelled.categories[objects.labelled.labels[row]], box) for row, box in zip(rows, boxes)
+                    if row >= 0]
             assert all(any(n == name and np.allclose(b, box, atol=0.05) for n, b in want) for name, box in have)
             assert len(have) == min(len(want), number or len(want))
             distinct = len({name for name, _ in want})
             assert len({name for name, _ in have}) == min(distinct, number or distinct)
 
 
+def colours_in(picture):
+    return {tuple(pixel) for pixel in np.asarray(picture).reshape(-1, 3)[::3].tolist()}
+
+
 @needs_coco
 def test_evaluate_command(tmp_path):
-    done = run("evaluate.py", "--ckpt", "random", "random", "--arch", "resnet18", "--data", "coco", "--root", COCO,
-               "--limit-images", 12, "--size", 64, "--k", 5, "--objects", 2, "--per-category",
-               "--json", tmp_path / "o.json", "--picture", tmp_path / "o.png")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "o.json").read_text())
-    assert len(rows) == 2 and rows[0] == rows[1]
-    assert list(rows[0]) == ["ckpt", "arch", "oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5", "bank", "queries"]
-    assert rows[0]["bank"] <= 24 and 0 <= rows[0]["oknn_top1"] <= rows[0]["oknn_top5"] <= 100
-    assert f"bank: {rows[0]['bank']} objects of" in done.stdout and f"{rows[0]['oknn_top1']:.1f}" in done.stdout
-    assert re.search(r"^person +\d+", done.stdout, re.M)
-    assert Image.open(tmp_path / "o.png").size[0] > 1000
+    write_run(tmp_path / "run")
+    done = command("evaluate.py", "--ckpt", f"ours={tmp_path}/run/backbone-*.pth", "random", "colour", "--data", "coco",
+                   "--root", COCO, "--limit-images", 12, "--size", 64, "--k", 5, "--objects", 2, "--per-category",
+                   "--json", tmp_path / "o.json", "--picture", tmp_path / "o.png", "--neighbours", tmp_path / "n.png",
+                   "--plot", tmp_path / "c.png", "--workers", 0).stdout
+    found = json.loads((tmp_path / "o.json").read_text())
+    arms, files, settings = found["arms"], found["files"], found["settings"]
+    assert [(arm["arm"], arm["images"], arm["files"]) for arm in arms] == [
+        ("ours", 256, 1), ("ours", 1024, 1), ("random", 0, 1), ("colour", None, 1)]
+    for arm, file in zip(arms, files):
+        assert all(arm[name] == file[name] for name in evaluate.MEASURES)
+        assert 0 <= arm["oknn_top1"] <= arm["oknn_top5"] <= 100
+    assert arms[0]["oknn_top1"] == arms[1]["oknn_top1"] and files[0]["digest"] == files[1]["digest"]
+    assert "difference" not in arms[0] and arms[3]["difference"]["to_images"] == 1024
+    assert files[0]["bank"] <= 24 and files[0]["bins"] == files[2]["bins"] == 6 and files[2]["statistics"] == "clean"
+    assert (settings["data"], settings["root"], settings["size"], settings["head"], settings["k"], settings["objects"],
+            settings["seed"]) == ("coco", str(COCO / "train2017"), 64, "map", 5, 2, 0)
+    assert settings["versions"]["torch"] == torch.__version__ and {"small", "medium", "large"} <= set(done.split())
+    assert f"bank: {files[0]['bank']} objects of" in done and f"{arms[0]['oknn_top1']:.1f}" in done
+    assert "statistics: clean (training run): ours; clean: random; none: colour" in done
+    assert re.search(r"^person +\d+", done, re.M)
+    assert Image.open(tmp_path / "o.png").size[0] > 1000 and Image.open(tmp_path / "c.png").size[0] > 1000
+    sheet = Image.open(tmp_path / "n.png")
+    assert sheet.size == (9 * 109 + 5, 16 * 126 + 5) and (255, 77, 77) in colours_in(sheet)
+
+
+@pytest.mark.skipif(not VOC.exists(), reason="../shared/data/voc2007 is not here")
+def test_evaluate_reads_voc(tmp_path):
+    command("evaluate.py", "--ckpt", "colour", "--data", "voc", "--root", VOC, "--limit-images", 40, "--json",
+            tmp_path / "o.json", "--workers", 0)
+    found = json.loads((tmp_path / "o.json").read_text())
+    lines = (VOC / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "val.txt").read_text().split()[:40]
+    objects = sum((VOC / "VOCdevkit" / "VOC2007" / "Annotations" / f"{name}.xml").read_text().count("<object>")
+                  for name in lines)
+    assert found["files"][0]["queries"] == objects and found["settings"]["size"] == 224
+    assert found["arms"][0]["oknn_top1_large"] is not None
+
+
+def test_the_neighbours_frames_are_right():
+    """Objects of one colour a category, features that are the colours: all eight are right, framed green; with features
+    that are the same for all, the bank's first eight are shown, right and wrong by their labels."""
+    objects = evaluate.Objects(painted(24), 64)
+    green, red = (63, 207, 95), (255, 77, 77)
+    constant = lambda images, boxes: torch.ones(boxes.numel() // 4, 2)
+    for features, reds in ((evaluate.median_colours, False), (constant, True)):
+        sheet = evaluate.neighbour_sheet(evaluate.evaluate(features, objects, objects, k=3), objects, objects, number=2)
+        frames = np.asarray(sheet)[7::126, 10::109]  # a pixel in each tile's upper frame
+        assert frames.shape[:2] == (4, 9) and (frames[:, 0] == 255).all()
+        shown = {tuple(pixel) for pixel in frames[:, 1:].reshape(-1, 3).tolist()}
+        assert shown == ({green, red} if reds else {green})
 
 
 ERRORS = {
     "no file": (["--ckpt", "none.pth"], "none.pth: No such file"),
-    "annotations": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/nowhere"], "annotations are missing"),
+    "annotations": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/nowhere"],
+                    "annotations are missing"),
     "no boxes": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/empty"], "no sound box"),
-    "k": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/tiny"], "--k 20 is larger than the bank of 3"),
-    "size": (["--ckpt", "random", "--size", "100"], "--size 100: a multiple of 32"),
+    "k": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/tiny"],
+          "--k 20 is larger than the bank of 3"),
+    "size": (["--ckpt", "random", "--size", "100"], "--size 100: a multiple of 16"),
     "format": (["--ckpt", "random", "--export", "onnx", "x"], "detectron2 or torchvision"),
     "option": (["--ckpt", "random", "--what"], "unrecognized arguments: --what"),
+    "torchrun": (["--ckpt", "random"], "is one process: start it with python, without torchrun"),
 }
 
 
@@ -1962,6 +2463,7 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
     for split in ("train", "val"):
         write_coco(tmp_path / "tiny", [(i, [8, 12, 16, 24], 3) for i in range(3)], split=split)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *(a.format(tmp=tmp_path) for a in arguments)])
+    monkeypatch.setenv("WORLD_SIZE", "2" if case == "torchrun" else "1")
     with pytest.raises(SystemExit) as stop:
         evaluate.error_exit(evaluate.main)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -1978,136 +2480,232 @@ def test_a_trained_checkpoint_beats_the_untrained_network(scenes_run, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- probes.py
 
-def pairs_of_scenes(number=6):
-    return probes.Pairs(open_labelled("scenes", split="val"), number)
+def asked(cut="box", objects=12, pairs=8):
+    """Inputs of a few scenes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "OBJECTS", objects)
+        return probes.open_inputs(open_labelled("scenes", split="val"), pairs, cut=cut)
 
 
-class Pointwise(torch.nn.Module):
-    """Four layers of 1x1 convolutions, strides 4 to 32: no spatial mixing."""
+class Pointwise(nn.Module):
+    """The parts of a ResNet, without spatial mixing beyond its strides' whole cells. fault: a module after the first
+    stage."""
 
-    def __init__(self):
+    def __init__(self, fault=nn.Identity(), seed=0):
         super().__init__()
-        torch.manual_seed(0)
-        shapes = ((3, 16, 4), (16, 32, 2), (32, 64, 2), (64, 64, 2))
-        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(i, o, 1, stride) for i, o, stride in shapes)
+        torch.manual_seed(seed)
+        self.conv1, self.bn1, self.relu, self.maxpool = nn.Conv2d(3, 16, 1), nn.Identity(), nn.ReLU(), nn.AvgPool2d(4)
+        self.layer1 = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), fault)
+        self.layer2, self.layer3, self.layer4 = nn.AvgPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(2)
+
+
+class Place(nn.Module):
+    """A cell's coordinates enter its feature: a positional bias. Added alone they would move all features alike, and an
+    object would still find itself; so they weigh the channels too."""
 
     def forward(self, x):
-        maps = []
-        for layer in self.layers:
-            x = F.relu(layer(x))
-            maps.append(x)
-        return maps
+        across = torch.linspace(-1, 1, x.shape[3]).expand(len(x), 1, x.shape[2], -1)
+        weights = torch.cos(across * torch.arange(x.shape[1])[:, None, None])
+        return torch.cat([x * weights, across], 1)
 
 
-def test_probes_are_one_without_spatial_mixing():
-    curves = probes.probe(Pointwise(), pairs_of_scenes())
-    assert len(curves.cr) == len(curves.mcs) == 4
-    for values in (curves.cr, curves.mcs):
-        np.testing.assert_allclose(values, 1, atol=1e-6)
-    for errors in (curves.cr_se, curves.mcs_se):
-        np.testing.assert_allclose(errors, 0, atol=1e-6)
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
-def leaky(images):
-    """One zero-padded box blur of 33 x 33 pixels; of positive values, so that no cosine is near 0, and with a constant beside
-    it, so that the darker border of the padding turns the feature."""
-    return [F.pad(F.avg_pool2d(images + 2.2, 33, 1, 16), (0, 0, 0, 0, 0, 1), value=1.0)]
+def leak(x):
+    """Every feature mixed with what lies within 44 pixels: coupling."""
+    return F.avg_pool2d(F.pad(x, (11, 11, 11, 11), mode="replicate"), 23, 1)
 
 
-def numpy_blur(image):
-    """The same by an integral image, (H, W, 4) float64."""
-    padded = np.pad(image, ((17, 16), (17, 16), (0, 0))).cumsum(0).cumsum(1)
-    blurred = (padded[33:, 33:] - padded[:-33, 33:] - padded[33:, :-33] + padded[:-33, :-33]) / 33 ** 2
-    return np.concatenate([blurred, np.ones((*image.shape[:2], 1))], 2)
+def test_no_spatial_mixing_is_ideal():
+    found = probes.probe(Pointwise(), asked())
+    assert list(found) == list(probes.MEASURES)
+    for name, (_, ideal) in probes.MEASURES.items():
+        np.testing.assert_allclose(found[name].value[:4], ideal, atol=1e-6)  # roi: RoIAlign reads over a border
+        np.testing.assert_allclose(found[name].error[:4], 0, atol=1e-6)
+    assert found["rc"].value[4] < 0.05
 
 
-def test_probes_equal_a_numpy_loop():
-    pairs = pairs_of_scenes()
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-    def cosine(a, b):
-        return a @ b / np.sqrt(a @ a * (b @ b))
-
-    def feature(image, x, y):
-        return image[y:y + 96, x:x + 96].reshape(-1, 4).mean(0)
-    rates, similarities = [], []
-    for i in range(len(pairs)):
-        both, alone, grid = (numpy_blur((pixels / 255 - mean) / std + 2.2) for pixels in pairs[i])
-        b = feature(both, 160, 64)
-        rates.append(cosine(feature(both, 64, 64), b) / cosine(feature(alone, 64, 64), b))
-        centre = feature(grid, 96, 96)
-        similarities.append(np.mean([cosine(centre, feature(grid, x, y)) for x in (0, 96, 192) for y in (0, 96, 192)
-                                     if (x, y) != (96, 96)]))
-    curves = probes.probe(leaky, pairs)
-    assert abs(np.mean(rates) - 1) > 1e-4 and np.mean(similarities) < 1 - 5e-5  # it does leak, and zero padding tells the place
-    np.testing.assert_allclose(curves.cr, [np.mean(rates)], atol=1e-5)
-    np.testing.assert_allclose(curves.mcs, [np.mean(similarities)], atol=1e-5)
-    np.testing.assert_allclose(curves.cr_se, [np.std(rates, ddof=1) / 6 ** 0.5], atol=1e-5)
-    np.testing.assert_allclose(curves.mcs_se, [np.std(similarities, ddof=1) / 6 ** 0.5], atol=1e-5)
+def test_place_shows_in_the_measures_of_place_alone():
+    inputs = asked()
+    found = probes.probe(Pointwise(Place()), inputs)
+    np.testing.assert_allclose(found["rc"].value[:4], 0, atol=1e-6)
+    assert (found["rp"].value > 0.1).all() and (found["mcs"].value < 0.99).all()
+    assert (found["reid_neighbours"].value[:4] == 100).all() and (found["reid_moved"].value < 60).all()
+    alone = probes.probe(Pointwise(Place()), inputs, alone=True)  # without coupling neighbours change nothing
+    np.testing.assert_allclose(alone["rp"].value[:4], found["rp"].value[:4], rtol=1e-4)
 
 
-def test_pairs_are_what_they_say():
-    pairs = pairs_of_scenes(40)
-    for i in range(40):
-        both, alone, grid = pairs[i]
-        a = alone[64:160, 64:160]
-        assert a.any() and np.array_equal(both[64:160, 64:160], a) and both[64:160, 160:256].any()
-        assert alone.sum() == a.sum() and both.sum() == a.sum() + both[64:160, 160:256].sum()  # black around
-        assert all(np.array_equal(grid[y:y + 96, x:x + 96], a) for x in (0, 96, 192) for y in (0, 96, 192))
-        assert np.array_equal(both, pairs[i][0])
-    labelled = pairs.labelled
-    drawn = []
-    pairs.square = drawn.append  # the rows that a pair is made of
-    for i in range(40):
-        pairs.draw(i)
-    labels = labelled.labels[drawn].reshape(-1, 2)
-    assert (labels[:, 0] != labels[:, 1]).all() and len(set(drawn)) > 60
+def test_a_leak_shows_in_the_measures_of_coupling():
+    found = probes.probe(Pointwise(Function(leak)), asked())
+    assert (found["rc"].value > 0.05).all() and (found["cr"].value > 1.001).all()
+    assert (found["reid_neighbours"].value < found["reid_moved"].value).all()
 
 
-def test_cut_out_keeps_mask_and_proportions():
+def test_features_that_are_all_alike_fool_only_the_papers_measures():
+    inputs = asked()
+    found = probes.probe(Pointwise(Function(torch.ones_like)), inputs)
+    np.testing.assert_allclose(found["cr"].value[:4], 1, atol=1e-9)
+    np.testing.assert_allclose(found["mcs"].value[:4], 1, atol=1e-9)
+    for name in ("reid_neighbours", "reid_moved"):
+        assert (found[name].value[:4] == 0).all()  # a tie is a miss
+    constant = torch.linspace(10, 20, 32)[:, None, None]
+    plain, added = (probes.probe(Pointwise(Function(f)), inputs) for f in (leak, lambda x: leak(x) + constant))
+    assert (abs(added["cr"].value - 1) < 0.05 * abs(plain["cr"].value - 1)).all()
+    assert (1 - added["mcs"].value < 0.05 * (1 - plain["mcs"].value)).all()
+    for name in ("rc", "rp"):
+        assert (abs(added[name].value / plain[name].value - 1) < 0.5).all()
+
+
+def cosine(a, b):
+    return a @ b / np.sqrt(a @ a * (b @ b))
+
+
+def loop_features(network, size, placed, read):
+    """Features of square `read` of placed, [(x, y, pixels, mask)], by layer; cells weighed by their part of the mask."""
+    image = np.zeros((*size, 3), np.uint8)
+    for x, y, pixels, mask in placed:
+        image[y:y + len(mask), x:x + len(mask)][mask] = pixels[mask]
+    x = torch.tensor((image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float().permute(2, 0, 1)[None]
+    x, found = network.maxpool(network.relu(network.conv1(x))), []
+    left, top, _, mask = placed[read]
+    side = len(mask)
+    for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+        c4, x = x, layer(x)
+        step = size[0] // x.shape[2]
+        found.append(x[0, :, top // step:(top + side) // step, left // step:(left + side) // step])
+    box = torch.tensor([[0.0, left, top, left + side, top + side]])
+    region = torchvision.ops.roi_align(c4, box, 6, 1 / 16, 2, aligned=True)
+    found.append(network.layer4(region)[0])
+    features = []
+    for cells in found:
+        n = cells.shape[1]
+        edges = [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
+        weights = np.array([[mask[a:b, c:d].mean() for c, d in edges] for a, b in edges])
+        features.append((cells.double().numpy() * weights).sum((1, 2)) / weights.sum())
+    return features
+
+
+@pytest.mark.parametrize("cut", ["box", "mask"])
+@torch.no_grad()
+def test_measures_equal_a_plain_loop(cut):
+    inputs, network = asked(cut, objects=6, pairs=2), Pointwise(Function(leak))
+    a, b, bank = ([(p.numpy(), m.numpy()) for p, m in zip(*squares)] for squares in inputs)
+    assert all(m.all() for _, m in a) == (cut == "box")
+    found = probes.probe(network, inputs)
+    rows, spots = [], [(x, y) for y in (0, 96, 192) for x in (0, 96, 192)]
+    for one, two in zip(a, b):
+        both = [(64, 64, *one), (160, 64, *two)]
+        a1, b1 = (loop_features(network, (224, 320), both, read) for read in (0, 1))
+        a2, b2 = (loop_features(network, (224, 320), [(64, 64, *which)], 0) for which in (one, two))
+        nine = [loop_features(network, (288, 288), [(*spot, *one) for spot in spots], read) for read in range(9)]
+        rows.append([[cosine(a1[n], b1[n]) / cosine(a2[n], b1[n]), 1 - cosine(a1[n], a2[n]), 1 - cosine(a2[n], b2[n]),
+                      np.mean([cosine(nine[4][n], nine[i][n]) for i in range(9) if i != 4])] for n in range(5)])
+    rates, coupled, apart, similar = np.array(rows).transpose(2, 0, 1)
+    means = {"cr": rates.mean(0), "mcs": similar.mean(0), "rc": coupled.mean(0) / apart.mean(0),
+             "rp": (1 - similar).mean(0) / apart.mean(0)}
+    stored = [loop_features(network, (192, 192), [(64, 64, *one)], 0) for one in bank]
+    for name in ("reid_neighbours", "reid_moved"):
+        hits = np.zeros((6, 5))
+        for i, one in enumerate(bank):
+            x, y = [(64, 64), [(0, 0), (128, 0), (0, 128), (128, 128)][i % 4]][name == "reid_moved"]
+            around = zip([(0, 64), (128, 64), (64, 0), (64, 128)], [bank[(i + k) % 6] for k in (1, 2, 3, 4)])
+            extra = [] if name == "reid_moved" else [(*spot, *other) for spot, other in around]
+            query = loop_features(network, (192, 192), [(x, y, *one), *extra], 0)
+            hits[i] = [np.argmax([cosine(query[n], entry[n]) for entry in stored]) == i for n in range(5)]
+        means[name] = 100 * hits.mean(0)
+    for name, mean in means.items():
+        np.testing.assert_allclose(found[name].value, mean, rtol=2e-4, err_msg=name)
+
+
+def test_errors_and_differences_against_formulas():
+    random = np.random.default_rng(0)
+    x, y, u = random.normal(3, 1, (400, 1)), random.normal(5, 1, (400, 1)), random.normal(0, 0.1, (400, 1))
+    one, two = (probes.ratio_of_means([torch.tensor(v[:, 0])], [torch.tensor(y[:, 0])]) for v in (x, x + 1 + u))
+    influence = (x - one.value * y) / y.mean()
+    np.testing.assert_allclose(one.error, influence.std() / 20, rtol=0.12)  # 1,000 resamples: 2 % a standard deviation
+    other = (x + 1 + u - two.value * y) / y.mean()
+    np.testing.assert_allclose(two.minus(one).error, (other - influence).std() / 20, rtol=0.12)
+    arms = [[probes.Estimate(np.array([value]), np.zeros((2, 1))) for value in values]
+            for values in ((1.0, 2.0, 4.0), (3.0, 1.5, 1.0))]
+    mean, error = probes.over_networks(arms[0])
+    assert mean == pytest.approx(7 / 3) and error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3 ** 0.5)
+    mean, error, paired = probes.difference(arms[0], [0, 1, 2], arms[1], [2, 1, 7])  # seeds 1 and 2: 2 - 1.5, 4 - 3
+    assert (mean, error, paired) == (pytest.approx(0.75), pytest.approx(0.25), "seed")
+
+
+def test_inputs_are_what_they_say():
+    labelled = open_labelled("scenes", split="val")
+    inputs = probes.open_inputs(labelled, 40)
+    assert len(inputs.a.masks) == 40 and inputs.bank.pixels.shape == (150, 64, 64, 3) and inputs.bank.masks.all()
+    assert len(torch.unique(inputs.bank.pixels.flatten(1), dim=0)) == 150
+    assert torch.equal(inputs.bank.pixels, probes.open_inputs(labelled, 3).bank.pixels)
+    assert not torch.equal(inputs.bank.pixels, probes.open_inputs(labelled, 3, seed=1).bank.pixels)
+    alike = np.zeros_like(labelled.labels)
+    for change in (dict(labels=alike), dict(boxes=labelled.boxes / 10), dict(crowd=~labelled.crowd)):
+        with pytest.raises(UserError, match="no five objects of two categories"):
+            probes.open_inputs(Labelled(**{**labelled._asdict(), **change}))
+    with pytest.raises(UserError, match="without a mask: --cut box"):
+        probes.open_inputs(labelled._replace(mask=None), 4, cut="mask")
+
+
+def test_cut_out():
     image = np.full((50, 80, 3), 200, np.uint8)
-    square = probes.cut_out(image, np.float32([10, 5, 58, 29]))  # 48 x 24 -> 96 x 48, centred
-    assert square.shape == (96, 96, 3) and (square[24:72] == 200).all() and not square[:24].any() and not square[72:].any()
+    image[:, :34] = 100
+    pixels, inside = probes.cut_out(image, np.float32([10, 5, 58, 29]), None, 96)  # 48 x 24 fills the square
+    assert inside.all() and (pixels[:, :46] == 100).all() and (pixels[:, 50:] == 200).all()
     mask = np.zeros((50, 80), bool)
     mask[:, :34] = True
-    square = probes.cut_out(image, np.float32([10, 5, 58, 29]), mask)
-    assert (square[24:72, :46] == 200).all() and not square[:, 50:].any()
+    pixels, inside = probes.cut_out(image, np.float32([10, 5, 58, 29]), mask, 96)  # 96 x 48, in the middle
+    assert inside[24:72, :46].all() and not inside[:24].any() and not inside[72:].any() and not inside[:, 50:].any()
+    assert (pixels[inside][:, 0] <= 150).all()
 
 
-def test_probes_need_two_categories_of_some_size():
-    labelled = open_labelled("scenes", split="val")
-    for change in (dict(labels=np.zeros_like(labelled.labels)), dict(boxes=labelled.boxes / 10), dict(crowd=~labelled.crowd)):
-        with pytest.raises(UserError, match="no two objects of different categories"):
-            probes.Pairs(Labelled(**{**labelled._asdict(), **change}))
+def test_probes_command(tmp_path, monkeypatch, capsys):
+    """Arms, files, JSON and pictures; the networks are small ones, real files are evaluate.py's tests."""
+    for seed in (0, 1):
+        (tmp_path / f"s{seed}").mkdir()
+        for images in (32, 64):
+            torch.save({}, tmp_path / f"s{seed}" / f"backbone-{images}.pth")
+        run = {"d3ssl": 1, "config": {"seed": seed, "roi": 6, "batch_size": 16}, "step": 4, "model": {}}
+        torch.save(run, tmp_path / f"s{seed}" / "last.pt")
+
+    def load(row, clean):
+        assert (row.path == "random") == (row.statistics == "clean")
+        return Pointwise(Function(leak), row.seed)
+    monkeypatch.setattr(evaluate.Row, "load", load)
+    monkeypatch.setattr(probes, "OBJECTS", 5)
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("plot", "picture", "json")]
+    arms = [f"ours={tmp_path}/s*/backbone-*.pth", "random"]
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--pairs", "2", "--fill", "mean", *files, "--ckpt", *arms])
+    probes.main()
+    out, saved = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
+    found = [(arm["arm"], arm["images"], arm["files"]) for arm in saved["arms"]]
+    assert found == [("ours", 32, 2), ("ours", 64, 2), ("random", 0, 2)] and len(saved["files"]) == 6
+    assert saved["arms"][2]["difference"]["paired_by"] == "seed"
+    assert (saved["settings"]["cut"], saved["settings"]["fill"], saved["settings"]["pairs"]) == ("box", "mean", 2)
+    for name in probes.MEASURES:
+        for arm in saved["arms"]:
+            own = [file[name] for file in saved["files"]
+                   if (file["arm"], file["images"]) == (arm["arm"], arm["images"])]
+            assert len(arm[name]) == len(arm[f"{name}_se"]) == 5
+            np.testing.assert_allclose(arm[name], np.mean(own, 0))
+    assert f"{saved['arms'][1]['rc'][2]:.4f}" in out and "random clean" in out
+    for kind in ("plot", "picture"):
+        assert Image.open(tmp_path / kind).size[0] > 1000
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--ckpt", "colour"])
+    with pytest.raises(UserError, match="no layers to probe"):
+        probes.main()
 
 
-def test_probes_command(tmp_path):
-    torch.save(small_state(), tmp_path / "x.pth")
-    done = run("probes.py", "--ckpt", tmp_path / "x.pth", "random", "--arch", "resnet18", "--pairs", 4, "--plot", tmp_path / "c.png",
-               "--picture", tmp_path / "p.png", "--json", tmp_path / "p.json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "p.json").read_text())
-    assert [row["ckpt"] for row in rows] == [str(tmp_path / "x.pth"), "random"]
-    for row in rows:
-        assert list(row) == ["ckpt", "arch", "cr", "cr_se", "mcs", "mcs_se"] and all(len(row[key]) == 4 for key in list(row)[2:])
-        assert f"{row['cr'][3]:.4f}" in done.stdout and f"{row['mcs_se'][0]:.4f}" in done.stdout
-    assert Image.open(tmp_path / "c.png").size == (1500, 600) and Image.open(tmp_path / "p.png").size[0] > 900
-
-
-def test_stages_are_the_four_maps():
-    network, _ = evaluate.load_backbone("random", "resnet18")
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        maps = probes.stages(network)(x)
-        assert [m.shape[1] for m in maps] == [64, 128, 256, 512] and [m.shape[2] for m in maps] == [16, 8, 4, 2]
-        torch.testing.assert_close(maps[3].mean((2, 3)), network(x))
-        torch.testing.assert_close(evaluate.c5(network)(x), maps[3])
-
-
-# ------------------------------------------------------------------ VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
+# ------------------------------------------------------- VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
 
 CLASSES = HERE.parent / "shared" / "data" / "openimages" / "class-descriptions-boxable.csv"
-HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
+HEADER = ("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,"
+          "IsInside\n")
 
 
 def box_row(image, label, box=(0.25, 0.5, 0.75, 1.0), group=0):
@@ -2244,10 +2842,11 @@ def test_openimages_mini_trains_on_its_list_and_is_evaluated_on_validation(tmp_p
 def test_every_shared_name_is_in_the_published_class_list():
     index, names = data.read_classes(CLASSES.parent)
     assert len(names) == len(index) == 601 and all(names)
-    assert len(data.COCO_CATEGORIES) == len(set(data.COCO_CATEGORIES)) == 80
-    assert set(data.SHARED.values()) <= set(names) and len(set(data.SHARED.values())) == len(data.SHARED) == 79
-    assert data.SHARED["mouse"] == "Computer mouse" and set(data.COCO_CATEGORIES) - set(data.SHARED) == {"cup"}
-    assert set(data.coco_counts(COCO / "annotations" / "instances_val2017.json")) == set(data.COCO_CATEGORIES)
+    cocos = set(data.coco_counts(COCO / "annotations" / "instances_val2017.json"))
+    shared = data.shared_names(cocos)
+    assert len(cocos) == 80 and cocos - set(shared) == {"cup"} and set(data.SPELLED) <= cocos
+    assert set(shared.values()) <= set(names) and len(set(shared.values())) == len(shared) == 79
+    assert shared["mouse"] == "Computer mouse" and shared["person"] == "Person"
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -2273,12 +2872,12 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     random = np.random.default_rng(0)
     rows = [box_row(i, f"/m/{c}") for i in range(1, 41) for c in random.integers(1, 4, 3)]
     openimages(tmp_path / "oi", rows, images=(), split="train")
-    coco = coco_file(tmp_path / "coco.json", {"person": 11, "cow": 9, "cup": 5})
+    coco = coco_file(tmp_path / "coco.json", {"person": 11, "cow": 9, "cup": 5, "bus": 3})
     out = tmp_path / "openimages-mini.txt"
 
     def build(seed):
-        code, said, complaint = run_data("openimages-mini", "--annotations", tmp_path / "oi", "--coco", coco, "--out", out,
-                                         "--seed", seed)
+        code, said, complaint = run_data("openimages-mini", "--annotations", tmp_path / "oi", "--coco", coco,
+                                         "--out", out, "--seed", seed)
         assert code == 0 and not complaint
         return out.read_text().splitlines(), said
     chosen, said = build(3)
@@ -2292,12 +2891,13 @@ def test_builder_writes_the_list_prints_table_2_and_what_is_missing(tmp_path, ru
     assert re.search(r"paper +146,000 +9.10 +3.20 +569", said)
     for name, cap in (("Person", 11), ("Cattle", 9)):
         assert re.search(rf"{name} +{number[name]} of at most +{cap}\n", said)
-    assert "not shared: airplane is not in" in said and "without a counterpart: cup" in said
+    assert "not shared: Bus is not in" in said and "without a counterpart: cup" in said
     assert build(3) == (chosen, said) and build(4)[0] != chosen
     (tmp_path / "oi/train-annotations-bbox.csv").write_text(HEADER + "".join(rows[::-1]))
     assert build(3)[0] == chosen  # of the seed and the boxes, not of the order of the rows
 
 
+@pytest.mark.bench
 def test_a_million_rows_take_little_memory_and_time(tmp_path):
     random, n = np.random.default_rng(0), 1_000_000
     openimages(tmp_path, [], images=(), split="train")
@@ -2307,7 +2907,8 @@ def test_a_million_rows_take_little_memory_and_time(tmp_path):
         file.writelines(f"{i:016x}{tails[c]}" for i, c in zip(image.tolist(), label.tolist()))
     coco = coco_file(tmp_path / "coco.json", {"person": 900, "cow": 700})
     code = (f"import resource, sys, time; sys.path.insert(0, {str(HERE)!r}); import data; "
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before, start = peak(), time.monotonic(); "
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+            "before, start = peak(), time.monotonic(); "
             f"data.write_mini({str(tmp_path)!r}, {str(coco)!r}, {str(tmp_path / 'list.txt')!r}); "
             "print(peak() - before, peak(), time.monotonic() - start)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -2331,14 +2932,17 @@ def test_stats_gives_table_2_and_the_recall_of_the_proposals(tmp_path, run_data)
     (folder / "names.txt").write_text(f"{1:016x}.jpg\n{3:016x}.jpg\n")
     np.save(folder / "offsets.npy", np.int64([0, 2, 3]))
     (folder / "settings.json").write_text('{"method": "by hand"}')
-    for side, recall in ((9, "33.3%"), (11, "66.7%")):  # IoU 1 with the first; 0.41 or 0.55 with the second; image 2 has none
+    for side, recall in ((9, "33.3%"), (11, "66.7%")):  # IoU 1 with the first, 0.41 or 0.55 with the second
         np.save(folder / "boxes.npy", np.float32([[10, 10, 30, 20], [0, 0, side, min(side, 10)], [0, 0, 5, 5]]))
-        _, said, complaint = run_data("stats", "--data", "openimages", "--root", tmp_path, "--split", "val", "--proposals", folder)
-        assert f"1.0 boxes an image, recall at IoU 0.5 {recall} of 3 objects, 1 images without any" in said and not complaint
+        _, said, complaint = run_data("stats", "--data", "openimages", "--root", tmp_path, "--split", "val",
+                                      "--proposals", folder)
+        assert f"1.0 boxes an image, recall at IoU 0.5 {recall} of 3 objects, 1 images without any" in said
+        assert not complaint
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc", "scenes"])
-def test_stats_reads_every_data_set(tmp_path, kind, run_data):
+def test_stats_reads_every_data_set(tmp_path, kind, run_data, monkeypatch):
+    monkeypatch.setitem(data.Scenes.NUMBER, "train", 40)
     if kind == "coco":
         data.write_scenes(tmp_path, 4)
     if kind == "voc":
@@ -2365,7 +2969,8 @@ BROKEN_ROWS = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_ROWS)
-def test_a_broken_row_is_named_and_the_others_are_read(tmp_path, capfd, kind):
+def test_a_broken_row_is_named_and_the_others_are_read(tmp_path, capfd, monkeypatch, kind):
+    monkeypatch.setattr(data, "BLOCK", 7)  # the end of a block is no place for a mistake either
     sound = [box_row(1 + i % 2, "/m/1") for i in range(50)]
     openimages(tmp_path, sound[:30] + [BROKEN_ROWS[kind]] + sound[30:])
     assert len(data.open_labelled("openimages", tmp_path).labels) == 50
@@ -2404,7 +3009,8 @@ def test_a_csv_cut_in_half_is_an_error_that_names_the_line(tmp_path, run_data):
     path.write_bytes(whole[:start + len(row)])
     data.write_mini(tmp_path, coco, tmp_path / "list.txt")
     path.write_bytes(whole[:40])
-    code, _, said = run_data("openimages-mini", "--annotations", tmp_path, "--coco", coco, "--out", tmp_path / "list.txt")
+    code, _, said = run_data("openimages-mini", "--annotations", tmp_path, "--coco", coco,
+                             "--out", tmp_path / "list.txt")
     assert code == 2 and said.count("\n") == 1 and f"{path}, line 1: not OpenImages' box CSV" in said
 
 
@@ -2444,12 +3050,55 @@ def test_broken_voc_files_are_named_and_the_others_are_read(tmp_path, capfd):
         data.open_labelled("voc", tmp_path, "train")
 
 
+def test_an_absent_image_is_an_error_where_it_has_to_be(tmp_path):
+    data.write_scenes(tmp_path / "coco", 4)
+    (tmp_path / "coco/train2017/000000000002.png").unlink()
+    voc(tmp_path / "voc", 2007, {"train": ["1", "2"]})
+    (tmp_path / "voc/VOCdevkit/VOC2007/JPEGImages/1.jpg").unlink()
+    openimages(tmp_path / "openimages", [box_row(1, "/m/1"), box_row(9, "/m/1")], images=(1,), split="train")
+    shutil.copytree(tmp_path / "openimages", tmp_path / "openimages-mini")
+    (tmp_path / "openimages-mini/openimages-mini.txt").write_text(f"train/{1:016x}\ntrain/{9:016x}\n")
+    for kind, name in (("coco", "000000000002.png"), ("voc", "line 1: 1"), ("openimages", f"{9:016x}"),
+                       ("openimages-mini", f"line 2: train/{9:016x}")):
+        assert len(data.open_labelled(kind, tmp_path / kind, "train").labels)
+        with pytest.raises(data.UserError, match=f"listed but absent from .*: 1 in .*{name}.*download them again"):
+            data.open_labelled(kind, tmp_path / kind, "train", strict=True)
+
+
+def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
+    """Polygons of all sizes, with parts that overlap, and run lengths, compressed or not, against COCO's own reader."""
+    from pycocotools.coco import COCO as Reader
+    random, shapes = np.random.default_rng(0), []
+    for size in (6, 12, 24, 32) * 3:
+        corners = random.uniform(0, 33 - size, (2, 1, 2)) + random.uniform(0, size, (2, 7, 2))
+        shapes.append(corners.reshape(2, -1).round(2).tolist())
+    shapes += [{"size": [32, 64], "counts": [100, 30, 2, 600, 1316]}, {"size": [32, 64], "counts": "d3>2N000000000Qh0"}]
+    shapes += [None, [], [[1, 2, 3, 4]]]  # no mask: none, no part, two corners
+    picture(tmp_path / "train2017/1.jpg", 64, 32)
+    found = dict(images=[dict(id=5, file_name="1.jpg", width=64, height=32)], categories=[dict(id=3, name="cat")])
+    found["annotations"] = [dict(id=n, image_id=5, category_id=3, bbox=[0, 0, 9, 9], segmentation=shape)
+                            for n, shape in enumerate(shapes, 1)]
+    path = tmp_path / "annotations/instances_train2017.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(found))
+    ours, reader = pickle.loads(pickle.dumps(data.open_labelled("coco", tmp_path, "train"))), Reader(str(path))
+    for row in range(len(shapes) - 3):
+        wanted = reader.annToMask(reader.anns[row + 1]).astype(bool)
+        assert wanted.any() and ours.mask(row).dtype == bool and np.array_equal(ours.mask(row), wanted), row
+    assert [ours.mask(row) for row in range(len(shapes) - 3, len(shapes))] == [None] * 3
+    monkeypatch.setitem(sys.modules, "pycocotools", None)  # as if it were not installed: only masks need it
+    assert len(data.open_labelled("coco", tmp_path, "train").boxes) == len(shapes)
+    with pytest.raises(data.UserError, match="pip install pycocotools"):
+        ours.mask(0)
+
+
 def test_broken_coco_annotations_are_named_and_the_others_are_read(tmp_path, capfd):
     data.write_scenes(tmp_path, 4)
     path = tmp_path / "annotations/instances_train2017.json"
     found = json.loads(path.read_text())
     size = len(found["annotations"])
-    for key, value in (("bbox", [500, 5, 9, 9]), ("category_id", 99), ("image_id", 77), ("bbox", [1, 2, 3]), ("bbox", None),
+    for key, value in (("bbox", [500, 5, 9, 9]), ("category_id", 99), ("image_id", 77), ("bbox", [1, 2, 3]),
+                       ("bbox", None),
                        ("bbox", [float("nan"), 0, 5, 5])):
         found["annotations"].append({**found["annotations"][0], "id": 1000 + len(found["annotations"]), key: value})
     (tmp_path / "train2017" / found["images"][3]["file_name"]).unlink()
@@ -2475,7 +3124,8 @@ def test_broken_coco_annotations_are_named_and_the_others_are_read(tmp_path, cap
 
 # ---------------------------------------------------------------------------- transfer to detection (section 5.2)
 
-LOOK = "--ckpt random --arch resnet18 --transfer coco --short-side 64 --batch-size 2 --rois 8 --workers 0 --resume auto".split()
+LOOK = ["--ckpt", "random", "--arch", "resnet18", "--transfer", "coco", "--short-side", "64", "--batch-size", "2",
+        "--rois", "8", "--workers", "0", "--resume", "auto"]
 
 
 @pytest.fixture(scope="module")
@@ -2500,68 +3150,109 @@ def detection_run(capfd, *arguments):
     return (code, *capfd.readouterr())
 
 
-def fine_tuning(root, out, **settings):
+def fine_tuning(root, out, seed_of_backbone=0, **settings):
     """A FineTuning of a tiny run, in this process."""
-    settings = {**dict(steps=4, drops=(3,), warmup=1, sides=(64,), long_side=107, batch_size=2, rois=8, precise=2), **settings}
-    network = evaluate.load_backbone("random", "resnet18")[0]
-    return evaluate.FineTuning(evaluate.Transfer("coco", str(root), "random", "resnet18", **settings), network, Ranks(), out)
+    small = dict(steps=4, drops=(3,), warmup=1, sides=(64,), long_side=107, batch_size=2, rois=8, precise=2)
+    config = evaluate.Transfer("coco", str(root), "random", "resnet18", **{**small, **settings})
+    return evaluate.FineTuning(config, evaluate.build("resnet18", seed_of_backbone), Ranks(), out)
 
 
-def randomise_norms(module):
-    """Batch norm statistics that a trained network could have, so that eval mode is not the identity."""
-    generator = torch.Generator().manual_seed(3)
-    for norm in module.modules():
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.running_mean.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
-            norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
+@pytest.fixture
+def few_proposals(monkeypatch):
+    """40 boxes an image instead of 1,000 to 2,000, which would be most of a tiny test's time."""
+    monkeypatch.setattr(evaluate.RegionProposals, "post_nms_top_n", lambda rpn: 40)
 
 
 def test_transfer_is_of_the_pretrained_object_feature():
-    """Item 4: before the extra norm, in eval mode, the detector's RoI feature is the encoder's C5 feature of that box."""
+    """Before the extra norm, in eval mode, the detector's RoI feature is the encoder's C5 feature of that box, by our
+    own RoIAlign, with the adaptive number of samples a bin: one for boxes up to 14 cells, two each way up to 28."""
     torch.manual_seed(0)
-    encoder = Encoder("resnet18").eval()
-    randomise_norms(encoder)
-    image = torch.rand(3, 96, 128)
-    boxes = torch.tensor([[3.5, 8.2, 60.1, 70.9], [40.0, 0.0, 128.0, 96.0], [70.3, 33.3, 90.6, 41.7]])
+    encoder, image = Encoder("resnet18"), torch.rand(3, 256, 320)
+    boxes = {1: torch.tensor([[3.5, 8.2, 60.1, 170.9], [140.0, 0.0, 320.0, 196.0]]),
+             2: torch.tensor([[2.5, 3.0, 240.5, 255.0], [70.0, 10.0, 310.0, 251.0]])}
     with torch.no_grad():
-        expected = encoder.backbone.layer4(encoder.pool(encoder.c4(normalise(image[None])), boxes[None])).mean((2, 3))
-        model = evaluate.c4_detector(encoder.backbone, 5, sides=(96,)).eval()
-        pixels = model.transform([image])[0].tensors
-        found = model.roi_heads.box_head.layer4(model.roi_heads.box_roi_pool({"0": model.backbone(pixels)}, [boxes], None))
-    assert expected.std() > 0.01
-    torch.testing.assert_close(found.mean((2, 3)), expected, rtol=1e-4, atol=1e-5)
+        encoder.train()(normalise(image[None]), boxes[1][None])  # statistics that are not those of a fresh network
+        c4 = encoder.eval().c4(normalise(image[None]))
+        model = evaluate.c4_detector(encoder.backbone, 5, sides=(256,)).eval()
+        own = model.backbone(model.transform([image])[0].tensors)
+        model.roi_heads.norm = nn.Identity()
+        for ratio, some in boxes.items():
+            expected, other = (encoder.backbone.layer4(d3ssl.roi_align(c4, some[None], 14, 1 / 16, samples))
+                               for samples in (ratio, 3 - ratio))
+            torch.testing.assert_close(model.roi_heads.regions(own, [some]), expected, rtol=0, atol=1e-3)
+            assert (other - expected).abs().max() > 0.02
 
 
 def test_c4_detector_is_moco_s_c4():
     model = evaluate.c4_detector(evaluate.build("resnet50", 0), 80, masks=True)
-    assert model.backbone.out_channels == 1024 and model.rpn.head.cls_logits.out_channels == 15
+    assert model.backbone[-1][-1].conv3.out_channels == 1024 and model.rpn.head.cls_logits.out_channels == 15
     assert model.roi_heads.box_predictor.cls_score.weight.shape == (81, 2048)
     assert model.roi_heads.mask_predictor.conv5_mask.weight.shape == (2048, 256, 2, 2)
     assert all(p.requires_grad for p in model.parameters())  # nothing frozen
-    anchors = model.rpn.anchor_generator.cell_anchors[0] if model.rpn.anchor_generator.cell_anchors else None
-    sides = ((anchors[:, 2] - anchors[:, 0]) * (anchors[:, 3] - anchors[:, 1])).sqrt()
-    assert sorted({32 * 2 ** round(math.log2(side / 32)) for side in sides.tolist()}) == [32, 64, 128, 256, 512]
+    images = torchvision.models.detection.image_list.ImageList(torch.zeros(1, 3, 32, 48), [(32, 48)])
+    anchors = model.rpn.anchor_generator(images, [torch.zeros(1, 1024, 2, 3)])[0]
+    expected = [[16 * x - w / 2, 16 * y - h / 2, 16 * x + w / 2, 16 * y + h / 2] for y in range(2) for x in range(3)
+                for ratio in (0.5, 1, 2) for side in (32, 64, 128, 256, 512)
+                for w, h in [(side / math.sqrt(ratio), side * math.sqrt(ratio))]]  # detectron2's, not rounded
+    torch.testing.assert_close(anchors, torch.tensor(expected))
 
 
-def test_masks_train_on_the_box_head_s_own_map():
-    """One pass through res5 a step: the norms see the sampled boxes once, and the mask head gets its objects' rows."""
+def test_rpn_s_loss_is_detectron2_s():
+    """Both sums are over 256 anchors an image, however many there are, and the boxes' is L1."""
+    rpn = evaluate.c4_detector(evaluate.build("resnet18", 0), 3).rpn
+    logits, deltas, wanted = (torch.randn(2, 30, n, generator=seeded(n)) for n in (1, 4, 5))
+    labels, wanted = [torch.tensor([1.0] * 5 + [0.0] * 20 + [-1.0] * 5)] * 2, wanted[..., 1:]
+    objectness, boxes = rpn.compute_loss(logits, deltas.flatten(0, 1), labels, list(wanted))
+    cross = [math.log(1 + math.exp(-x if n < 5 else x)) for row in logits.tolist() for n, (x,) in enumerate(row[:25])]
+    absolute = [float((deltas[i, n] - wanted[i, n]).abs().sum()) for i in range(2) for n in range(5)]
+    assert [float(objectness), float(boxes)] == pytest.approx([sum(cross) / 512, sum(absolute) / 512], rel=1e-4)
+
+
+def test_losses_of_the_heads_by_plain_loops(monkeypatch):
+    """L1 over all samples, masks against bitmaps; one pass through res5 a step, whose rows of objects the masks get."""
     torch.manual_seed(0)
     model = evaluate.c4_detector(evaluate.build("resnet18", 0), 4, masks=True, sides=(64,), rois=8).train()
-    seen = []
-    model.roi_heads.mask_predictor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    heads, seen = model.roi_heads, {}
+    choose = heads.select_training_samples
+    monkeypatch.setattr(heads, "select_training_samples", lambda *a: seen.setdefault("chosen", choose(*a)))
+    for name in ("norm", "box_predictor", "mask_predictor"):
+        getattr(heads, name).register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
     masks = torch.zeros(1, 64, 80, dtype=torch.uint8)
     masks[0, 10:50, 10:50] = 1
     target = dict(boxes=torch.tensor([[10.0, 10, 50, 50]]), labels=torch.tensor([2]), masks=masks)
-    losses = model([torch.rand(3, 64, 80)], [target])
+    losses = model([torch.rand(3, 64, 80)] * 2, [target, target])
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg", "loss_mask"}
-    head, objects = model.roi_heads.box_head, model.roi_heads.objects
-    assert head.norm.num_batches_tracked == 1 and head.layer4[0].bn1.num_batches_tracked == 1
-    assert 1 <= objects.sum() <= 2 and torch.equal(seen[0], head.map[objects])
+    assert heads.norm.num_batches_tracked == 1 and heads.layer4[0].bn1.num_batches_tracked == 1
+    labels, offsets = (torch.cat(seen["chosen"][n]) for n in (2, 3))
+    objects = [n for n, label in enumerate(labels.tolist()) if label]
+    (pooled, (_, deltas)), (rows, logits) = seen["box_predictor"], seen["mask_predictor"]
+    assert len(labels) == 16 and 2 <= len(objects) <= 4 and torch.equal(pooled, seen["norm"][1].mean((2, 3)))
+    assert torch.equal(rows, seen["norm"][1][objects])
+    absolute = sum(float((deltas[n, 4 * 2:4 * 3] - offsets[n]).abs().sum().detach()) for n in objects)
+    assert float(losses["loss_box_reg"]) == pytest.approx(absolute / 16, rel=1e-4)
+    some = torch.cat([evaluate.mask_targets(masks, rows[of > 0], boxes[of > 0])
+                      for boxes, rows, of in zip(*seen["chosen"][:3])])
+    assert 0.5 < some.mean() <= 1  # the samples lie on the square
+    chance = logits[:, 2].sigmoid()
+    cross = -(some * chance.log() + (1 - some) * (1 - chance).log()).mean()
+    assert float(losses["loss_mask"]) == pytest.approx(float(cross), rel=1e-4)
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-# ---- VOC's AP
+def test_mask_targets_by_blocks():
+    """A box of 28 x 42 whole pixels has bins of 2 x 3: a bin is set if half of its pixels are."""
+    masks = (torch.rand(3, 80, 90, generator=seeded()) < 0.5).to(torch.uint8)
+    corners, rows = [(5, 7), (40, 30), (0, 0)], [2, 0, 2]
+    boxes = torch.tensor([[x, y, x + 28, y + 42] for x, y in corners]).float()
+    found = evaluate.mask_targets(masks, torch.tensor(rows), boxes)
+    for mask, row, (x, y) in zip(found, rows, corners):
+        expected = [[float(masks[row, y + 3 * r:y + 3 * r + 3, x + 2 * c:x + 2 * c + 2].sum() >= 3) for c in range(14)]
+                    for r in range(14)]
+        assert mask.tolist() == expected
+
+
+# ---- average precision
 
 def split_of(truth):
     """Labelled of [(image, box, label, difficult)], images 0 to the largest."""
@@ -2570,80 +3261,113 @@ def split_of(truth):
 
 
 def answers(images, detections):
-    """What FineTuning.detect returns, of [(image, box, label, score)]."""
+    """What evaluate.detect returns, of [(image, box, label, score)]."""
     of = [[row[1:] for row in detections if row[0] == i] for i in range(images)]
     return [(i, np.float32([b for b, _, _ in rows]).reshape(-1, 4), np.int64([label for _, label, _ in rows]),
              np.float32([score for *_, score in rows]), None) for i, rows in enumerate(of)]
+
+
+def three(result):
+    return [result[name] for name in ("AP", "AP50", "AP75")]
 
 
 def test_voc_ap_by_hand():
     a, b, c, hard = (0, 0, 10, 10), (0, 0, 20, 20), (50, 50, 90, 90), (20, 20, 30, 30)
     truth = split_of([(0, a, 0, False), (0, hard, 0, True), (1, b, 0, False), (1, c, 0, False)])
     found = answers(2, [(0, a, 0, .9), (0, hard, 0, .8), (0, a, 0, .7), (1, b, 0, .6)])
-    # by score: hit, neither, second hit of the same object = miss, hit. Recall 1/3 at precision 1, 2/3 at precision 2/3:
+    # by score: hit, neither, second hit of one object = miss, hit. Recall 1/3 at precision 1, 2/3 at precision 2/3:
     # recall levels 0 to 0.3 have 1, levels 0.4 to 0.6 have 2/3, the rest 0; category b has no object and is left out
-    assert evaluate.voc_ap(truth, [0, 1], found) == pytest.approx(dict.fromkeys(("AP", "AP50", "AP75"), 100 * (4 + 3 * 2 / 3) / 11))
+    result = evaluate.voc_ap(truth, [0, 1], found)
+    assert three(result) == pytest.approx([100 * (4 + 3 * 2 / 3) / 11] * 3)
+    assert result["classes"] == {"a": pytest.approx(result["AP"]), "b": None} and result["APl"] is None
+    assert result["APm"] == 0  # c alone is of 32^2 to 96^2 pixels, and was not found
     # an IoU of 0.62 hits at 0.5, 0.55 and 0.6 of the ten thresholds; one of exactly 0.5 nowhere; a wrong label nowhere
     one = split_of([(0, (0, 0, 100, 100), 1, False)])
-    ap = lambda *found: evaluate.voc_ap(one, [0], answers(1, found))
-    assert ap((0, (0, 0, 62, 100), 1, .5)) == pytest.approx(dict(AP=30, AP50=100, AP75=0))
-    assert ap((0, (0, 0, 50, 100), 1, .5)) == ap((0, (0, 0, 100, 100), 0, .5)) == ap() == dict(AP=0, AP50=0, AP75=0)
+
+    def ap(*found):
+        return three(evaluate.voc_ap(one, [0], answers(1, found)))
+    assert ap((0, (0, 0, 62, 100), 1, .5)) == pytest.approx([30, 100, 0])
+    assert ap((0, (0, 0, 50, 100), 1, .5)) == ap((0, (0, 0, 100, 100), 0, .5)) == ap() == [0, 0, 0]
 
 
-def plain_ap(detections, truth, threshold):
-    """The 11-point AP as one loop over detections (image, score, box) with objects (image, box, difficult)."""
+def plain_ap(detections, truth, threshold, low=0, high=math.inf):
+    """The 11-point AP as one loop over detections (image, score, box) with objects (image, box, difficult), those whose
+    area is not in [low, high] ignored."""
+    def area(r):
+        return (r[2] - r[0]) * (r[3] - r[1])
+    ignored = [hard or not low <= area(box) <= high for _, box, hard in truth]
     taken, hits, misses, curve = set(), 0, 0, []
     for image, _, p in sorted(detections, key=lambda x: -x[1]):
         best, overlap = None, threshold
         for n, (where, q, _) in enumerate(truth):
             w, h = min(p[2], q[2]) - max(p[0], q[0]), min(p[3], q[3]) - max(p[1], q[1])
             if where == image and w > 0 and h > 0:
-                area = lambda r: (r[2] - r[0]) * (r[3] - r[1])
                 iou = w * h / (area(p) + area(q) - w * h)
                 best, overlap = (n, iou) if iou > overlap else (best, overlap)
-        if best is not None and truth[best][2]:
-            continue
         fresh = best is not None and best not in taken
+        if best is not None and ignored[best] or not fresh and not low <= area(p) <= high:
+            continue
         taken, hits, misses = taken | {best}, hits + fresh, misses + (not fresh)
         curve.append((hits, hits / (hits + misses)))
-    objects = sum(not t[2] for t in truth)
+    objects = ignored.count(False)
+    if not objects:
+        return None
     return sum(max((p for hit, p in curve if 10 * hit >= k * objects), default=0) for k in range(11)) / 11
 
 
 def test_voc_ap_against_a_plain_loop():
     random, above = np.random.default_rng(0), 0
     for trial in range(30):
-        boxes = random.integers(0, 40, (14, 2)).astype(float)
-        truth = [(i % 2, (x, y, x + 20, y + 20), 0, random.random() < 0.25) for i, (x, y) in enumerate(boxes)]
+        corners, sides = random.integers(0, 40, (14, 2)).astype(float), random.choice([24.0, 40.0], 14)
+        truth = [(i % 2, (x, y, x + side, y + side), 0, random.random() < 0.25)
+                 for i, ((x, y), side) in enumerate(zip(corners, sides))]
         truth[0] = (*truth[0][:3], False)
-        if sum(not t[3] for t in truth) % 10 in (0, 5):
-            truth = truth[:-1] + [(*truth[-1][:3], not truth[-1][3])]  # there np.arange's rounding decides a recall level
-        found = [(i, tuple(np.float32(np.array(box) + random.normal(0, 2, 4)).tolist()), 0, float(np.float32(random.random())))
-                 for i, box, *_ in truth for _ in range(2)]
+        found = [(i, tuple(np.float32(np.array(box) + random.normal(0, 2, 4)).tolist()), 0,
+                  float(np.float32(random.random()))) for i, box, *_ in truth for _ in range(2)]
         result = evaluate.voc_ap(split_of(truth), [0, 1], answers(2, found))
-        loop = [100 * plain_ap([(i, s, b) for i, b, _, s in found], [(i, b, hard) for i, b, _, hard in truth], t / 100)
-                for t in range(50, 100, 5)]
-        assert result == pytest.approx(dict(AP=np.mean(loop), AP50=loop[0], AP75=loop[5]))
-        above += 5 < result["AP75"] < result["AP50"]
+        for name, low, high in (("AP", 0, math.inf), ("APs", 0, 32**2), ("APm", 32**2, 96**2)):
+            if sum(not hard and low <= (b[2] - b[0]) ** 2 <= high for _, b, _, hard in truth) % 10 in (0, 5):
+                continue  # there np.arange's rounding decides a recall level
+            rows, objects = [(i, s, b) for i, b, _, s in found], [(i, b, hard) for i, b, _, hard in truth]
+            loop = [100 * plain_ap(rows, objects, t / 100, low, high) for t in range(50, 100, 5)]
+            assert result[name] == pytest.approx(np.mean(loop))
+            assert name != "AP" or three(result) == pytest.approx([np.mean(loop), loop[0], loop[5]])
+        above += 5 < result["AP75"] < result["AP50"] and result["APs"] != result["APm"]
     assert above > 20  # the cases are not trivial
 
 
-def test_coco_ap_of_perfect_and_of_wrong_answers(scenes):
-    pytest.importorskip("pycocotools")
-    split = data.open_labelled("coco", scenes, "val")
-    found = []
-    for i in range(2):
+def test_coco_ap_is_pycocotools_own(scenes):
+    """Six numbers against COCOeval.summarize, a category's against an evaluation of it alone; perfect answers: 100."""
+    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    split, random, found = data.open_labelled("coco", scenes, "train"), np.random.default_rng(0), []
+    for i in range(8):
         rows = range(split.offsets[i], split.offsets[i + 1])
         masks = torch.stack([torch.from_numpy(split.mask(row)) for row in rows])[:, None].float()
-        found.append((i, split.boxes[rows], split.labels[rows], np.linspace(.5, .9, len(rows)), evaluate.run_lengths(masks)))
-    path, names = scenes / "annotations/instances_val2017.json", [split.images.name(i) for i in range(2)]
-    perfect = dict(AP=100.0, AP50=100.0, AP75=100.0)
-    assert evaluate.coco_ap(path, names, [0, 1], found, True) == {"box": pytest.approx(perfect), "mask": pytest.approx(perfect)}
-    wrong = [(i, boxes, (labels + 1) % 15, scores, masks) for i, boxes, labels, scores, masks in found]
-    assert evaluate.coco_ap(path, names, [0, 1], wrong, True)["box"]["AP"] < 60
-    assert evaluate.coco_ap(path, names, [0], found[:1], False) == {"box": pytest.approx(perfect)}  # images not tested do not count
+        found.append((i, split.boxes[rows], split.labels[rows], random.random(len(rows)), evaluate.run_lengths(masks)))
+    path, names = scenes / "annotations/instances_train2017.json", [split.images.name(i) for i in range(8)]
+    for kind in ("box", "mask"):
+        assert three(evaluate.coco_ap(path, names, range(8), found, kind)) == pytest.approx([100.0] * 3)
+    assert three(evaluate.coco_ap(path, names, [0], found[:1], "box")) == pytest.approx([100.0] * 3)
     empty = [(0, np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), [])]
-    assert evaluate.coco_ap(path, names, [0], empty, True)["mask"]["AP"] == 0
+    assert three(evaluate.coco_ap(path, names, [0], empty, "mask")) == [0, 0, 0]
+    noisy = [(i, boxes + random.normal(0, 3, boxes.shape), np.where(random.random(len(labels)) < .2, 0, labels), scores,
+              masks) for i, boxes, labels, scores, masks in found]
+    truth = coco.COCO(str(path))
+    truth.dataset["info"] = {}
+    rows = [dict(image_id=truth.getImgIds()[i], category_id=sorted(truth.getCatIds())[label], score=score,
+                 bbox=[x1, y1, x2 - x1, y2 - y1])
+            for i, boxes, labels, scores, _ in noisy for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores)]
+
+    def judged(**parameters):
+        judge = cocoeval.COCOeval(truth, truth.loadRes(rows), "bbox")
+        vars(judge.params).update(parameters)
+        judge.evaluate(), judge.accumulate(), judge.summarize()
+        return [None if value < 0 else pytest.approx(100 * value) for value in judge.stats[:6]]
+    result = evaluate.coco_ap(path, names, range(8), noisy, "box")
+    assert [result[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")] == judged()
+    assert 10 < result["AP"] < result["AP50"] < 100 and result["APs"] != result["APm"]
+    alone = {c["name"]: judged(catIds=[c["id"]])[0] for c in truth.loadCats(truth.getCatIds()[::4])}
+    assert {name: result["classes"][name] for name in alone} == alone
 
 
 # ---- data and schedule
@@ -2668,6 +3392,8 @@ def test_detection_targets(scenes):
     assert sum(map(len, evaluate.Detection(marked, True, True, True).rows)) == len(split.labels)
     boxless = evaluate.Detection(split._replace(mask=lambda row: None), True, False, True)[0, 0][2]
     assert [data.mask_box(m.bool().numpy()) for m in boxless["masks"]] == boxless["boxes"].tolist()
+    sent = pickle.loads(pickle.dumps(views))[1, 3]  # as to a worker that is not forked
+    assert torch.equal(sent[1], views[1, 3][1]) and torch.equal(sent[2]["masks"], views[1, 3][2]["masks"])
 
 
 def config_of(*arguments):
@@ -2682,104 +3408,138 @@ def test_transfer_schedule():
     assert (voc.sides[0], voc.sides[-1], coco.sides[0], coco.sides[-1], coco.long_side) == (480, 800, 640, 800, 1333)
     assert (half.steps, half.drops, half.warmup, half.lr) == (48000, (36000, 44000), 200, 0.01)
     short = config_of("--transfer", "coco", "--steps", "900", "--short-side", "240")
-    assert (short.steps, short.drops, short.warmup, short.sides, short.long_side, short.precise) == (900, (600, 800), 10, (240,), 400, 90)
-    rate = lambda step: evaluate.FineTuning.learning_rate(SimpleNamespace(config=voc, step=step))
-    assert [rate(s) for s in (0, 50, 100, 17999, 18000, 22000)] == pytest.approx([2e-5, .01001, .02, .02, .002, .0002])
+    assert (short.steps, short.drops, short.warmup, short.precise) == (900, (600, 800), 10, 90)
+    assert (short.sides, short.long_side) == ((240,), 400)
+    rates = [evaluate.FineTuning.learning_rate(SimpleNamespace(config=voc, step=step))
+             for step in (0, 50, 100, 17999, 18000, 22000)]
+    assert rates == pytest.approx([2e-5, .01001, .02, .02, .002, .0002])
+    names = {"/X.pth": "voc-X", "runs/coco/last.pt": "voc-coco-last", "../X.pt": "voc-X", "random": "voc-random",
+             "runs/coco/last.pt:teacher": "voc-coco-last-teacher"}
+    assert all(evaluate.default_out("voc", ckpt) == f"runs/{name}" for ckpt, name in names.items())
 
 
-def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path):
+def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path, few_proposals):
     run, seen = fine_tuning(scenes, tmp_path), []
-    run.model.backbone.bn1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    run.precise_norm()
+    run.model.backbone.bn1.register_forward_pre_hook(lambda norm, x: seen.append(x[0]) if norm.training else None)
+    run.test()
     norm = run.model.backbone.bn1
     assert len(seen) == run.config.precise == 2 and norm.momentum == 0.1
-    mean, variance = (torch.stack([of(x.transpose(0, 1).flatten(1), 1) for x in seen]).mean(0) for of in (torch.mean, torch.var))
+    mean, variance = (torch.stack([of(x.transpose(0, 1).flatten(1), 1) for x in seen]).mean(0)
+                      for of in (torch.mean, torch.var))
     torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(norm.running_var, variance, rtol=1e-4, atol=1e-6)
 
 
 # ---- runs
 
-def test_detector_fits_what_it_saw(tmp_path):
-    """Item 5, small: a ResNet-18 from nothing learns two images by heart; before training it finds nothing."""
+def test_detector_fits_what_it_saw(tmp_path, few_proposals):
+    """A ResNet-18 from nothing learns two scenes by heart. Eight runs (four seeds, 40 and 45 steps) had box AP50 of 83
+    to 100 and mask AP50 of 44 to 67; a detector that does not learn, or whose masks are not its objects', has 0."""
     root = tmp_path / "scenes"
     data.write_scenes(root, 2)
-    run = fine_tuning(root, tmp_path / "out", steps=45, drops=(32, 41), precise=4, lr=0.01, sides=(80,), long_side=134,
+    run = fine_tuning(root, tmp_path / "out", steps=40, drops=(28, 36), precise=4, lr=0.01, sides=(80,), long_side=134,
                       test_on="train")
-    run.train()
+    assert run.train()
     after = run.test()
     assert after["box"]["AP50"] > 60 and after["mask"]["AP50"] > 25
 
 
-def test_killed_transfer_resumes(scenes, tmp_path, capfd):
-    """kill -9 after a checkpoint, the same command again: the weights of an uninterrupted run, bit for bit."""
-    more = ["--root", scenes, "--steps", 4, "--save-steps", 2]
-    torch.set_num_threads(1)
-    assert detection_run(capfd, *more, "--out", tmp_path / "whole")[0] == 0
-    process = subprocess.Popen([sys.executable, HERE / "evaluate.py", *LOOK, *map(str, more), "--out", tmp_path / "killed"],
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    last = tmp_path / "killed/last.pt"
-    while not last.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed/results.json").exists()
-    step = torch.load(last, weights_only=True)["step"]
-    code, said, _ = detection_run(capfd, *more, "--out", tmp_path / "killed")
-    assert code == 0 and f"steps {step} to 4" in said and step in (2, 4)
-    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
-    assert one["step"] == two["step"] == 4 and all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
-    assert results[0] == results[1] and set(results[0]["mask"]) == {"AP", "AP50", "AP75"}
+@pytest.mark.usefixtures("few_proposals")
+def test_transfer_stops_on_sigterm_and_goes_on(scenes, tmp_path, capfd, monkeypatch):
+    """A signal at step 2, the same command again, from another folder: the weights of an uninterrupted run,
+    bit for bit. detector.pth gives the same results again, and a stopped run has none."""
+    update, handler = evaluate.FineTuning.update, signal.getsignal(signal.SIGTERM)
+
+    def update_and_ask(run, *batch):
+        losses = update(run, *batch)
+        if run.step == 2 and run.out == tmp_path / "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+    monkeypatch.setattr(evaluate.FineTuning, "update", update_and_ask)
+    moved = tmp_path / "moved"
+    moved.symlink_to(scenes)
+    for name, root, result in (("whole", scenes, True), ("stopped", scenes, False), ("stopped", moved, True)):
+        code, said, error = detection_run(capfd, "--root", root, "--steps", 4, "--out", tmp_path / name)
+        assert code == 0 and (tmp_path / name / "results.json").exists() == result, error
+        assert ("stopped at step 2" in said) != result
+    assert "steps 2 to 4" in said and signal.getsignal(signal.SIGTERM) == handler
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "stopped"))
+    assert one["step"] == two["step"] == 4
+    assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "stopped")]
+    assert results[0]["mask"] == results[1]["mask"] and results[0]["backbone"] == results[1]["backbone"]
+    code, said, _ = detection_run(capfd, "--root", scenes, "--ckpt", tmp_path / "whole/detector.pth", "--test-only",
+                                  "--json", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert code == 0 and (again["box"], again["mask"]) == (results[0]["box"], results[0]["mask"]) and "AP75" in said
+    model, _, categories = evaluate.load_detector(tmp_path / "whole/detector.pth")
+    assert isinstance(model, torchvision.models.detection.generalized_rcnn.GeneralizedRCNN) and not model.training
+    assert set(model([torch.rand(3, 64, 80)])[0]) == {"boxes", "labels", "scores", "masks"}
+    assert categories == data.open_labelled("coco", scenes).categories
+
+
+TWO_RANKS = """
+import os, signal, sys, torch, evaluate
+update, train = evaluate.FineTuning.update, evaluate.FineTuning.train
+def update_and_ask(run, *batch):
+    losses = update(run, *batch)
+    if run.step == 1 and run.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return losses
+def train_twice(run):
+    assert not train(run) and run.step == 1
+    ended = train(run)
+    run.test()
+    torch.save(run.model.state_dict(), run.out / f"rank{run.ranks.rank}.pth")
+    return ended
+evaluate.FineTuning.update, evaluate.FineTuning.train = update_and_ask, train_twice
+evaluate.RegionProposals.post_nms_top_n = lambda rpn: 40
+evaluate.main()
+"""
 
 
 def test_transfer_on_two_ranks(scenes, tmp_path):
-    """torchrun on a CPU: the ranks end with the same weights and statistics, and both halves of the test split count."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "evaluate.py", *LOOK,
-               "--root", scenes, "--steps", "2", "--out", tmp_path]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100)
+    """torchrun on a CPU: a signal to one rank stops both after the same step; going on, they end with the same weights
+    and statistics, and both halves of the test split count."""
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               tmp_path / "two.py", *LOOK, "--root", scenes, "--steps", "2", "--out", tmp_path]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}, text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["ranks"] == 2 and results["tested"] == 2 and done.stdout.count("box AP50") == 1
+    assert results["ranks"] == 2 and results["tested"] == 2 and done.stdout.count("AP50") == 1
 
 
-def test_transfer_voc(tmp_path, capfd):
+def test_transfer_voc(tmp_path, capfd, few_proposals):
     """The whole of --transfer voc on a VOCdevkit: trainval of two years trains, test2007 is tested, boxes alone."""
-    scenes = data.Scenes("train")
-    for year, lists in ((2007, dict(trainval=[0], test=[1, 3])), (2012, dict(trainval=[2]))):
-        base = tmp_path / f"VOCdevkit/VOC{year}"
-        for part in ("ImageSets/Main", "JPEGImages", "Annotations"):
-            (base / part).mkdir(parents=True)
-        for name, numbers in lists.items():
-            (base / f"ImageSets/Main/{name}.txt").write_text("".join(f"{i:06d}\n" for i in numbers))
-            for i in numbers:
-                image, boxes, labels, _ = scenes.render(i)
-                cv2.imwrite(str(base / f"JPEGImages/{i:06d}.jpg"), image[..., ::-1])
-                things = "".join(
-                    f"<object><name>{data.VOC_CATEGORIES[label]}</name><difficult>{n % 2}</difficult><bndbox><xmin>{x1 + 1}</xmin>"
-                    f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-                    for n, (label, (x1, y1, x2, y2)) in enumerate(zip(labels, boxes.tolist())))
-                (base / f"Annotations/{i:06d}.xml").write_text(
-                    f"<annotation><size><width>112</width><height>112</height></size>{things}</annotation>")
+    voc(tmp_path, 2007, {"trainval": ["000001"], "test": ["000002", "000004"]})
+    voc(tmp_path, 2012, {"trainval": ["2012_000003"]})
     more = ["--transfer", "voc", "--root", tmp_path / "VOCdevkit", "--steps", 1, "--out"]
     code, said, error = detection_run(capfd, *more, tmp_path / "out")
     assert code == 0, error
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert (results["images"], results["tested"]) == (2, 2) and set(results["box"]) == {"AP", "AP50", "AP75"}
-    assert "mask" not in results and "box AP75" in said
-    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000001.jpg").unlink()
+    assert (results["images"], results["tested"]) == (2, 2)
+    assert list(results["box"]["classes"]) == list(data.VOC_CATEGORIES)
+    assert "mask" not in results and "AP75" in said
+    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000002.jpg").unlink()
     code, _, error = detection_run(capfd, *more, tmp_path / "new")
-    assert code == 2 and error.count("\n") == 1 and "absent" in error and "000001" in error
+    assert code == 2 and error.count("\n") == 1 and "absent" in error and "000002" in error
 
 
-def test_not_finite_loss_keeps_the_checkpoint(scenes, tmp_path, capfd):
-    code, _, error = detection_run(capfd, "--root", scenes, "--steps", 40, "--save-steps", 1, "--lr", 1e20, "--out", tmp_path)
-    assert code == 2 and error.count("\n") == 1 and "not finite at step" in error and str(tmp_path / "last.pt") in error
+def test_not_finite_loss_keeps_the_checkpoint(scenes, tmp_path):
+    run = fine_tuning(scenes, tmp_path, steps=40, lr=1e20)
+    run.save()
+    with pytest.raises(UserError, match=f"not finite at step .*{tmp_path}/last.pt"):
+        run.train()
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert saved["step"] >= 1 and all(value.isfinite().all() for key, value in saved["model"].items() if "running" not in key)
+    assert all(value.isfinite().all() for key, value in saved["model"].items() if "running" not in key)
 
 
 def test_transfer_mistakes(scenes, tmp_path, capfd):
-    """Item 6: one line that names the thing, exit code 2."""
+    """One line that names the thing, exit code 2; a resumed run of another network is refused."""
     def fails(*words, root=scenes, more=()):
         code, _, error = detection_run(capfd, "--root", root, "--steps", 1, "--out", tmp_path / "out", *more)
         assert code == 2 and error.count("\n") == 1 and all(word in error for word in words), error
@@ -2790,7 +3550,8 @@ def test_transfer_mistakes(scenes, tmp_path, capfd):
             (tmp_path / name / part).symlink_to(scenes / part)
         for part in ("train", "val"):
             found = json.loads((scenes / f"annotations/instances_{part}2017.json").read_text())
-            change(found) if part == split else None
+            if part == split:
+                change(found)
             (tmp_path / name / f"annotations/instances_{part}2017.json").write_text(json.dumps(found))
         return tmp_path / name
     fails("annotations are missing", root=tmp_path / "nothing")
@@ -2802,11 +3563,14 @@ def test_transfer_mistakes(scenes, tmp_path, capfd):
     fails("other classes", "blob", root=renamed)
     fails("--batch-size 16", more=("--batch-size", 16))
     fails("one --ckpt", more=("--ckpt", "random", "random"))
+    fails("nothing.pth is not a detector.pth", more=("--ckpt", tmp_path / "nothing.pth", "--test-only"))
     run = fine_tuning(scenes, tmp_path / "out")
     run.save()
-    fails("last.pt is of another run", "steps 4, now 1")
-    run.categories = ["blob"]
-    run.save()
-    fails("other classes", "last.pt", "--out")
+    fails("last.pt is of another run", "--steps 4, now 1")
+    with pytest.raises(UserError, match="another run .--ckpt [0-9a-f]{16}, now [0-9a-f]{16}.: name another --out"):
+        fine_tuning(scenes, tmp_path / "out", seed_of_backbone=1)
+    run.save("detector.pth")
+    fails("fine-tuned on coco", more=("--ckpt", tmp_path / "out/detector.pth", "--test-only", "--transfer", "voc"))
+    fails("other classes", "detector.pth", root=renamed, more=("--ckpt", tmp_path / "out/detector.pth", "--test-only"))
     (tmp_path / "out/last.pt").write_bytes(b"PK cut")
-    fails("cannot be read as a transfer's checkpoint", "--resume never")
+    fails("cannot be read as a checkpoint", "--resume never")
