@@ -4,8 +4,8 @@
 
 It stands on torch alone, to be lifted into other projects; the contact sheet and the command line import the rest.
 Everything is batched and runs on the device of its inputs, without a loop over images and without reading a value
-back. Images are (B, 3, H, W), normalised, so that 0 is the data set's mean colour; boxes (B, K, 4) float32 xyxy in pixels
-of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visible: an augmented view is image * mask.
+back. Images are (B, 3, H, W), normalised, so that 0 is the data set's mean colour; boxes (B, K, 4) float32 xyxy in
+pixels of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visible: an augmented view is image * mask.
 `size` is (H, W) everywhere. Every random function draws from the `generator` it is given.
 """
 import argparse
@@ -21,7 +21,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in ev
 
 @lru_cache(maxsize=None)
 def constant(values, device):
-    """A tuple of numbers, or of rows, as a float32 tensor on `device`: copied there once, as a copy makes the host wait."""
+    """A tuple of numbers, or of rows, as a float32 tensor on `device`: copied there once, as a copy makes it wait."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -55,16 +55,16 @@ def boxes_mask(boxes, size):
     return rectangle_mask(whole_pixels(boxes, size), size).any(1, keepdim=True).float()
 
 
-# ------------------------------------------------------------------------------------- region augmentations (section 4.1)
+# ---------------------------------------------------------------------------------- region augmentations (section 4.1)
 
 def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generator=None):
     """PRC, section 4.1: cut a part out of every proposal, from the largest proposal to the smallest.
 
-    For box i, with c the share of its pixels R_i that is hidden already: if c > threshold, R_i is recovered (made visible)
-    and c = 0. Then s ~ U(share), an area share; if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect ratio is
-    hidden, placed uniformly inside R_i. The subtraction is not in the paper: from the authors' follow-up (ICLR 2024).
+    For box i, with c the share of its pixels R_i that is hidden already: if c > threshold, R_i is recovered (made
+    visible) and c = 0. Then s ~ U(share), an area share; if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect
+    ratio is hidden, placed uniformly inside R_i. The subtraction is not in the paper: from the authors' follow-up (ICLR 2024).
 
-    Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one is unchanged."""
+    Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one stays."""
     size, dtype = mask.shape[-2:], mask.dtype
     boxes = whole_pixels(boxes, size)
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
@@ -119,8 +119,8 @@ def restricted_box_jitter(boxes, size, generator=None):
 
 
 def box_jitter(boxes, size, generator=None, p=0.5):
-    """Not in the paper: SoCo's box jitter, for Table 5. With probability p a box (B, K, 4) has its centre shifted and its
-    sides scaled by up to 10 % of the side; clipped to the view `size` (H, W)."""
+    """Not in the paper: SoCo's box jitter, for Table 5. With probability p a box (B, K, 4) has its centre shifted and
+    its sides scaled by up to 10 % of the side; clipped to the view `size` (H, W)."""
     low, high = constant((0.9, 0.9, -0.1, -0.1), boxes.device), constant((1.1, 1.1, 0.1, 0.1), boxes.device)
     chosen = torch.rand(boxes.shape[:2] + (1,), generator=generator, device=boxes.device) < p
     return torch.where(chosen, scale_and_move(boxes, size, uniform(boxes.shape, low, high, boxes, generator)), boxes)
@@ -149,7 +149,7 @@ def random_cutout(mask, boxes, share=(0.1, 0.3), p=0.5, generator=None):
     return mask * (1 - boxes_mask(square, size))
 
 
-# ------------------------------------------------------------------------------------- de-positioning (section 4.2, Eqs. 6-8)
+# ------------------------------------------------------------------------------ de-positioning (section 4.2, Eqs. 6-8)
 
 def shift_boxes(boxes, size, generator=None):
     """b^ = b + t: all boxes (B, K, 4) of an image move by one integer offset t, uniform over those that keep every box
@@ -203,9 +203,9 @@ YIQ_TO_RGB = tuple(map(tuple, torch.tensor(RGB_TO_YIQ, dtype=torch.float64).inve
 def colour_augment(images, colour=Colour(), generator=None):
     """Colour jitter, random grey and Gaussian blur, each sample with its own draws.
 
-    Brightness, contrast, saturation, hue (a rotation in YIQ) and grey, in this fixed order, are affine in a pixel's colour:
-    one 3x3 matrix and offset a sample, one product; contrast's pivot, the mean grey after brightness, is known beforehand
-    from the mean colour. One final clamp. Blur is one product with a band matrix along each axis.
+    Brightness, contrast, saturation, hue (a rotation in YIQ) and grey, in this fixed order, are affine in a pixel's
+    colour: one 3x3 matrix and offset a sample, one product; contrast's pivot, the mean grey after brightness, is known
+    beforehand from the mean colour. One final clamp. Blur is one product with a band matrix along each axis.
 
     Args: images (B, 3, H, W) in [0, 1]. Returns the same shape, in [0, 1]."""
     matrix, offset = colour_transform(images.mean((2, 3)), colour, generator)
@@ -281,18 +281,17 @@ class Views(NamedTuple):
 AUGS = ("prc", "prm", "rbj", "cutout", "jitter")
 
 
-def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, p=1.0, generator=None, colour=Colour()):
+def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, generator=None, colour=Colour()):
     """Section 4: from what the loader brings to what the encoders see, on the batch's device.
 
     Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); augs: any of AUGS; prm: reveal | hide;
-    dp_boxes: how many of the K boxes de-positioning moves, 0: without it; p: share of the images, drawn for each view,
-    that the masks of Eq. 2 are applied to (1 in the paper). Returns Views."""
+    dp_boxes: how many of the K boxes de-positioning moves, 0: without it. Returns Views."""
     view1, view2, boxes1, boxes2 = batch
     size = view1.shape[1:3]
     x1, x2 = (normalise(colour_augment(to_float(view), colour, generator)) for view in (view1, view2))
     x2s = F.avg_pool2d(x2, 2)
-    x1_hat = x1 * region_mask(boxes1, size, augs, prm, p, generator)                                   # Eq. 2
-    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, p, generator, second=True)
+    x1_hat = x1 * region_mask(boxes1, size, augs, prm, generator)                                      # Eq. 2
+    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, generator, second=True)
     m_hat = x3 = boxes3 = rois3 = None
     if dp_boxes:
         m_hat, x3, boxes3 = deposition(x2, boxes2[:, :dp_boxes], generator)
@@ -313,9 +312,9 @@ def deposition(x2, boxes, generator=None):
     return m_hat, composite(x2, m, x2.roll(-1, 0), m_hat, offset), moved                               # Eq. 8
 
 
-def region_mask(boxes, size, augs, prm="reveal", p=1.0, generator=None, second=False):
-    """The mask (B, 1, H, W) of Eq. 2 for one view: the product of PRC's and PRM's, as far as `augs` names them, for a share
-    p of the images. SoCo's cutout acts on the second view only."""
+def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):
+    """The mask (B, 1, H, W) of Eq. 2 for one view: the product of PRC's and PRM's, as far as `augs` names them. SoCo's
+    cutout acts on the second view only."""
     mask = boxes.new_ones((len(boxes), 1, *size))
     if "prc" in augs:
         mask = proposal_random_cutout(mask, boxes, generator=generator)
@@ -323,8 +322,7 @@ def region_mask(boxes, size, augs, prm="reveal", p=1.0, generator=None, second=F
         mask = random_cutout(mask, boxes, generator=generator)
     if "prm" in augs:
         mask = mask * proposal_random_mask(boxes, size, reading=prm, generator=generator)
-    whole = torch.rand(len(boxes), generator=generator, device=boxes.device) >= p
-    return mask.maximum(whole.view(-1, 1, 1, 1).to(mask.dtype))
+    return mask
 
 
 def jitter_rois(boxes, size, augs, generator=None):
@@ -335,7 +333,7 @@ def jitter_rois(boxes, size, augs, generator=None):
 
 
 def parse_augs(text):
-    """'prc,prm,rbj' -> a tuple of names out of AUGS, in their order; 'none' -> (). Raises argparse.ArgumentTypeError."""
+    """'prc,prm,rbj' -> a tuple of names of AUGS, in their order; 'none' -> (). Raises argparse.ArgumentTypeError."""
     names = [] if text == "none" else text.split(",")
     for name in names:
         if name not in AUGS:
@@ -345,13 +343,13 @@ def parse_augs(text):
     return tuple(name for name in AUGS if name in names)
 
 
-# ---------------------------------------------------------------------------------------------------- the contact sheet
+# --------------------------------------------------------------------------------------------------- the contact sheet
 
 COLOURS = ("#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f", "#ff8c1a", "#b18cff", "#ffffff", "#ff5050")
 
 
 def contact_sheet(views, tile=224):
-    """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^, x3, with the boxes drawn and numbered."""
+    """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^, x3, the boxes drawn and numbered."""
     from PIL import ImageDraw
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import draw_bounding_boxes, make_grid
@@ -407,7 +405,7 @@ def main():
         views = TwoViews(some, Proposals(folder), some.size, args.boxes, seed=args.seed)
         batch = next(iter(make_loader(views, [[(0, i) for i in range(len(views))]], workers=0)))
     generator = torch.Generator().manual_seed(args.seed)
-    sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator=generator))
+    sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator))
     with atomic(args.out) as file:
         sheet.save(file, "PNG")
     print(f"wrote {args.out}: {len(views)} images, {sheet.width} x {sheet.height} pixels")

@@ -29,8 +29,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import make_views, normalise, parse_augs, to_float
-from data import (SCENES, Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration, error_exit,
-                  make_loader, open_images, proposals_folder, rng, usable_cores)
+from data import (SCENES, Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration,
+                  error_exit, make_loader, open_images, proposals_folder, rng, usable_cores)
 
 
 def setting(default, about, choices=None):
@@ -49,19 +49,18 @@ class Config:
     arch: str = setting("resnet50", "section 4", ("resnet18", "resnet34", "resnet50", "resnet101"))
     size: int = setting(224, "side of views 1 and 2 in pixels, view 2-s has half (section 4)")
     boxes: int = setting(4, "K, boxes an image; of SoCo")
-    regions: str = setting("proposals", "section 4.1; image and grid: section 3's baselines", ("proposals", "image", "grid"))
+    regions: str = setting("proposals", "section 4.1; image, grid: baselines", ("proposals", "image", "grid"))
     augs: tuple = setting(("prc", "prm", "rbj"), "any of prc,prm,rbj (section 4.1), cutout,jitter (SoCo's), or none")
     prm: str = setting("reveal", "section 4.1, two readings; reveal: the literal one", ("reveal", "hide"))
     dp: bool = setting(True, "L_dp, the de-positioning loss (section 4.2)")
     dp_boxes: int = setting(1, "how many of the K boxes it moves; ours: the union of four leaves no room (README)")
-    ramp: float = setting(0.0, "share of the run in which Eq. 2's masks come in, image by image; ours, for short runs")
     roi: int = setting(14, "side of RoIAlign's output on C4; of detectron2's C4 head")
     objective: str = setting("nce", "Eq. 5; cosine: SoCo's, for Table 6", ("nce", "cosine"))
     hidden: int = setting(None, "width of the projector (default: C5's); of MoCo v2")
     projector_norm: bool = setting(False, "batch norm in the projector; SoCo and SimCLR have it, MoCo v2 has not")
     dim: int = setting(128, "of z; of MoCo v2")
     temperature: float = setting(0.2, "tau of Eq. 5; of MoCo v2")
-    queue: int = setting(65536, "features in the memory bank; of MoCo v2, but at most a quarter of what an epoch enqueues")
+    queue: int = setting(65536, "the memory bank; of MoCo v2, at most a quarter of what an epoch enqueues")
     ema: float = setting(0.999, "momentum of the teacher; of MoCo v2")
     epochs: int = setting(800, "section 5")
     batch_size: int = setting(256, "of all ranks together; of DenseCL")
@@ -77,23 +76,25 @@ class Config:
     snapshots: bool = setting(False, "keep backbone-IMAGES.pth at powers of two of images seen")
 
 
-# Not in the paper: sized so that a laptop's CPU sees learning in minutes. AdamW, the low temperature and the short memory of
-# the teacher (its horizon of 20 steps is well below the run's 512) are what learns within 8,192 images; SGD does not.
+# Not in the paper: sized so that a laptop's CPU sees learning in minutes. AdamW, the low temperature and the short
+# memory of the teacher (20 steps, of the run's 512) are what learns within 8,192 images; SGD does not.
 QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.95, epochs=8,
              batch_size=16, optimizer="adamw", lr=1e-3, warmup=1, workers=2)
 PRESETS = {"coco": {}, "folder": {}, "voc": {}, "openimages-mini": {}, **dict.fromkeys(SCENES, QUICK)}
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
-COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5, warmup=10)
-FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots"}  # whatever else differs is another run
+COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5,
+              warmup=10)
+# Whatever else differs is another run.
+FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots"}
 
 
-# ------------------------------------------------------------------------------------------ the encoder f (Eqs. 1 and 3)
+# ---------------------------------------------------------------------------------------- the encoder f (Eqs. 1 and 3)
 
 class Encoder(nn.Module):
     """f: z = H(RoIAlign(E(x), b)), Eq. 1. E is a ResNet up to C4; H is C5, average pooling and the projector.
 
-    `backbone` is torchvision's ResNet without its classifier, so its state dict is everybody's. With grid=True C5 runs on
-    the whole map and a 1x1 RoIAlign after it reads one vector a box (the paper's point-level baseline)."""
+    `backbone` is torchvision's ResNet without its classifier, so its state dict is everybody's. With grid=True C5 runs
+    on the whole map and a 1x1 RoIAlign after it reads one vector a box (the paper's point-level baseline)."""
 
     def __init__(self, arch="resnet50", hidden=None, dim=128, roi=14, norm=False, grid=False):
         super().__init__()
@@ -116,8 +117,8 @@ class Encoder(nn.Module):
         return self.backbone.layer4(regions).mean((2, 3))
 
     def forward(self, x, boxes, predictor=None):
-        """Images (B, 3, H, W), boxes (B, K, 4) -> z (B * K, D), L2-normalised, float32. SoCo's and BYOL's `predictor` reads
-        the projection before it is normalised."""
+        """Images (B, 3, H, W), boxes (B, K, 4) -> z (B * K, D), L2-normalised, float32. SoCo's and BYOL's `predictor`
+        reads the projection before it is normalised."""
         z = self.projector(self.features(x, boxes))
         if predictor is not None:
             z = predictor(z)
@@ -153,17 +154,17 @@ def interpolation(low, high, scale, bins, cells, ratio):
     start, step = low * scale - 0.5, (high - low) * scale / (bins * ratio)
     sample = torch.arange(bins * ratio, device=low.device) + 0.5
     point = start[..., None] + step[..., None] * sample
-    inside = (point >= -1) & (point <= cells)  # as the library: farther out a sample counts as zero, nearer it is clamped
+    inside = (point >= -1) & (point <= cells)  # as the library: farther out a sample counts as zero, else it is clamped
     distance = point.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=low.device)
     hat = (1 - distance.abs()).clamp(min=0)
     return (hat * inside[..., None]).unflatten(-2, (bins, ratio)).mean(-2)
 
 
-# ---------------------------------------------------------------------------------------- queue and losses (Eqs. 2 to 10)
+# ------------------------------------------------------------------------------------- queue and losses (Eqs. 2 to 10)
 
 class Queue(nn.Module):
-    """The memory bank of Eq. 5: the last `size` teacher features (size, D), first in, first out. `Run.fill_queue` fills it
-    before step 1; until then it holds random unit vectors by `seed`."""
+    """The memory bank of Eq. 5: the last `size` teacher features (size, D), first in, first out. `Run.fill_queue` fills
+    it before step 1; until then it holds random unit vectors by `seed`."""
 
     def __init__(self, size, dim, seed=0):
         super().__init__()
@@ -284,7 +285,7 @@ class D3SSL(nn.Module):
         return z.unflatten(0, (batch, -1))[:, :number].flatten(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- optimiser
+# ----------------------------------------------------------------------------------------------------------- optimiser
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) over SGD with momentum, as BYOL and SoCo use it: biases and
@@ -337,8 +338,8 @@ def teacher_momentum(config, step, total):
 @torch.no_grad()
 def clean_statistics(network, batches):
     """Estimate batch norm's running means and variances in place, as their plain means over `batches` ("precise batch
-    norm"; not in the paper: from Wu and Johnson 2021). Each batch is the tuple of arguments of a call of `network`, which
-    comes back in its own mode. The student's own statistics are of masked, composed and half-size views."""
+    norm"; not in the paper: from Wu and Johnson 2021). Each batch is the tuple of arguments of a call of `network`,
+    which comes back in its own mode. The student's own statistics are of masked, composed and half-size views."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     modes, momenta = [m.training for m in network.modules()], [norm.momentum for norm in norms]
     for norm in norms:
@@ -465,8 +466,8 @@ class Run:
             save(self.out / name, {**self.model.student.backbone.state_dict(), **(clean or {}).get("student", {})})
 
     def clean(self, number=256, batch_size=64):
-        """{"student": ..., "teacher": ...}: the statistics of clean view-1 images and their boxes, by torchvision's names;
-        every rank estimates the same ones, from the same images."""
+        """{"student": ..., "teacher": ...}: the statistics of clean view-1 images and their boxes, by torchvision's
+        names; every rank estimates the same ones, from the same images."""
         chosen = rng(self.config.seed).permutation(len(self.views))[:number].tolist()
         batches = [[(0, i) for i in chosen[start:start + batch_size]] for start in range(0, len(chosen), batch_size)]
         found = {}
@@ -509,23 +510,21 @@ class Run:
         seed = np.random.SeedSequence((self.config.seed, step, self.ranks.rank)).generate_state(2, np.uint32)
         generator = torch.Generator(self.ranks.device).manual_seed(int(seed[0]) << 31 | int(seed[1]) >> 1)
         batch = [tensor.to(self.ranks.device, non_blocking=True) for tensor in batch]
-        config, done = self.config, step % self.total / self.total
-        p = min(1.0, done / config.ramp) if config.ramp else 1.0  # share of the images that Eq. 2's masks are applied to
-        return make_views(batch, config.augs, config.prm, config.dp * config.dp_boxes, p, generator)
+        return make_views(batch, self.config.augs, self.config.prm, self.config.dp * self.config.dp_boxes, generator)
 
     def fill_queue(self):
-        """Fill the queue with teacher features before step 1. Random unit vectors, MoCo's start, are trivial negatives: loss
-        and top-1 would begin at values that mean nothing. Its batches are those after the last step: training never
-        sees them."""
+        """Fill the queue with teacher features before step 1. Random unit vectors, MoCo's start, are trivial negatives:
+        loss and top-1 would begin at values that mean nothing. Its batches are those after the last step: training
+        never sees them."""
         enqueued = 2 * self.config.batch_size * self.config.boxes
         number = math.ceil(self.config.queue / enqueued)
-        self.ranks.print(f"the queue: {self.config.queue:,} teacher features of {number} batches, by forward passes alone")
+        self.ranks.print(f"the queue: {self.config.queue:,} teacher features of {number} batches, forward passes alone")
         steps = range(self.total, self.total + number)
         for step, batch in zip(steps, self.batches(steps.start, steps.stop)):
             self.model.queue.enqueue(torch.cat(self.model.teach(self.prepare(batch, step))))
 
     def update(self, views):
-        """One step of training on prepared views: teacher, losses, student, queue. Nothing in it waits for the device."""
+        """One step of training on prepared views: teacher, losses, student, queue. It never waits for the device."""
         self.model.update_teacher(teacher_momentum(self.config, self.step, self.total))
         losses = self.parallel(views)
         losses.loss.backward()
@@ -538,22 +537,22 @@ class Run:
         return torch.stack(losses[:4]).detach()
 
     def train(self):
-        """Train from self.step to self.last: log at step 1, every 20 steps and at the end; save at the first epoch's end,
-        then when `Clock.save_due` says so, and on SIGTERM, on all ranks at the same step."""
+        """Train from self.step to self.last: log at step 1, every 20 steps and at the end; save at the first epoch's
+        end, then when `Clock.save_due` says so, and on SIGTERM, on all ranks at the same step."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
         metrics, clock = self.open_metrics(), Clock(self.step)
         if self.step == 0:
             self.fill_queue()
             self.snapshot()
-        batches = iter(self.batches(self.step, self.last))
-        while self.step < self.last and not self.stop_asked:
+        batches, stop = iter(self.batches(self.step, self.last)), False
+        while self.step < self.last and not stop:
             batch = clock.wait(batches)
             clock.add(self.update(self.prepare(batch, self.step)))
-            self.stop_asked, save_due = self.ranks.maximum(self.stop_asked, clock.save_due(self.step, self.per_epoch))
-            if self.step == 1 or self.step % 20 == 0 or self.stop_asked or save_due or self.step == self.last:
+            stop, save_due = self.ranks.maximum(self.stop_asked, clock.save_due(self.step, self.per_epoch))
+            if self.step == 1 or self.step % 20 == 0 or stop or save_due or self.step == self.last:
                 self.report(clock, metrics)
-            if (save_due or self.stop_asked) and self.step < self.last:
+            if (save_due or stop) and self.step < self.last:
                 self.save()
                 clock.saved = time.monotonic()
             self.snapshot()
@@ -584,8 +583,9 @@ class Run:
                    images_per_second=rate, wait=clock.waited / clock.elapsed())
         metrics.write(json.dumps(row) + "\n")
         left = duration((self.last - self.step) * self.config.batch_size / rate)
-        print(f"step {self.step:,}/{self.last:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} = dc {row['loss_dc']:.3f} "
-              f"+ dp {row['loss_dp']:.3f}  top-1 {row['top1']:.3f}  {rate:.1f} images/s  {left} left", flush=True)
+        print(f"step {self.step:,}/{self.last:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} = "
+              f"dc {row['loss_dc']:.3f} + dp {row['loss_dp']:.3f}  top-1 {row['top1']:.3f}  "
+              f"{rate:.1f} images/s  {left} left", flush=True)
         clock.lap()
 
 
@@ -618,7 +618,7 @@ class Clock:
         return minutes > 5 or (epoch_ends and (minutes > 1 or step == per_epoch))
 
 
-# ------------------------------------------------------------------------------- what runs and fine-tunings have in common
+# --------------------------------------------------------------------------- what runs and fine-tunings have in common
 
 def save(path, content):
     """torch.save that appears at `path` whole or not at all."""
@@ -642,8 +642,8 @@ def out_of_memory(config, ranks):
 
 
 def load_last(path, settings, ranks):
-    """The checkpoint at `path`, None if there is none. Raises UserError if it is broken or of another run; another number
-    of ranks is none."""
+    """The checkpoint at `path`, None if there is none. Raises UserError if it is broken or of another run; another
+    number of ranks is none."""
     if not path.exists():
         return None
     advice = "name another --out, or begin anew with --resume never"
@@ -671,7 +671,8 @@ def agree(ranks, out, *state):
     highest, lowest = ranks.maximum(*state), [-int(value) for value in ranks.maximum(*(-value for value in state))]
     if highest != lowest:
         what = ("step", "images", "last step")
-        different = "; ".join(f"{name} {low:,.0f} to {high:,.0f}" for name, low, high in zip(what, lowest, highest) if low != high)
+        different = "; ".join(f"{name} {low:,.0f} to {high:,.0f}" for name, low, high in zip(what, lowest, highest)
+                              if low != high)
         raise UserError(f"the ranks differ ({different}): share --out {out} and --root between the machines")
 
 
@@ -684,8 +685,8 @@ def open_views(config, ranks):
     if rest:
         raise UserError(f"--batch-size {config.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple")
     if share < 2:
-        raise UserError(f"--batch-size {config.batch_size} leaves {share} image on each of {ranks.ranks} ranks: batch norm "
-                        "and the background image need at least 2")
+        raise UserError(f"--batch-size {config.batch_size} leaves {share} image on each of {ranks.ranks} ranks: "
+                        "batch norm and the background image need at least 2")
     ensure_enough(images.root, len(images), "images", config)
     if config.regions == "proposals":
         folder = config.proposals or proposals_folder(config.data, config.root)
@@ -707,11 +708,11 @@ def ensure_enough(root, number, what, config):
 
 
 def fit_queue(config, images, ranks):
-    """config with its queue cut to a quarter of what an epoch enqueues: a longer one holds an image's own earlier features
-    as its negatives."""
+    """config with its queue cut to a quarter of what an epoch enqueues: a longer one holds an image's own earlier
+    features as its negatives."""
     most = max(1, 2 * config.boxes * images // 4)
     if config.queue > most:
-        ranks.print(f"--queue {config.queue:,} is cut to {most:,}, a quarter of what an epoch of {images:,} images enqueues")
+        ranks.print(f"--queue {config.queue:,} is cut to {most:,}, a quarter of what an epoch enqueues")
     return replace(config, queue=min(config.queue, most))
 
 
@@ -737,8 +738,8 @@ def draw_curves(out):
         return None
     rows, path = read_metrics(out / "metrics.jsonl"), out / "curves.png"
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    panels = (("loss (Eq. 10)", ("loss", "loss_dc", "loss_dp")), ("top-1: the positive before all negatives", ("top1",)),
-              ("learning rate", ("lr",)))
+    panels = (("loss (Eq. 10)", ("loss", "loss_dc", "loss_dp")), ("learning rate", ("lr",)),
+              ("top-1: the positive before all negatives", ("top1",)))
     for axis, (title, keys) in zip(figure.subplots(1, 3), panels):
         for key in keys:
             axis.plot([row["images"] for row in rows], [row[key] for row in rows], label=key)
@@ -751,7 +752,7 @@ def draw_curves(out):
     return path
 
 
-# -------------------------------------------------------------------------------------------------- where a step's time goes
+# -------------------------------------------------------------------------------------------- where a step's time goes
 
 def make_floor(model, views):
     """The least a step can do, as a function: E and H, the student's passes forward and backward and the teacher's two
@@ -786,8 +787,8 @@ def make_floor(model, views):
 
 
 def profile(run, seconds=50):
-    """Print where a training step's time goes, images/s of its parts and the ratio of a step to its floor: the median over
-    whole steps, loader included, alternated with floors for `seconds` (two pairs at least); two minutes or so in all."""
+    """Print where a training step's time goes, images/s of its parts and the ratio of a step to its floor: the median
+    over whole steps, loader included, alternated with floors for `seconds` (two pairs at least); some two minutes."""
     images, batches, device = run.config.batch_size // run.ranks.ranks, iter(run.batches(0, 10**6)), run.ranks.device
 
     def step():
@@ -830,8 +831,8 @@ def print_shares(run, step, steps=2):
     """The table of where a step goes: the parts of `step` under ranges of torch.profiler."""
     model, device = run.model, run.ranks.device
     parts = {"augmentation": (run, "prepare"), "student, forward": (model.student, "forward"), "loss": (model, "query"),
-             "teacher, forward": (model, "teach"), "backward": (torch.Tensor, "backward"), "EMA": (model, "update_teacher"),
-             "optimiser": (run.optimizer, "step"), "queue": (model.queue, "enqueue")}
+             "teacher, forward": (model, "teach"), "backward": (torch.Tensor, "backward"),
+             "EMA": (model, "update_teacher"), "optimiser": (run.optimizer, "step"), "queue": (model.queue, "enqueue")}
 
     def ranged(inner, label):
         def work(*args, **kwargs):
@@ -936,12 +937,13 @@ def main():
     if args.profile:
         return profile(run)
     data = "" if config.data == "scenes" else f" --data {config.data} --root {config.root}"
-    following = f"python probes.py --ckpt {run.out}/last.pt random{data}\n      python evaluate.py --ckpt {run.out}/last.pt random{data}"
+    commands = [f"python {script} --ckpt {run.out}/last.pt random{data}" for script in ("probes.py", "evaluate.py")]
+    following = "\n      ".join(commands)
     if run.step >= run.last:
         return ranks.print(f"{run.out}/last.pt is finished at step {run.step:,} of {run.last:,}\nnext: {following}")
     ranks.print(f"{config.arch} on {len(run.views):,} images of {config.data}, {config.regions}, {ranks.ranks} x "
-                f"{ranks.device.type}, {'bfloat16' if run.model.amp else 'float32'}, steps {run.step:,} to {run.last:,} of "
-                f"{run.total:,}")
+                f"{ranks.device.type}, {'bfloat16' if run.model.amp else 'float32'}, steps {run.step:,} to {run.last:,} "
+                f"of {run.total:,}")
     began = time.monotonic()
     try:
         run.train()

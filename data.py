@@ -218,7 +218,7 @@ def open_images(data, root=None, split=None, strict=False):
     return Images(folder, list_images(folder))
 
 
-# -------------------------------------------------------------------------------------------------- the embedded scenes
+# ------------------------------------------------------------------------------------------------- the embedded scenes
 
 SHAPES = ("disc", "square", "triangle", "star", "cross")
 TEXTURES = ("plain", "striped", "checked")
@@ -230,7 +230,8 @@ class Scenes(Images):
     """The embedded data set: pictures of 2-4 objects on textured backgrounds, rendered from (seed, split, index).
 
     15 categories, each a shape with a texture. Hue is free, so that colour tells nothing and a feature has to see shape
-    and texture. Labels and masks are there for evaluation (`render`); `read` returns the picture alone, all that training sees.
+    and texture. Labels and masks are there for evaluation (`render`); `read` returns the picture alone, all that
+    training sees.
 
     Args: split: train | val; root: where its proposals are kept; number: pictures; seed;
     context: in train categories come in pairs: with p 0.8 an object is followed by its category's partner;
@@ -257,7 +258,7 @@ class Scenes(Images):
         return self.render(i)[0] if self.kept is None else self.kept[i]
 
     def render(self, i):
-        """Picture (112, 112, 3) uint8 RGB, boxes (n, 4), labels (n,) int64, masks (n, 112, 112) bool of what is visible."""
+        """Picture (112, 112, 3) uint8 RGB, boxes (n, 4), labels (n,) int64, masks (n, 112, 112) bool, visible parts."""
         random = rng(self.seed, list(self.NUMBER).index(self.split), i)
         canvas, number = _background(random, self.SIDE), random.integers(2, 5)
         sides = np.sort(random.uniform(46, 72 - 4 * number, number))[::-1]
@@ -282,8 +283,8 @@ class Scenes(Images):
         return labels
 
     def _layout(self, random, labels, sides, tries=300):
-        """Centres (n, 2), x and y, of objects that lie inside the picture and hide little of each other: the first of `tries`
-        random layouts that does, without the smallest object if there is none."""
+        """Centres (n, 2), x and y, of objects that lie inside the picture and hide little of each other: the first of
+        `tries` random layouts that does, without the smallest object if there is none."""
         low, high = np.stack([sides / 2] * 2, 1), np.stack([self.SIDE - sides / 2] * 2, 1)
         if self.place:
             chosen, far = random.random((len(labels), 1)) < 0.8, np.stack([labels % 2, labels // 2 % 2], 1) == 1
@@ -373,7 +374,7 @@ def write_scenes(out, number, seed=0):
             json.dump({"images": images, "annotations": annotations, "categories": categories}, file)
 
 
-# ------------------------------------------------------------------------------------------------------- labelled boxes
+# ------------------------------------------------------------------------------------------------------ labelled boxes
 
 class Labelled(NamedTuple):
     """The labelled boxes of a split: the one result of every reader. Image i owns rows offsets[i] to offsets[i + 1]."""
@@ -1150,7 +1151,7 @@ def make_loader(views, schedule, workers, pin=False):
                                        worker_init_fn=_start_loader, prefetch_factor=2 if workers else None)
 
 
-# ----------------------------------------------------------------------------- OpenImage-MINI and Table 2 (section 5.1)
+# ---------------------------------------------------------------------------- OpenImage-MINI and Table 2 (section 5.1)
 
 # How OpenImages spells COCO's categories where a capital letter is not all. Cup alone has no counterpart: Coffee cup
 # and Mug are kinds of it. OpenImages' Mouse is the animal.
