@@ -66,7 +66,7 @@ from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duratio
                   open_labelled, resize, rng, usable_cores)
 
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
-SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
+SIZE = {"scenes": 112, "scenes-biased": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
 TEMPERATURE = 0.07  # of a vote; not in the paper: instance discrimination's and DINO's
 BATCH = 32
 

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1353,6 +1354,250 @@ def test_nearest_neighbours_grow_as_bank_times_queries():
     times = [seconds(n) for n in (32_768, 65_536, 131_072)]
     print("bank 32,768 65,536 131,072 x 512 queries of 256: " + ", ".join(f"{t:.2f} s" for t in times))
     assert times[2] < 4 * 1.35 * times[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+def run_on(device, settings, amp=None, batch=None):
+    """A bare run on `device` and a batch of loaded views there."""
+    config = d3ssl.configure({"data": "coco", **settings})
+    torch.manual_seed(0)
+    run, g = bare_run(config), seeded()
+    run.ranks.device = torch.device(device)
+    run.model.amp = amp
+    run.model.to(device, memory_format=torch.channels_last)
+    pixels = [torch.randint(0, 256, (batch, config.size, config.size, 3), dtype=torch.uint8, generator=g) for _ in range(2)]
+    boxes = [random_boxes(batch, config.boxes, (config.size, config.size), seed=seed) for seed in (1, 2)]
+    return run, [x.to(device) for x in pixels + boxes]
+
+
+def agreement(device, settings, batch):
+    """Relative differences of loss and gradient of one step between CPU and device in float32, of the loss in bf16; whether
+    the gradient of RoIAlign is the same to the bit when it is computed again."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    found = {}
+    for name, where, amp in (("cpu", "cpu", None), ("device", device, None), ("bf16", device, torch.bfloat16)):
+        run, loaded = run_on(where, settings, amp, batch)
+        views = run.prepare([x.cpu() for x in loaded], 0) if name == "cpu" else views
+        views = augment.Views(*(x if x is None else x.to(where) for x in views))
+        loss = run.model(views).loss
+        loss.backward()
+        found[name] = loss.item(), torch.cat([p.grad.flatten().cpu() for p in run.model.student.parameters()])
+    maps = torch.randn(2, 64, 14, 14, device=device, generator=torch.Generator(device).manual_seed(0), requires_grad=True)
+    boxes = random_boxes(2, 4, (224, 224)).to(device)
+    one, two = (torch.autograd.grad(d3ssl.roi_align(maps, boxes, 14, 1 / 16).square().sum(), maps)[0] for _ in range(2))
+    (loss, gradient), (other, other_gradient), (low, _) = found["cpu"], found["device"], found["bf16"]
+    return {"loss": abs(other / loss - 1), "gradient": float((other_gradient - gradient).norm() / gradient.norm()),
+            "bf16_loss": abs(low / other - 1), "roi_align_repeats": torch.equal(one, two)}
+
+
+def step_without_waiting(device, root, out, steps=6):
+    """Whole steps, loader included; after two of them a wait of the host for the device raises."""
+    config, _ = parse_config([str(word) for word in small(root, out, "--workers", 2, "--amp", "bf16")])
+    run = d3ssl.Run(config, Ranks(), "never")
+    batches = iter(run.batches(0, steps))
+    for step in range(steps):
+        if step == 2 and device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        run.update(run.prepare(next(batches), step))
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+    return run.step
+
+
+def resume_beside_a_repetition(root, folder):
+    """Relative distances of the student's weights between two equal runs, and between one and a stopped and resumed one."""
+    mains(small(root, folder / "a"), small(root, folder / "b"), small(root, folder / "c", "--max-steps", 6),
+          small(root, folder / "c"))
+    a, b, c = (torch.cat([value.double().flatten() for value in torch.load(folder / name / "backbone.pth").values()])
+               for name in "abc")
+    return {"repeated": float((a - b).norm() / a.norm()), "resumed": float((a - c).norm() / a.norm())}
+
+
+def parallel_step(device, settings, batch, folder):
+    """The loss of one step plain and under DDP with synchronised batch norm, in a group of one rank: NCCL on a GPU."""
+    losses = []
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/group", rank=0,
+                                         world_size=1)
+    for parallel in (False, True):
+        run, loaded = run_on(device, settings, None, batch)
+        if parallel:
+            run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model) if device == "cuda" else run.model
+            run.parallel = nn.parallel.DistributedDataParallel(run.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        losses.append(run.update(run.prepare(loaded, 0))[0].item())
+    torch.distributed.destroy_process_group()
+    return losses
+
+
+def profile_at(root, out, batch, *words):
+    """What `d3ssl.py --profile` prints of its numbers."""
+    where = ["--data", "folder", "--root", root, "--out", out]
+    printed = command("d3ssl.py", *where, "--batch-size", batch, "--profile", *words).stdout
+    return [" ".join(line.split()) for line in printed.splitlines() if re.match(r"\w.*(\d|%|images)$", line)]
+
+
+def timed(device, work, seconds=6):
+    """{"ms": median of `work`, "gib": peak memory of the device}."""
+    from torch.utils.benchmark import Timer
+    work(), work()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    median = Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=seconds).median
+    return {"ms": 1e3 * median, "gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None}
+
+
+def features_with_early_conv1(encoder, x, boxes):
+    """Encoder.features of a ResNet of bottlenecks with C5's first 1x1 convolution on the C4 map: it commutes with RoIAlign."""
+    (first, *rest), c4 = encoder.backbone.layer4, encoder.c4(x)
+    inner = d3ssl.roi_align(first.conv1(c4), boxes, encoder.roi, 1 / 16)
+    outer = d3ssl.roi_align(c4, boxes, encoder.roi, 1 / 16)[..., ::2, ::2]  # all that the shortcut's stride 2 reads
+    y = first.relu(first.bn2(first.conv2(first.relu(first.bn1(inner)))))
+    y = first.relu(first.bn3(first.conv3(y)) + first.downsample[1](F.conv2d(outer, first.downsample[0].weight)))
+    return nn.Sequential(*rest)(y).mean((2, 3))
+
+
+def features_of_two(encoder, x1, x3, boxes1, boxes3):
+    """x1^ and x3 in one pass (batch norm then sees both)."""
+    one, three = encoder.c4(torch.cat([x1, x3])).chunk(2)
+    regions = [d3ssl.roi_align(maps, boxes, encoder.roi, 1 / 16) for maps, boxes in ((one, boxes1), (three, boxes3))]
+    return encoder.backbone.layer4(torch.cat(regions)).mean((2, 3))
+
+
+def ways_to_be_faster(device, settings, batch, seconds=6):
+    """Step alone, data ready, as it is and with one change each; a change that fails is told by its error."""
+    def step(change=None):
+        run, loaded = run_on(device, settings, torch.bfloat16, batch)
+        for encoder in (run.model.student, run.model.teacher):
+            if change == "early conv1":
+                encoder.features = partial(features_with_early_conv1, encoder)
+            if change in ("default", "reduce-overhead"):  # torch.compile; the second with CUDA graphs
+                for layer in ("layer1", "layer2", "layer3", "layer4"):
+                    getattr(encoder.backbone, layer).compile(mode=change)
+        return timed(device, lambda: run.update(run.prepare(loaded, 0)), seconds)
+
+    def passes(one):
+        run, loaded = run_on(device, settings, torch.bfloat16, batch)
+        v, student = run.prepare(loaded, 0), run.model.student
+
+        def work():
+            with run.model.autocast(v.x1):
+                z = [features_of_two(student, v.x1_hat, v.x3, v.rois1, v.rois3)] if one else \
+                    [student.features(v.x1_hat, v.rois1), student.features(v.x3, v.rois3)]
+            sum(x.float().mean() for x in z).backward()
+        return timed(device, work, seconds)
+    found = {"as it is": step()}
+    for name in ("early conv1", *(("default", "reduce-overhead") if device == "cuda" else ())):
+        try:
+            found[name] = step(name)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    torch.backends.cudnn.benchmark = True
+    found["cudnn.benchmark"] = step()
+    torch.backends.cudnn.benchmark = False
+    return {**found, "x1 and x3 in two passes": passes(False), "in one": passes(True), "as it is, again": step()}
+
+
+class SocosStep:
+    """One step as SoCo's authors write it: NCHW, torchvision's RoIAlign, three online views (224, 224, 112) with a predictor,
+    two of the target; BYOL's loss on the pairs 1-2, 2-1, 3-1, 3-2."""
+
+    def __init__(self, device, settings, batch, amp):
+        run, loaded = run_on(device, {**settings, "objective": "cosine", "dp": False, "augs": ()}, None, batch)
+        self.model, self.v = run.model.to(memory_format=torch.contiguous_format), run.prepare(loaded, 0)
+        self.device, self.amp, self.optimizer = device, amp, run.optimizer
+        self.scaler = torch.amp.GradScaler(device, enabled=amp)
+
+    def features(self, encoder, x, boxes):
+        net = encoder.backbone
+        x = net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x.contiguous())))))))
+        regions = torchvision.ops.roi_align(x.float(), list(boxes), encoder.roi, 1 / 16, 2, True)
+        return encoder.projector(net.layer4(regions).mean((2, 3)))
+
+    def __call__(self):
+        model, v = self.model, self.v
+        model.update_teacher(0.99)
+        with torch.autocast(self.device, torch.float16 if self.device == "cuda" else torch.bfloat16, enabled=self.amp):
+            small = F.interpolate(v.x2, scale_factor=0.5)
+            online = [model.predictor(self.features(model.student, x, boxes)).float() for x, boxes in
+                      ((v.x1, v.boxes1), (v.x2, v.boxes2), (small, v.boxes2 / 2))]
+            with torch.no_grad():
+                target = [self.features(model.teacher, x, boxes).float() for x, boxes in ((v.x1, v.boxes1), (v.x2, v.boxes2))]
+        loss = -2 * sum(F.cosine_similarity(online[i], target[j]).mean() for i, j in ((0, 1), (1, 0), (2, 0), (2, 1)))
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def beside_a_peer(device, settings, batch, seconds=6):
+    """Our step of the same objective, augmentation included, beside SoCo's on ready-made views."""
+    ours = {**settings, "objective": "cosine", "dp": False, "augs": ("cutout",)}
+    run, loaded = run_on(device, ours, torch.bfloat16, batch)
+    return {"ours, bf16": timed(device, lambda: run.update(run.prepare(loaded, 0)), seconds),
+            "SoCo's, float32": timed(device, SocosStep(device, settings, batch, False), seconds),
+            "SoCo's, AMP": timed(device, SocosStep(device, settings, batch, True), seconds)}
+
+
+def test_early_conv1_gives_the_same_features():
+    encoder, x, boxes = Encoder().eval(), torch.randn(2, 3, 64, 64, generator=seeded()), random_boxes(2, 2, (64, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(features_with_early_conv1(encoder, x, boxes), encoder.features(x, boxes), rtol=1e-4, atol=1e-5)
+
+
+def measure(device, settings, batches, path, pictures, folder, seconds=6, words=()):
+    """Everything, one after the other; what was measured so far is in `path` whatever happens next."""
+    found = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__}
+    for name, work in (("agreement", lambda: agreement(device, settings, 4)),
+                       ("steps without waiting", lambda: step_without_waiting(device, pictures, folder / "waits")),
+                       ("resume", lambda: resume_beside_a_repetition(pictures, folder)),
+                       ("one rank", lambda: parallel_step(device, settings, 4, folder)),
+                       *((f"profile {n}", partial(profile_at, pictures, folder / "p", n, *words)) for n in batches),
+                       ("faster", lambda: ways_to_be_faster(device, settings, batches[0], seconds)),
+                       ("peer", lambda: beside_a_peer(device, settings, batches[0], seconds))):
+        began = time.monotonic()
+        found[name] = work()
+        found["seconds"] = {**found.get("seconds", {}), name: time.monotonic() - began}
+        with data.atomic(path, "w") as file:
+            json.dump(found, file, indent=1)
+        print(name, json.dumps(found[name], indent=1), flush=True)
+    return found
+
+
+def labelled_pictures(root, number, side):
+    """Scenes as PNGs whose labelled boxes stand in for proposals: nothing here needs cv2.ximgproc."""
+    boxes, folder = [], data.proposals_folder("folder", root)
+    folder.mkdir(parents=True)
+    for i in range(number):
+        picture, found, _, _ = Scenes().render(i)
+        cv2.imwrite(str(root / f"{i:04d}.png"), cv2.resize(picture[..., ::-1], (side, side)))
+        boxes.append(found * side / Scenes.SIDE)
+    (folder / "names.txt").write_text("".join(f"{i:04d}.png\n" for i in range(number)))
+    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, boxes)]))
+    np.save(folder / "boxes.npy", np.float32(np.concatenate(boxes)))
+    (folder / "settings.json").write_text('{"method": "labels"}')
+    return root
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_main_job_on_a_gpu(tmp_path):
+    """ResNet-50 at 224: what it gives and what it takes, in at most eight minutes. D3SSL_GPU_JSON or runs/gpu.json has it all."""
+    path, few = os.environ.get("D3SSL_GPU_JSON", HERE / "runs" / "gpu.json"), labelled_pictures(tmp_path / "pictures", 256, 224)
+    found = measure("cuda", {"arch": "resnet50"}, (32, 128), path, few, tmp_path, words=("--amp", "bf16"))
+    agreed, resumed, (plain, parallel) = found["agreement"], found["resume"], found["one rank"]
+    assert agreed["loss"] < 1e-4 and agreed["gradient"] < 1e-3 and agreed["bf16_loss"] < 0.01 and agreed["roi_align_repeats"]
+    assert resumed["resumed"] < 3 * resumed["repeated"] + 1e-4 and parallel == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.bench
+def test_the_gpu_command_runs(tmp_path):
+    """The same on a CPU with a tiny network, so that it works where it is needed; here CPU and device are one."""
+    few, settings = labelled_pictures(tmp_path / "pictures", 16, 96), {"arch": "resnet50", "size": 64, "boxes": 2, "roi": 4}
+    found = measure("cpu", {**settings, "queue": 64}, (4,), tmp_path / "gpu.json", few, tmp_path, 0.1,
+                    ("--arch", "resnet18", "--size", 64, "--boxes", 2, "--amp", "bf16"))
+    assert json.loads((tmp_path / "gpu.json").read_text())["peer"] == found["peer"]
+    assert found["agreement"]["loss"] == 0 and found["resume"] == {"repeated": 0, "resumed": 0}
 
 
 # ------------------------------------------------------------------------------------- evaluate.py: any ResNet checkpoint
