@@ -1556,7 +1556,8 @@ def size_classes(labelled, rows):
 
 def name_of(result):
     """An arm's name, with the number of images it has seen."""
-    return result["arm"] + (f", {result['images']:,} images" if result["images"] else "")
+    seen = "" if result["images"] is None or result["arm"] == "random" else f", {result['images']:,} images"
+    return result["arm"] + seen
 
 
 def print_table(results):
@@ -1601,7 +1602,7 @@ def curves_of(results, chance):
                 for values, key in zip(curves[result["arm"]], ("images", measure, f"{measure}_se")):
                     values.append(math.nan if result[key] is None else result[key])
             else:
-                levels["untrained" if result["arm"] == "random" else result["arm"]] = result[measure]
+                levels["untrained" if result["images"] == 0 else result["arm"]] = result[measure]
         panels.append((title, curves, levels))
     return panels
 
