@@ -1416,7 +1416,7 @@ def draw_curves(panels, path):
             axis.plot(images, means, color=inks[name], marker="o", markersize=4, linewidth=2, label=name, zorder=3)
             axis.fill_between(images, means - errors, means + errors, color=inks[name], alpha=0.18, linewidth=0)
         for name, value in levels.items():
-            above = value == max(levels.values())  # the others have their names below: two may lie close together
+            above = name == max(levels, key=levels.get)  # the others have their names below: two may lie close together
             axis.axhline(value, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=1)
             axis.annotate(name, (1, value), (-2, 2 if above else -2), xycoords=("axes fraction", "data"), ha="right",
                           va="bottom" if above else "top", textcoords="offset points", fontsize=9, color="#444444")
