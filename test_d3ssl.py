@@ -3614,3 +3614,57 @@ def test_transfer_mistakes(scenes, tmp_path, capfd):
     fails("other classes", "detector.pth", root=renamed, more=("--ckpt", tmp_path / "out/detector.pth", "--test-only"))
     (tmp_path / "out/last.pt").write_bytes(b"PK cut")
     fails("cannot be read as a checkpoint", "--resume never")
+
+
+# --------------------------------------------------------------------------------------------------------- the README
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def help_of(script, command, monkeypatch, capsys):
+    """What `python script command --help` prints."""
+    monkeypatch.setattr(sys, "argv", [script, *command, "--help"])
+    with pytest.raises(SystemExit):
+        {"data.py": data, "augment.py": augment, "d3ssl.py": d3ssl, "evaluate.py": evaluate, "probes.py": probes}[script].main()
+    return capsys.readouterr().out
+
+
+def test_readme_names_functions_files_and_flags_that_exist(monkeypatch, capsys):
+    modules = {"data": data, "augment": augment, "d3ssl": d3ssl, "evaluate": evaluate, "probes": probes}
+    named = re.findall(r"`(data|augment|d3ssl|evaluate|probes)\.(?!py\b)(\w+)(?:\.(\w+))?`", README)
+    assert len(named) > 15
+    for module, name, attribute in named:
+        found = getattr(modules[module], name)
+        assert not attribute or hasattr(found, attribute), (module, name, attribute)
+    pictures = re.findall(r"\]\((\.github/[\w.-]+)\)", README)
+    assert pictures and all((HERE / picture).is_file() for picture in pictures)
+    joined = README.replace("\\\n", " ")
+    commands = re.findall(r"^    .*?(?:python|torchrun) .*?\b((?:data|augment|d3ssl|evaluate|probes)\.py)([^#\n]*)", joined, re.M)
+    assert len(commands) > 15
+    printed = {}
+    for script, words in commands:
+        words = words.split()
+        subcommand = words[:1] if script == "data.py" and words and not words[0].startswith("-") else []
+        key = (script, *subcommand)
+        if key not in printed:
+            printed[key] = help_of(script, subcommand, monkeypatch, capsys)
+        for word in words:
+            if word.startswith("--"):
+                assert re.search(rf"{word}\b", printed[key]), (key, word)
+    for flag in re.findall(r"`(--[\w-]+)", README):
+        assert flag == "--shm-size" or any(re.search(rf"{flag}\b", text) for text in printed.values()), flag
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) >= 3
+    weights = torchvision.models.resnet18().state_dict()
+    (tmp_path / "runs" / "scenes").mkdir(parents=True)
+    torch.save({key: value for key, value in weights.items() if not key.startswith("fc.")},
+               tmp_path / "runs" / "scenes" / "backbone.pth")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert names["arch"] == "resnet18" and 0 < float((names["mask"] == 0).float().mean()) < 1
+    assert torch.equal(names["network"].state_dict()["conv1.weight"], weights["conv1.weight"])
