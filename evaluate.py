@@ -13,7 +13,7 @@ outside the boxes of these objects is replaced by another image of the split, in
 
 --head map: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins: the paper's
 words, and the default. --head roi: C5 on RoIs of C4, as region-level methods train. It is the default for scenes: at
-their 112 pixels a C5 map has 4 x 4 cells, and a network trained on RoIs scores there little above chance.
+their 112 pixels a C5 map has only 4 x 4 cells.
 
 --statistics: a fresh network's running mean 0 and variance 1 normalise nothing, so `random` is always evaluated with
 batch-norm statistics of 256 clean train images; with "clean" every network is. A row is a mean over its files with its
