@@ -62,7 +62,8 @@ def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generat
 
     For box i, with c the share of its pixels R_i that is hidden already: if c > threshold, R_i is recovered (made
     visible) and c = 0. Then s ~ U(share), an area share; if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect
-    ratio is hidden, placed uniformly inside R_i. The subtraction is not in the paper: from the authors' follow-up (ICLR 2024).
+    ratio is hidden, placed uniformly inside R_i. The subtraction is not in the paper: from the authors' follow-up (ICLR
+    2024).
 
     Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one stays."""
     size, dtype = mask.shape[-2:], mask.dtype

@@ -1,6 +1,6 @@
 """De-coupling and De-positioning Dense Self-supervised Learning: the encoder, the queue, the losses, the training loop.
 
-    python d3ssl.py                                                  a few minutes on a laptop: the embedded scenes
+    python d3ssl.py                                                  ten minutes on a laptop: the embedded scenes
     python d3ssl.py --data coco --root data/coco                     COCO, one process, GPU if there is one
     torchrun --nproc_per_node 8 d3ssl.py --data coco                 COCO, eight GPUs
     python d3ssl.py --data folder --root DIR                         your own images
@@ -160,7 +160,7 @@ def interpolation(low, high, scale, bins, cells, ratio):
     return (hat * inside[..., None]).unflatten(-2, (bins, ratio)).mean(-2)
 
 
-# ------------------------------------------------------------------------------------- queue and losses (Eqs. 2 to 10)
+# ------------------------------------------------------------------------------------- queue and losses (Eqs. 3 to 10)
 
 class Queue(nn.Module):
     """The memory bank of Eq. 5: the last `size` teacher features (size, D), first in, first out. `Run.fill_queue` fills
@@ -230,7 +230,7 @@ class Losses(NamedTuple):
 
 
 class D3SSL(nn.Module):
-    """Student f_q, teacher f_k and queue; forward is Eqs. 2-10 on prepared views.
+    """Student f_q, teacher f_k and queue; forward is Eqs. 3-5 and 8-10 on views that augment.make_views prepared.
 
     amp: the dtype of autocast for the encoders, or None for float32; losses are float32 always."""
 
@@ -421,7 +421,7 @@ class Run:
         self.total = config.epochs * self.per_epoch
         self.last = min(self.total, config.max_steps or self.total)
         ranks.connect()
-        agree(ranks, self.out, saved["step"] if saved else 0, len(self.views), self.last)
+        agree(ranks, self.out, saved["step"] if saved else 0, len(self.views), self.last, int(self.listing[:12], 16))
         self.build(saved)
 
     def build(self, saved):
@@ -514,8 +514,8 @@ class Run:
 
     def fill_queue(self):
         """Fill the queue with teacher features before step 1. Random unit vectors, MoCo's start, are trivial negatives:
-        loss and top-1 would begin at values that mean nothing. Its batches are those after the last step: training
-        never sees them."""
+        loss and top-1 would begin at values that mean nothing. Its batches are those that would follow the
+        last step, in an order of their own."""
         enqueued = 2 * self.config.batch_size * self.config.boxes
         number = math.ceil(self.config.queue / enqueued)
         self.ranks.print(f"the queue: {self.config.queue:,} teacher features of {number} batches, forward passes alone")
@@ -541,10 +541,11 @@ class Run:
         end, then when `Clock.save_due` says so, and on SIGTERM, on all ranks at the same step."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
-        metrics, clock = self.open_metrics(), Clock(self.step)
+        metrics, clock = self.open_metrics(), Clock()
         if self.step == 0:
             self.fill_queue()
             self.snapshot()
+            clock.lap()
         batches, stop = iter(self.batches(self.step, self.last)), False
         while self.step < self.last and not stop:
             batch = clock.wait(batches)
@@ -561,12 +562,15 @@ class Run:
         self.save(self.clean())
 
     def ask_to_stop(self, number, frame):
+        """Stop after this step; a second signal ends the process at once."""
         self.stop_asked = True
+        signal.signal(number, signal.SIG_DFL)
 
     def snapshot(self):
-        """With --snapshots, backbone-IMAGES.pth before step 1 and at powers of two of images seen."""
-        images = self.step * self.config.batch_size
-        if self.config.snapshots and (images == 0 or (images >= 512 and math.log2(images).is_integer())):
+        """With --snapshots, backbone-IMAGES.pth before step 1 and at the first step at or past each power of two."""
+        images, batch = self.step * self.config.batch_size, self.config.batch_size
+        passed = images >= 512 and images.bit_length() > (images - batch).bit_length()
+        if self.config.snapshots and (images == 0 or passed):
             self.save_backbone(f"backbone-{images}.pth", self.clean())
 
     def report(self, clock, metrics):
@@ -592,8 +596,8 @@ class Run:
 class Clock:
     """Sums since the last line of the log, and when to save."""
 
-    def __init__(self, step):
-        self.saved, self.first_step = time.monotonic(), step
+    def __init__(self):
+        self.saved = time.monotonic()
         self.lap()
 
     def lap(self):
@@ -667,10 +671,10 @@ def flag(key):
 
 
 def agree(ranks, out, *state):
-    """Raises UserError, on all ranks, if (step, images, last step) are not the same on all: another --out or --root."""
+    """Raises UserError, on all ranks, if (step, images, last step, listing) are not the same: another --out or --root."""
     highest, lowest = ranks.maximum(*state), [-int(value) for value in ranks.maximum(*(-value for value in state))]
     if highest != lowest:
-        what = ("step", "images", "last step")
+        what = ("step", "images", "last step", "hash of the images' names")
         different = "; ".join(f"{name} {low:,.0f} to {high:,.0f}" for name, low, high in zip(what, lowest, highest)
                               if low != high)
         raise UserError(f"the ranks differ ({different}): share --out {out} and --root between the machines")
@@ -883,7 +887,8 @@ def parse_config(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for setting in fields(Config):
         kind, choices = setting.type, setting.metadata["choices"]
-        options = dict(help=f"{setting.metadata['help']} (default {setting.default})", default=None)
+        default = "" if setting.default is None else f" (COCO's default: {setting.default})"
+        options = dict(help=setting.metadata["help"] + default, default=None)
         if setting.name == "data":
             options.update(choices=list(PRESETS), default="scenes")
         elif kind is bool:
@@ -909,6 +914,8 @@ def configure(given):
     if given.get("regions", "proposals") != "proposals":
         if given.get("augs"):
             raise UserError(f"--augs needs proposals: --regions {given['regions']} implies --augs none --no-dp")
+        if given.get("dp"):
+            raise UserError(f"--dp needs proposals: --regions {given['regions']} implies --augs none --no-dp")
         config = replace(config, augs=(), dp=False, boxes=1 if given["regions"] == "image" else config.boxes)
     config = replace(config, **given)
     if config.size % 2 or config.size < 64:
@@ -934,16 +941,19 @@ def main():
     config, args = parse_config()
     ranks = Ranks()
     run = Run(config, ranks, "never" if args.profile else args.resume)
+    if args.profile and ranks.ranks > 1:
+        raise UserError("--profile is for one process: start it with python, without torchrun")
     if args.profile:
         return profile(run)
-    data = "" if config.data == "scenes" else f" --data {config.data} --root {config.root}"
+    data = {"scenes": "", "folder": " --data coco --root LABELLED"}.get(config.data)
+    data = f" --data {config.data} --root {config.root}" if data is None else data
     commands = [f"python {script} --ckpt {run.out}/last.pt random{data}" for script in ("probes.py", "evaluate.py")]
     following = "\n      ".join(commands)
     if run.step >= run.last:
         return ranks.print(f"{run.out}/last.pt is finished at step {run.step:,} of {run.last:,}\nnext: {following}")
     ranks.print(f"{config.arch} on {len(run.views):,} images of {config.data}, {config.regions}, {ranks.ranks} x "
-                f"{ranks.device.type}, {'bfloat16' if run.model.amp else 'float32'}, steps {run.step:,} to {run.last:,} "
-                f"of {run.total:,}")
+                f"{ranks.device.type}, {'bfloat16' if run.model.amp else 'float32'}, "
+                f"steps {run.step:,} to {run.last:,} of {run.total:,}")
     began = time.monotonic()
     try:
         run.train()

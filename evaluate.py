@@ -1092,7 +1092,7 @@ class FineTuning:
         self.stop_asked = True
 
     def loop(self):
-        clock, per_epoch, self.stop_asked = Clock(self.step), len(self.trained) // self.config.batch_size, False
+        clock, per_epoch, self.stop_asked = Clock(), len(self.trained) // self.config.batch_size, False
         self.parallel.train()
         for images, targets in self.batches(self.step, self.config.steps):
             losses = self.update(images, targets)

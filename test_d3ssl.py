@@ -1029,7 +1029,7 @@ def test_ranks_machines_and_roots_may_change_on_resume(pictures, cut_short, tmp_
 def test_saves_are_due_at_the_first_epochs_end_and_then_by_the_minute(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(d3ssl, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
-    clock = d3ssl.Clock(0)
+    clock = d3ssl.Clock()
     for seconds, step, due in ((30, 9, False), (30, 10, True), (30, 20, False), (61, 19, False), (61, 20, True),
                                (299, 25, False), (301, 25, True), (301, 30, True)):
         now[0] = 1000.0 + seconds
@@ -1266,7 +1266,7 @@ def test_views_and_losses_are_made_on_the_gpu(settings, fake, monkeypatch):
 def test_a_step_leaves_no_tensor_behind():
     """Memory does not grow with the steps: after each of them there are as many tensors, with as many elements."""
     config = tiny(queue=16)
-    run, clock, seen = bare_run(config), d3ssl.Clock(0), []
+    run, clock, seen = bare_run(config), d3ssl.Clock(), []
     for step in range(5):
         clock.add(run.update(run.prepare(loaded_batch(config), step)))
         gc.collect()
