@@ -869,13 +869,17 @@ def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
     if talk:
         print(f"selective search: {len(images):,} images, {len(mine):,} of {len(making.chunks):,} chunks to do here, "
               f"{workers} processes, kept in {folder}", flush=True)
-    search_chunks(making, mine, workers, talk)
-    if wait:
-        making.wait(first=part[0] == 0)
-    elif making.missing():
-        print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
-    else:
-        making.join()
+    try:
+        search_chunks(making, mine, workers, talk)
+        if wait:
+            making.wait(first=part[0] == 0)
+        elif making.missing():
+            print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
+        else:
+            making.join()
+    except (OSError, UserError):  # another run may have joined the same chunks, and taken them away, meanwhile
+        if proposals_state(images, folder) != "ready":
+            raise
 
 
 def search_chunks(making, chunks, workers, talk):
@@ -932,6 +936,10 @@ class Making:
     def file(self, chunk):
         return self.partial / f"{chunk:06d}.npz"
 
+    def draft(self, name):
+        """Where this process, and no other one on any machine, writes a file before it gets its name."""
+        return self.partial / f"{name}-{os.uname().nodename}-{os.getpid()}"
+
     def indices(self, chunk):
         """The indices of a chunk's images."""
         return range(chunk * self.size, min(len(self.images), (chunk + 1) * self.size))
@@ -953,7 +961,9 @@ class Making:
             kept, level = filter_proposals(selective_search(image), *image.shape[:2])
             boxes.append(kept)
             rows.append((i, len(kept), level))
-        with atomic(self.file(chunk)) as file:
+        if not self.partial.is_dir():
+            raise UserError(f"{self.partial} was removed meanwhile: start the same command again")
+        with atomic(self.file(chunk), tmp=self.draft(f"{chunk:06d}")) as file:
             np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 3))
         return unreadable
 
@@ -977,15 +987,10 @@ class Making:
     def join(self):
         """Make one folder for Proposals of the chunks' files. Raises UserError if no image could be read."""
         boxes, rows = [], []
-        try:
-            for chunk in self.chunks:
-                with np.load(self.file(chunk)) as part:
-                    boxes.append(part["boxes"])
-                    rows.append(part["rows"])
-        except OSError:  # another machine, joining at the same moment, was first
-            if proposals_state(self.images, self.folder) == "ready":
-                return
-            raise
+        for chunk in self.chunks:
+            with np.load(self.file(chunk)) as part:
+                boxes.append(part["boxes"])
+                rows.append(part["rows"])
         boxes, (indices, counts, levels) = np.concatenate(boxes), np.concatenate(rows).T
         if not len(indices):
             raise UserError(f"none of the {len(self.images):,} images in {self.images.root} can be read")
@@ -994,14 +999,17 @@ class Making:
         report = {**self.settings, "filtered": relaxed, "unreadable": unreadable, "boxes": len(boxes)}
         names = b"".join(name + b"\n" for name in self.images.names[indices].tolist())
         offsets = np.concatenate([[0], counts.cumsum()])
+        if proposals_state(self.images, self.folder) == "ready":  # another run, joining at the same moment, was first
+            return
         (self.folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is whole
         for name, write in (("boxes.npy", lambda file: np.save(file, boxes)),
                             ("names.txt", lambda file: file.write(names)),
                             ("offsets.npy", lambda file: np.save(file, offsets)),
                             ("settings.json", lambda file: file.write(json.dumps(report, indent=1).encode()))):
-            with atomic(self.folder / name, tmp=self.partial / f"{name}-{os.uname().nodename}-{os.getpid()}") as file:
+            with atomic(self.folder / name, tmp=self.draft(name)) as file:
                 write(file)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        # At once for another run that still writes chunks: it must not take a half removed folder for its own.
+        shutil.rmtree(self.partial.rename(f"{self.partial}-joined"), ignore_errors=True)
         levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
         average = len(boxes) / len(indices)
         print(f"proposals of {len(indices):,} images ({average:.1f} boxes an image; {levels}) in {self.folder}",
