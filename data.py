@@ -165,7 +165,7 @@ def read_image(path):
 
 class Images:
     """Image files under `root`, in the order of `names` ((N,) array of UTF-8 bytes: one flat buffer, so that worker
-    processes share it instead of copying a list of strings page by page)."""
+    processes share it instead of copying a list of strings page by page). size: of augment.py's views of them."""
 
     version = None  # of pictures that are rendered; with another one proposals are computed again
 
@@ -587,8 +587,6 @@ def read_list(path, pattern, form, root, strict=False):
     return sorted(names)
 
 
-BLOCK = 1 << 14  # rows of OpenImages' CSV that are Python objects at a time
-
 VOC_CATEGORIES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                   "pottedplant sheep sofa train tvmonitor").split()
 
@@ -655,6 +653,9 @@ def read_classes(root):
             names.append(name.strip() or label)
     faults.check(names, "class")
     return index, names
+
+
+BLOCK = 1 << 14  # rows of OpenImages' CSV that are Python objects at a time
 
 
 def stream_boxes(path, classes, faults):
@@ -865,7 +866,7 @@ def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
         print(f"proposals in {folder} are made again: {state}", flush=True)
     making = Making(images, folder)
     mine = [chunk for chunk in making.missing() if chunk % part[1] == part[0]]
-    workers = min(workers or usable_cores(), max(1, len(mine)))
+    workers = max(1, min(workers or usable_cores(), len(mine)))
     if talk:
         print(f"selective search: {len(images):,} images, {len(mine):,} of {len(making.chunks):,} chunks to do here, "
               f"{workers} processes, kept in {folder}", flush=True)
@@ -1153,8 +1154,8 @@ def _start_loader(_):
 
 
 def make_loader(views, schedule, workers, pin=False):
-    """A DataLoader over `views` (TwoViews) in the order of `schedule`: batches of four tensors, images first (B, size,
-    size, 3) uint8, boxes (B, K, 4). `workers` changes nothing but speed."""
+    """A DataLoader over `views` in the order of `schedule`. TwoViews' batches are four tensors: images (B, size, size,
+    3) uint8 first, then boxes (B, K, 4). `workers` changes nothing but speed."""
     return torch.utils.data.DataLoader(views, batch_sampler=schedule, num_workers=workers, pin_memory=pin,
                                        worker_init_fn=_start_loader, prefetch_factor=2 if workers else None)
 
@@ -1246,7 +1247,7 @@ def choose_images(index, label, cap, seed):
 
 def report_mini(index, label, everywhere, cap, names, shared, images):
     """Print Table 2 of a choice, its boxes given by `index` and `label`, and each shared category against its cap."""
-    print_table2(images, index, label, ("paper", 146_000, 9.1, 3.2, 569))
+    print_table2(images, index, label, TABLE2["openimages-mini", "train"])
     got, there = (np.bincount(x, minlength=len(names)) for x in (label, everywhere))
     spelled = {theirs: ours for ours, theirs in shared.items()}
     for c in sorted(np.flatnonzero(cap >= 0), key=lambda c: -cap[c]):
@@ -1254,13 +1255,19 @@ def report_mini(index, label, everywhere, cap, names, shared, images):
               + ("" if there[c] else "   (the CSV has none)"))
 
 
-def print_table2(images, index, label, *more):
-    """Print Table 2's row for boxes of `images` images, index and label (M,) of each box, and the rows `more`."""
+# The paper's Table 2: images, objects an image, categories an image, categories.
+TABLE2 = {("coco", "train"): (118_000, 7.4, 2.95, 80), ("openimages-mini", "train"): (146_000, 9.1, 3.2, 569)}
+
+
+def print_table2(images, index, label, paper=None):
+    """Print Table 2's row for boxes of `images` images, index and label (M,) of each box, and the paper's below it."""
     pairs = len(np.unique(index * np.int64(10**6) + label))
     print(f"{'':10}{'images':>12}{'objects/image':>16}{'categories/image':>19}{'categories':>13}")
-    ours = ("here", images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
-    for name, n, objects, categories, number in (ours, *more):
-        print(f"{name:10}{n:12,}{objects:16.2f}{categories:19.2f}{number:13,}")
+    here = (images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
+    for name, row in (("here", here), ("paper", paper)):
+        if row:
+            n, objects, categories, number = row
+            print(f"{name:10}{n:12,}{objects:16.2f}{categories:19.2f}{number:13,}")
 
 
 def print_stats(data, root, split, folder=None):
@@ -1268,9 +1275,7 @@ def print_stats(data, root, split, folder=None):
     image, the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
     found = open_labelled(data, root, split)
     sizes = np.diff(found.offsets)
-    print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels,
-                 *{("coco", "train"): [("paper", 118_000, 7.4, 2.95, 80)],
-                   ("openimages-mini", "train"): [("paper", 146_000, 9.1, 3.2, 569)]}.get((data, split), []))
+    print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels, TABLE2.get((data, split)))
     folder = Path(folder or proposals_folder(data, root, folder_of(data, split)))
     if not (folder / "settings.json").exists():
         options = f"--data {data}" + (f" --root {root}" if root else "") + f" --split {folder_of(data, split)}"
