@@ -165,7 +165,7 @@ def read_image(path):
 
 class Images:
     """Image files under `root`, in the order of `names` ((N,) array of UTF-8 bytes: one flat buffer, so that worker
-    processes share it instead of copying a list of strings page by page)."""
+    processes share it instead of copying a list of strings page by page). size: of augment.py's views of them."""
 
     version = None  # of pictures that are rendered; with another one proposals are computed again
 
@@ -587,8 +587,6 @@ def read_list(path, pattern, form, root, strict=False):
     return sorted(names)
 
 
-BLOCK = 1 << 14  # rows of OpenImages' CSV that are Python objects at a time
-
 VOC_CATEGORIES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                   "pottedplant sheep sofa train tvmonitor").split()
 
@@ -655,6 +653,9 @@ def read_classes(root):
             names.append(name.strip() or label)
     faults.check(names, "class")
     return index, names
+
+
+BLOCK = 1 << 14  # rows of OpenImages' CSV that are Python objects at a time
 
 
 def stream_boxes(path, classes, faults):
@@ -865,17 +866,21 @@ def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
         print(f"proposals in {folder} are made again: {state}", flush=True)
     making = Making(images, folder)
     mine = [chunk for chunk in making.missing() if chunk % part[1] == part[0]]
-    workers = min(workers or usable_cores(), max(1, len(mine)))
+    workers = max(1, min(workers or usable_cores(), len(mine)))
     if talk:
         print(f"selective search: {len(images):,} images, {len(mine):,} of {len(making.chunks):,} chunks to do here, "
               f"{workers} processes, kept in {folder}", flush=True)
-    search_chunks(making, mine, workers, talk)
-    if wait:
-        making.wait(first=part[0] == 0)
-    elif making.missing():
-        print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
-    else:
-        making.join()
+    try:
+        search_chunks(making, mine, workers, talk)
+        if wait:
+            making.wait(first=part[0] == 0)
+        elif making.missing():
+            print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
+        else:
+            making.join()
+    except (OSError, UserError):  # another run may have joined the same chunks, and taken them away, meanwhile
+        if proposals_state(images, folder) != "ready":
+            raise
 
 
 def search_chunks(making, chunks, workers, talk):
@@ -932,6 +937,10 @@ class Making:
     def file(self, chunk):
         return self.partial / f"{chunk:06d}.npz"
 
+    def draft(self, name):
+        """Where this process, and no other one on any machine, writes a file before it gets its name."""
+        return self.partial / f"{name}-{os.uname().nodename}-{os.getpid()}"
+
     def indices(self, chunk):
         """The indices of a chunk's images."""
         return range(chunk * self.size, min(len(self.images), (chunk + 1) * self.size))
@@ -953,7 +962,9 @@ class Making:
             kept, level = filter_proposals(selective_search(image), *image.shape[:2])
             boxes.append(kept)
             rows.append((i, len(kept), level))
-        with atomic(self.file(chunk)) as file:
+        if not self.partial.is_dir():
+            raise UserError(f"{self.partial} was removed meanwhile: start the same command again")
+        with atomic(self.file(chunk), tmp=self.draft(f"{chunk:06d}")) as file:
             np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 3))
         return unreadable
 
@@ -977,15 +988,10 @@ class Making:
     def join(self):
         """Make one folder for Proposals of the chunks' files. Raises UserError if no image could be read."""
         boxes, rows = [], []
-        try:
-            for chunk in self.chunks:
-                with np.load(self.file(chunk)) as part:
-                    boxes.append(part["boxes"])
-                    rows.append(part["rows"])
-        except OSError:  # another machine, joining at the same moment, was first
-            if proposals_state(self.images, self.folder) == "ready":
-                return
-            raise
+        for chunk in self.chunks:
+            with np.load(self.file(chunk)) as part:
+                boxes.append(part["boxes"])
+                rows.append(part["rows"])
         boxes, (indices, counts, levels) = np.concatenate(boxes), np.concatenate(rows).T
         if not len(indices):
             raise UserError(f"none of the {len(self.images):,} images in {self.images.root} can be read")
@@ -994,14 +1000,17 @@ class Making:
         report = {**self.settings, "filtered": relaxed, "unreadable": unreadable, "boxes": len(boxes)}
         names = b"".join(name + b"\n" for name in self.images.names[indices].tolist())
         offsets = np.concatenate([[0], counts.cumsum()])
+        if proposals_state(self.images, self.folder) == "ready":  # another run, joining at the same moment, was first
+            return
         (self.folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is whole
         for name, write in (("boxes.npy", lambda file: np.save(file, boxes)),
                             ("names.txt", lambda file: file.write(names)),
                             ("offsets.npy", lambda file: np.save(file, offsets)),
                             ("settings.json", lambda file: file.write(json.dumps(report, indent=1).encode()))):
-            with atomic(self.folder / name, tmp=self.partial / f"{name}-{os.uname().nodename}-{os.getpid()}") as file:
+            with atomic(self.folder / name, tmp=self.draft(name)) as file:
                 write(file)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        # At once for another run that still writes chunks: it must not take a half removed folder for its own.
+        shutil.rmtree(self.partial.rename(f"{self.partial}-joined"), ignore_errors=True)
         levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
         average = len(boxes) / len(indices)
         print(f"proposals of {len(indices):,} images ({average:.1f} boxes an image; {levels}) in {self.folder}",
@@ -1145,8 +1154,8 @@ def _start_loader(_):
 
 
 def make_loader(views, schedule, workers, pin=False):
-    """A DataLoader over `views` (TwoViews) in the order of `schedule`: batches of four tensors, images first (B, size,
-    size, 3) uint8, boxes (B, K, 4). `workers` changes nothing but speed."""
+    """A DataLoader over `views` in the order of `schedule`. TwoViews' batches are four tensors: images (B, size, size,
+    3) uint8 first, then boxes (B, K, 4). `workers` changes nothing but speed."""
     return torch.utils.data.DataLoader(views, batch_sampler=schedule, num_workers=workers, pin_memory=pin,
                                        worker_init_fn=_start_loader, prefetch_factor=2 if workers else None)
 
@@ -1238,7 +1247,7 @@ def choose_images(index, label, cap, seed):
 
 def report_mini(index, label, everywhere, cap, names, shared, images):
     """Print Table 2 of a choice, its boxes given by `index` and `label`, and each shared category against its cap."""
-    print_table2(images, index, label, ("paper", 146_000, 9.1, 3.2, 569))
+    print_table2(images, index, label, TABLE2["openimages-mini", "train"])
     got, there = (np.bincount(x, minlength=len(names)) for x in (label, everywhere))
     spelled = {theirs: ours for ours, theirs in shared.items()}
     for c in sorted(np.flatnonzero(cap >= 0), key=lambda c: -cap[c]):
@@ -1246,13 +1255,19 @@ def report_mini(index, label, everywhere, cap, names, shared, images):
               + ("" if there[c] else "   (the CSV has none)"))
 
 
-def print_table2(images, index, label, *more):
-    """Print Table 2's row for boxes of `images` images, index and label (M,) of each box, and the rows `more`."""
+# The paper's Table 2: images, objects an image, categories an image, categories.
+TABLE2 = {("coco", "train"): (118_000, 7.4, 2.95, 80), ("openimages-mini", "train"): (146_000, 9.1, 3.2, 569)}
+
+
+def print_table2(images, index, label, paper=None):
+    """Print Table 2's row for boxes of `images` images, index and label (M,) of each box, and the paper's below it."""
     pairs = len(np.unique(index * np.int64(10**6) + label))
     print(f"{'':10}{'images':>12}{'objects/image':>16}{'categories/image':>19}{'categories':>13}")
-    ours = ("here", images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
-    for name, n, objects, categories, number in (ours, *more):
-        print(f"{name:10}{n:12,}{objects:16.2f}{categories:19.2f}{number:13,}")
+    here = (images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
+    for name, row in (("here", here), ("paper", paper)):
+        if row:
+            n, objects, categories, number = row
+            print(f"{name:10}{n:12,}{objects:16.2f}{categories:19.2f}{number:13,}")
 
 
 def print_stats(data, root, split, folder=None):
@@ -1260,9 +1275,7 @@ def print_stats(data, root, split, folder=None):
     image, the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
     found = open_labelled(data, root, split)
     sizes = np.diff(found.offsets)
-    print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels,
-                 *{("coco", "train"): [("paper", 118_000, 7.4, 2.95, 80)],
-                   ("openimages-mini", "train"): [("paper", 146_000, 9.1, 3.2, 569)]}.get((data, split), []))
+    print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels, TABLE2.get((data, split)))
     folder = Path(folder or proposals_folder(data, root, folder_of(data, split)))
     if not (folder / "settings.json").exists():
         options = f"--data {data}" + (f" --root {root}" if root else "") + f" --split {folder_of(data, split)}"

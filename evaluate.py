@@ -62,13 +62,14 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from augment import COLOURS, MEAN, STD, normalise, to_float
 from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
                    out_of_memory, positive, roi_align)
-from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader,
-                  open_labelled, resize, rng, usable_cores)
+from data import (SCENES, SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader,
+                  mask_coder, open_labelled, resize, rng, usable_cores)
 
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
 SIZE = {"scenes": 112, "scenes-biased": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
 TEMPERATURE = 0.07  # of a vote; not in the paper: instance discrimination's and DINO's
 BATCH = 32
+VERSIONS = {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}
 
 
 # ------------------------------------------------------------------------------------------------ any ResNet checkpoint
@@ -1092,7 +1093,7 @@ class FineTuning:
         self.stop_asked = True
 
     def loop(self):
-        clock, per_epoch, self.stop_asked = Clock(), len(self.trained) // self.config.batch_size, False
+        clock, per_epoch = Clock(), len(self.trained) // self.config.batch_size
         self.parallel.train()
         for images, targets in self.batches(self.step, self.config.steps):
             losses = self.update(images, targets)
@@ -1242,24 +1243,24 @@ def voc_ap(truth, index, found):
 
 
 def coco_tools():
-    """pycocotools' COCO, COCOeval and mask; only COCO AP needs that package."""
+    """pycocotools' COCO and COCOeval."""
     try:
-        from pycocotools import coco, cocoeval, mask
+        from pycocotools import coco, cocoeval
     except ImportError:
         raise UserError("COCO AP needs pycocotools: pip install pycocotools") from None
-    return coco.COCO, cocoeval.COCOeval, mask
+    return coco.COCO, cocoeval.COCOeval
 
 
 def run_lengths(masks):
     """COCO's compressed RLE of probabilities (n, 1, H, W), cut at 0.5 as detectron2 does."""
     binary = (masks[:, 0] >= 0.5).to(torch.uint8).cpu().numpy()
-    return [coco_tools()[2].encode(np.asfortranarray(mask)) for mask in binary]
+    return [mask_coder().encode(np.asfortranarray(mask)) for mask in binary]
 
 
 def coco_ap(path, names, index, found, kind):
     """`summary` of pycocotools' AP of `kind`, box or mask, on images `index` of `names`; found: what `detect` returns;
     path: the annotations."""
-    COCO, COCOeval, _ = coco_tools()
+    COCO, COCOeval = coco_tools()
     with redirect_stdout(io.StringIO()):  # pycocotools talks
         truth = COCO(str(path))
         truth.dataset.setdefault("info", {})  # which some versions ask for
@@ -1395,21 +1396,39 @@ def object_tile(objects, row, which, colour, name=None, side=104, below=17):
 CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 
 
+def new_figure(rows, columns, width, height):
+    """matplotlib's figure, width x height inches, and its axes (rows, columns)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def images_seen(axis):
+    """Make a figure's horizontal axis one of images seen: doublings, 2k for 2,048."""
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
+
+
+def save_figure(figure, path, dpi):
+    """Write a figure, below it the legend of its first axes, as a PNG."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+    print(f"wrote {path}")
+
+
 def draw_curves(panels, path):
     """The figure of learning: each measure over images seen, a PNG.
 
     panels: a list of (title, curves, levels); curves {arm: (images, means, errors)}, lists of one length, drawn as a
     line in a band of one error to both sides; levels {name: value}: horizontal lines."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     names = list(dict.fromkeys(name for _, curves, _ in panels for name in curves))
     inks = {name: CURVE_COLOURS[n % len(CURVE_COLOURS)] for n, name in enumerate(names)}
-    wide = 4.6 * len(panels)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(wide, 4.4), layout="constrained", squeeze=False)
+    figure, axes = new_figure(1, len(panels), 4.6 * len(panels), 4.4)
     for axis, (title, curves, levels) in zip(axes[0], panels):
         for name, (images, means, errors) in curves.items():
             means, errors = np.array(means), np.nan_to_num(errors)
@@ -1420,17 +1439,12 @@ def draw_curves(panels, path):
             axis.axhline(value, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=1)
             axis.annotate(name, (1, value), (-2, 2 if above else -2), xycoords=("axes fraction", "data"), ha="right",
                           va="bottom" if above else "top", textcoords="offset points", fontsize=9, color="#444444")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
+        images_seen(axis)
         axis.set_title(title, fontsize=11, loc="left")
         axis.set_xlabel("images seen")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
-    print(f"wrote {path}")
+    save_figure(figure, path, dpi=150)
 
 
 def save(what, path):
@@ -1491,7 +1505,7 @@ def parse_arguments(arguments=None):
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
-    args.head = args.head or ("roi" if args.data == "scenes" else "map")
+    args.head = args.head or ("roi" if args.data in SCENES else "map")
     if args.size % 16:
         raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
     if args.transfer and len(args.ckpt) > 1:
@@ -1628,7 +1642,7 @@ def main():
     clean = Clean(stored.images, args.size, args.head, seed=args.seed, device=device)
     answered, files, rows = evaluate_arms(args, arms, bank, queries, clean, device)
     labels = torch.from_numpy(asked.labels)[rows]
-    results = summarise(answered, queries.image_of(rows), {} if args.data == "scenes" else size_classes(asked, rows))
+    results = summarise(answered, queries.image_of(rows), {} if args.data in SCENES else size_classes(asked, rows))
     if args.per_category:
         for result, (_, points) in zip(results, answered):
             print_categories(name_of(result), asked.categories, points, labels)
@@ -1643,9 +1657,8 @@ def main():
           f"chance (the bank's commonest category): {chance:.1f}")
     if args.json:
         options = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
-        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}
         settings = {**{name: getattr(args, name) for name in options}, "root": str(stored.images.root),
-                    "bank": "train", "queries": "val", "chance": chance, "versions": versions}
+                    "bank": "train", "queries": "val", "chance": chance, "versions": VERSIONS}
         save({"settings": settings, "arms": results, "files": files}, args.json)
     if args.plot:
         draw_curves(curves_of(results, chance), args.plot)

@@ -24,25 +24,23 @@ tells nothing of how alike two objects of one category are.
 
 From Python: `probe(network, open_inputs(open_labelled("scenes")), bins=6)`, a torchvision ResNet in eval mode,
 gives all of these by name, `reid(network, bank, bins=6)` the last two alone: each .value and .error, five numbers
-in the order of LAYERS. """
+in the order of LAYERS."""
 import argparse
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw
 
 from augment import normalise, to_float
 from d3ssl import positive, roi_align
-from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, resize, rng
-from evaluate import CURVE_COLOURS, SIZE, Clean, add_checkpoint_arguments, open_arms, reference, save
-
+from data import Parser, Progress, UserError, error_exit, open_images, open_labelled, resize, rng
+from evaluate import (CURVE_COLOURS, SIZE, VERSIONS, Clean, add_checkpoint_arguments, images_seen, new_figure,
+                      open_arms, reference, save, save_figure)
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
@@ -115,8 +113,7 @@ def open_inputs(labelled, pairs=150, seed=0, cut="box", workers=1):
     """Inputs of a split (data.Labelled): pairs of objects, A uniform over all, B over those of other categories,
     and 150 objects (or as many as there are) for the bank; crowds and sides of less than 24 pixels are left out.
 
-    Args: cut: box | mask; workers: threads. Raises UserError if there are too few objects, or no masks to cut
-along."""
+    Args: cut: box | mask; workers: threads. Raises UserError if there are too few objects, or no masks to cut along."""
     sides = (labelled.boxes[:, 2:] - labelled.boxes[:, :2]).min(1)
     rows, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng(seed, 0)
     if len(rows) < 5 or len(np.unique(labelled.labels[rows])) < 2:
@@ -284,9 +281,7 @@ def hits(queries, bank):
 
 def probe(network, inputs, what="probes", alone=False, bins=6, fill="black"):
     """All measures of a network, torchvision's ResNet in eval mode, on Inputs: {name: Estimate}, in the order of
-MEASURES.
-
-    Raises UserError if one is not finite."""
+    MEASURES. Raises UserError if CR or MCS is not finite."""
     pairs, objects = len(inputs.a.masks), len(inputs.bank.masks)
     total = (12 if alone else 4) * pairs + 3 * objects
     progress, done = Progress(what, total), 0
@@ -381,18 +376,12 @@ def plot(results, path):
     """Figures 3b and 4b and ours, a PNG: every measure by layer, a curve an arm with its standard errors, after the
     most images seen; where an arm has several numbers of images seen, below it over these, at res4 and at `roi`
     (dashed)."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     arms = defaultdict(list)
     for result in results:
         arms[result["arm"]].append(result)
     inks = dict(zip(arms, CURVE_COLOURS * len(arms)))
     learning = any(len(some) > 1 for some in arms.values())
-    figure, axes = pyplot.subplots(4 if learning else 2, 3, figsize=(13, 14 if learning else 7.5), layout="constrained")
+    figure, axes = new_figure(4 if learning else 2, 3, width=13, height=14 if learning else 7.5)
     for n, axis in enumerate(axes.flat):
         name, (title, ideal) = list(MEASURES.items())[n % 6]
         axis.axhline(ideal, color="grey", linewidth=0.8, linestyle=":")
@@ -412,18 +401,12 @@ def plot(results, path):
                 else:
                     axis.axhline(means[-1, layer], color=inks[arm], linewidth=1, linestyle=dashes)
         if n >= 6:
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
-    print(f"wrote {path}")
+            images_seen(axis)
+    save_figure(figure, path, dpi=110)
 
 
 def picture(inputs, alone=False, fill="black", rows=3):
-    """A PIL picture of what is asked, a row a pair and an object of the bank; the squares that are read are
-outlined."""
+    """A PIL picture of what is asked, a row a pair and an object of the bank; the squares that are read have frames."""
     gap, head, rows = 8, 18, min(rows, len(inputs.a.masks))
     nine = "alone at each place in turn" if alone else "the centre against eight places"
     titles = ("CR, rc: A1 beside B", "A2: A, without B", "B2: B at A's place", f"MCS, rp: {nine}",
@@ -481,8 +464,7 @@ def main():
     if args.json:
         names = ("data", "root", "seed", "pairs", "cut", "alone", "fill", "statistics")
         settings = {**{name: getattr(args, name) for name in names}, "side": SIDE, "bank": len(inputs.bank.masks),
-                    "bank_side": BANK_SIDE, "layers": LAYERS,
-                    "versions": {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}}
+                    "bank_side": BANK_SIDE, "layers": LAYERS, "versions": VERSIONS}
         save({"settings": settings, "arms": results, "files": files}, args.json)
     if args.plot:
         plot(results, args.plot)

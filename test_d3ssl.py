@@ -826,6 +826,33 @@ def test_views_carry_the_same_regions():
         assert all(np.array_equal(one, two) for one, two in pairs)  # a function of the item
 
 
+def test_of_two_runs_that_make_the_same_proposals_the_slower_uses_the_other_s(tmp_path, monkeypatch):
+    """The faster run is played by calls from inside the slower one: it joins all chunks while the slower still writes
+    one, then, after the proposals were deleted, while the slower joins them itself. Whoever is late must neither die
+    nor unmake what is ready."""
+    monkeypatch.setattr(data, "CHUNK", 2)
+    scenes, search, load = data.Scenes(number=4), data.search_chunks, np.load
+
+    def search_late(*args):
+        monkeypatch.setattr(data, "search_chunks", search)
+        data.compute_proposals(scenes, tmp_path, workers=1)
+        search(*args)
+
+    def load_and_be_overtaken(path):
+        monkeypatch.setattr(np, "load", load)
+        found = load(path)
+        data.compute_proposals(scenes, tmp_path, workers=1)
+        return found
+
+    data.compute_proposals(scenes, tmp_path, workers=1, part=(1, 2))
+    for module, name, late in ((data, "search_chunks", search_late), (np, "load", load_and_be_overtaken)):
+        (tmp_path / "settings.json").unlink(missing_ok=True)
+        monkeypatch.setattr(module, name, late)
+        data.compute_proposals(scenes, tmp_path, workers=1)
+        assert data.proposals_state(scenes, tmp_path) == "ready"
+        assert not list(tmp_path.glob(".chunks-*")) and len(data.Proposals(tmp_path).names) == 4
+
+
 # ----------------------------------------------------------------------------------------------- runs, as a user types
 
 class Finished(NamedTuple):
