@@ -671,7 +671,7 @@ def flag(key):
 
 
 def agree(ranks, out, *state):
-    """Raises UserError, on all ranks, if (step, images, last step, listing) are not the same: another --out or --root."""
+    """Raises UserError, on all ranks, if (step, images, last step, listing) differ: another --out or --root."""
     highest, lowest = ranks.maximum(*state), [-int(value) for value in ranks.maximum(*(-value for value in state))]
     if highest != lowest:
         what = ("step", "images", "last step", "hash of the images' names")
