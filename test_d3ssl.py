@@ -1656,7 +1656,7 @@ def test_the_gpu_command_runs(tmp_path):
     assert found["agreement"]["loss"] == 0 and found["resume"] == {"repeated": 0, "resumed": 0}
 
 
-# ------------------------------------------------------------------------------------- evaluate.py: any ResNet checkpoint
+# ----------------------------------------------------------------------------------- evaluate.py: any ResNet checkpoint
 
 def resnet_state(arch="resnet18", seed=0):
     """torchvision's state dict, every buffer and parameter different from its default, so that none can be mixed up."""
@@ -2632,7 +2632,7 @@ def cosine(a, b):
 
 
 def loop_features(network, size, placed, read):
-    """Features of square `read` of placed, [(x, y, pixels, mask)], by layer; cells weighed by their part of the mask."""
+    """Features of square `read` of placed, [(x, y, pixels, mask)], by layer; cells weighed by their share of mask."""
     image = np.zeros((*size, 3), np.uint8)
     for x, y, pixels, mask in placed:
         image[y:y + len(mask), x:x + len(mask)][mask] = pixels[mask]
@@ -3650,9 +3650,10 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 
 def help_of(script, command, monkeypatch, capsys):
     """What `python script command --help` prints."""
+    modules = {"data.py": data, "augment.py": augment, "d3ssl.py": d3ssl, "evaluate.py": evaluate, "probes.py": probes}
     monkeypatch.setattr(sys, "argv", [script, *command, "--help"])
     with pytest.raises(SystemExit):
-        {"data.py": data, "augment.py": augment, "d3ssl.py": d3ssl, "evaluate.py": evaluate, "probes.py": probes}[script].main()
+        modules[script].main()
     return capsys.readouterr().out
 
 
@@ -3666,7 +3667,8 @@ def test_readme_names_functions_files_and_flags_that_exist(monkeypatch, capsys):
     pictures = re.findall(r"\]\((\.github/[\w.-]+)\)", README)
     assert pictures and all((HERE / picture).is_file() for picture in pictures)
     joined = README.replace("\\\n", " ")
-    commands = re.findall(r"^    .*?(?:python|torchrun) .*?\b((?:data|augment|d3ssl|evaluate|probes)\.py)([^#\n]*)", joined, re.M)
+    scripts = r"\b((?:data|augment|d3ssl|evaluate|probes)\.py)"
+    commands = re.findall(rf"^    .*?(?:python|torchrun) .*?{scripts}([^#\n]*)", joined, re.MULTILINE)
     assert len(commands) > 12
     printed = {}
     for script, words in commands:
