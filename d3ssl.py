@@ -470,12 +470,12 @@ class Run:
         names; every rank estimates the same ones, from the same images."""
         chosen = rng(self.config.seed).permutation(len(self.views))[:number].tolist()
         batches = [[(0, i) for i in chosen[start:start + batch_size]] for start in range(0, len(chosen), batch_size)]
-        found = {}
+        loaded, found = [self.clean_view(batch) for batch in make_loader(self.views, batches, self.workers())], {}
         for name in ("student", "teacher"):
             encoder = deepcopy(getattr(self.model, name))
             encoder.projector = nn.Identity()
             with self.model.autocast(self.model.queue.features):
-                clean_statistics(encoder, map(self.clean_view, make_loader(self.views, batches, self.workers())))
+                clean_statistics(encoder, loaded)
             found[name] = {key: value for key, value in encoder.backbone.state_dict().items() if "running_" in key}
         return found
 
