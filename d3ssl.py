@@ -78,7 +78,7 @@ class Config:
 
 # Not in the paper: sized so that a laptop's CPU sees learning in minutes. AdamW, the low temperature and the short
 # memory of the teacher (20 steps, of the run's 512) are what learns within 8,192 images; SGD does not.
-QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.95, epochs=8,
+QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.99, epochs=8,
              batch_size=16, optimizer="adamw", lr=1e-3, warmup=1, workers=2)
 PRESETS = {"coco": {}, "folder": {}, "voc": {}, "openimages-mini": {}, **dict.fromkeys(SCENES, QUICK)}
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).

@@ -525,7 +525,7 @@ def test_rates_warm_up_and_fall_by_a_cosine():
     assert rates[550] == pytest.approx(0.3) and rates[-1] < 1e-5
     adam = d3ssl.configure({"data": "scenes", "batch_size": 64})
     assert d3ssl.learning_rate(adam, 64, 512) == pytest.approx(1e-3)
-    assert {d3ssl.teacher_momentum(adam, step, 512) for step in (0, 100, 511)} == {0.95}
+    assert {d3ssl.teacher_momentum(adam, step, 512) for step in (0, 100, 511)} == {0.99}
     cosine = d3ssl.configure({"data": "coco", "objective": "cosine"})
     momenta = [d3ssl.teacher_momentum(cosine, step, 1000) for step in (0, 500, 1000)]
     assert momenta == pytest.approx([0.99, 0.995, 1.0])
