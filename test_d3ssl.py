@@ -92,7 +92,9 @@ def here(script, *words):
 
 @pytest.fixture(autouse=True)
 def process_as_it_was():
-    """What a script changes in its process, and leaves so since it ends, is put back: tests may run in any order."""
+    """Tests may run in any order: each starts with the same random numbers, and what a script changes in its process,
+    and leaves so since it ends, is put back."""
+    torch.manual_seed(0)
     argv, precision = sys.argv, torch.get_float32_matmul_precision()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
     yield
