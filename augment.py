@@ -382,19 +382,22 @@ def main():
 
     import numpy as np
 
-    from data import (Images, Parser, Proposals, Scenes, TwoViews, atomic, compute_proposals, make_loader, open_images,
-                      SCENES)
+    from data import (SCENES, Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals,
+                      make_loader, open_images, positive, whole_number)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=(*SCENES, "coco", "voc", "openimages-mini", "folder"), default="scenes")
     parser.add_argument("--root", help="the data set's folder (default data/DATA)")
+    parser.add_argument("--proposals", help="a folder of proposals (default: search in the images that are shown)")
     parser.add_argument("--out", default="views.png")
-    parser.add_argument("--rows", type=int, default=6, help="images to show")
-    parser.add_argument("--boxes", type=int, default=4, help="K, boxes an image")
-    parser.add_argument("--dp-boxes", type=int, default=1, help="how many of them de-positioning moves")
+    parser.add_argument("--rows", type=positive, default=6, help="images to show")
+    parser.add_argument("--boxes", type=positive, default=4, help="K, boxes an image")
+    parser.add_argument("--dp-boxes", type=whole_number, default=1, help="how many of them de-positioning moves")
     parser.add_argument("--augs", type=parse_augs, default=AUGS[:3], help="as in d3ssl.py")
     parser.add_argument("--prm", choices=("reveal", "hide"), default="reveal")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole_number, default=0)
     args = parser.parse_args()
+    if args.dp_boxes > args.boxes:
+        raise UserError(f"--dp-boxes {args.dp_boxes}: at most --boxes {args.boxes}")
     images = open_images(args.data, args.root)
     if args.data in SCENES:
         some = Scenes(number=args.rows, **SCENES[args.data])
@@ -402,8 +405,9 @@ def main():
         chosen = np.random.default_rng(args.seed).permutation(len(images))[:args.rows]
         some = Images(images.root, images.names[chosen])
     with tempfile.TemporaryDirectory() as folder:
-        compute_proposals(some, folder, workers=2)
-        views = TwoViews(some, Proposals(folder), some.size, args.boxes, seed=args.seed)
+        if args.proposals is None:
+            compute_proposals(some, folder, workers=2)
+        views = TwoViews(some, Proposals(args.proposals or folder), some.size, args.boxes, seed=args.seed)
         batch = next(iter(make_loader(views, [[(0, i) for i in range(len(views))]], workers=0)))
     generator = torch.Generator().manual_seed(args.seed)
     sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator))

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import make_views, normalise, parse_augs, to_float
 from data import (SCENES, Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration,
-                  error_exit, make_loader, open_images, proposals_folder, rng, usable_cores)
+                  error_exit, make_loader, open_images, positive, proposals_folder, rng, usable_cores, whole_number)
 
 
 def setting(default, about, choices=None):
@@ -924,17 +924,6 @@ def configure(given):
         raise UserError(f"--dp-boxes {config.dp_boxes}: at most --boxes {config.boxes}")
     root, out = config.root or Path("data") / config.data, config.out or Path("runs") / config.data
     return replace(config, root=str(root), out=str(out))
-
-
-def positive(text):
-    return whole_number(text, 1)
-
-
-def whole_number(text, least=0):
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-    return value
 
 
 def main():

@@ -63,6 +63,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def positive(text):
+    """The type of a flag that counts at least 1."""
+    return whole_number(text, 1)
+
+
+def whole_number(text, least=0):
+    """The type of a flag that counts. Raises argparse.ArgumentTypeError below `least`."""
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    return value
+
+
 def error_exit(main):
     """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2. So does the death of a
     loading process, which torch raises wherever `main` is at that moment."""
@@ -834,6 +847,8 @@ def proposals_state(images, folder):
         return "missing"
     except ValueError:
         return "settings.json is not JSON"
+    if not isinstance(found, dict):
+        return "settings.json is no JSON object"
     if found.get("method") != SEARCH["method"]:
         return "ready"  # somebody else's boxes, as they are
     wanted = _settings(images)
@@ -1310,21 +1325,21 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("scenes", help="write the embedded data set in COCO's layout, with masks")
     scenes.add_argument("--out", required=True)
-    scenes.add_argument("--n", type=int, default=800, help="train images; a quarter as many val images come with them")
-    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--n", type=positive, default=800, help="train images; a quarter as many val images are added")
+    scenes.add_argument("--seed", type=whole_number, default=0)
     search = commands.add_parser("proposals", help="selective search over a data set")
     labelled_data = (*SCENES, "coco", "voc", "openimages", "openimages-mini")
     search.add_argument("--data", choices=(*labelled_data, "folder"), required=True)
     search.add_argument("--root")
     search.add_argument("--split")
-    search.add_argument("--workers", type=int, help="processes (default: all cores)")
+    search.add_argument("--workers", type=positive, help="processes (default: all cores)")
     search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share it")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
     mini = commands.add_parser("openimages-mini", help="choose the images of the paper's OpenImage-MINI")
     mini.add_argument("--annotations", required=True, help="folder of OpenImages' two CSVs (README, section Data)")
     mini.add_argument("--coco", required=True, help="COCO's instances_train2017.json")
     mini.add_argument("--out", default="openimages-mini.txt")
-    mini.add_argument("--seed", type=int, default=0)
+    mini.add_argument("--seed", type=whole_number, default=0)
     stats = commands.add_parser("stats", help="Table 2's row of a data set, and its proposals")
     stats.add_argument("--data", choices=labelled_data, required=True)
     stats.add_argument("--root")

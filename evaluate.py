@@ -61,9 +61,9 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from augment import COLOURS, MEAN, STD, normalise, to_float
 from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
-                   out_of_memory, positive, roi_align)
+                   out_of_memory, roi_align)
 from data import (SCENES, SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader,
-                  mask_coder, open_labelled, resize, rng, usable_cores)
+                  mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
 
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
 SIZE = {"scenes": 112, "scenes-biased": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
@@ -1468,8 +1468,9 @@ def add_checkpoint_arguments(parser):
         "files was trained; else scenes 6, photographs 14)")
     add("--data", choices=tuple(SIZE), default="scenes")
     add("--root", help="the data set's folder (default data/DATA)")
-    add("--seed", type=int, default=0, help="of random's weights and of what is drawn")
-    add("--workers", type=int, default=min(8, usable_cores()), help="loading processes; changes nothing but speed")
+    add("--seed", type=whole_number, default=0, help="of random's weights and of what is drawn")
+    workers = "loading processes; changes nothing but speed"
+    add("--workers", type=whole_number, default=min(8, usable_cores()), help=workers)
     add("--json", help="write the results there")
     add("--picture", help="write a PNG of the inputs there")
 
@@ -1504,6 +1505,8 @@ def parse_arguments(arguments=None):
     add("--test-on", choices=("train", "val"), default="val", help="of --transfer; train: does it fit what it saw?")
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
     args = parser.parse_args(arguments)
+    if args.plot:
+        new_figure(1, 1, 1, 1)  # a missing matplotlib is told before the work, not after it
     args.size = args.size or SIZE[args.data]
     args.head = args.head or ("roi" if args.data in SCENES else "map")
     if args.size % 16:

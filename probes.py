@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from augment import normalise, to_float
-from d3ssl import positive, roi_align
-from data import Parser, Progress, UserError, error_exit, open_images, open_labelled, resize, rng
+from d3ssl import roi_align
+from data import Parser, Progress, UserError, error_exit, open_images, open_labelled, positive, resize, rng
 from evaluate import (CURVE_COLOURS, SIZE, VERSIONS, Clean, add_checkpoint_arguments, images_seen, new_figure,
                       open_arms, reference, save, save_figure)
 
@@ -445,6 +445,8 @@ def main():
     add("--fill", choices=tuple(FILLS), default="black", help="around the objects: black or ImageNet's mean colour")
     add("--plot", help="write the curves there, a PNG (needs matplotlib)")
     args = parser.parse_args()
+    if args.plot:
+        new_figure(1, 1, 1, 1)  # a missing matplotlib is told before the work, not after it
     if args.pairs < 2:
         raise UserError(f"--pairs {args.pairs}: a standard error needs at least 2")
     arms = open_arms(args)
