@@ -493,14 +493,13 @@ def test_products_with_the_queue_are_made_once():
 
 RANKS_SCRIPT = """
 import sys, torch, torch.distributed as dist
-import d3ssl, test_d3ssl as t, augment
+import d3ssl, augment
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 queue = d3ssl.Queue(6, 2)
 for step in range(3):
     queue.enqueue(torch.full((2, 2), float(10 * step + rank)))
-config = t.tiny(queue=16)
-model = d3ssl.D3SSL(config).eval()
+model = d3ssl.D3SSL(d3ssl.Config(**eval(sys.argv[2]))).eval()
 model.load_state_dict(torch.load(sys.argv[1] + "/model.pt"))
 views = torch.load(sys.argv[1] + "/views.pt")
 half = augment.Views(*[v[rank * 2:rank * 2 + 2] for v in views])
@@ -523,7 +522,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(tmp_path):
     losses = model(views)
     losses.loss.backward()
     (tmp_path / "script.py").write_text(RANKS_SCRIPT)
-    torchrun(tmp_path / "script.py", tmp_path, env={"PYTHONPATH": str(HERE)})
+    torchrun(tmp_path / "script.py", tmp_path, vars(config), env={"PYTHONPATH": str(HERE)})
     (queue, loss, grads, keys), other = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
     assert torch.equal(queue, other[0]) and sorted(queue[:, 0].tolist()) == [11, 11, 20, 20, 21, 21]
     assert torch.equal(keys, other[3])
