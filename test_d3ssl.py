@@ -4,10 +4,12 @@
     python -m pytest -q -s -m bench     times, rates and sizes of this machine
     python -m pytest -q -s -m gpu       the main job on a GPU: eight minutes, its numbers in runs/gpu.json
 
-Runs of the command line are subprocesses: what a user types is what is tested."""
+Every script runs at least once as a user types it, in a process of its own, and wherever a test is about processes."""
 import argparse
+import contextlib
 import copy
 import gc
+import io
 import json
 import math
 import os
@@ -73,6 +75,33 @@ def command(*words, env=None, ok=True):
 def torchrun(*words, ranks=2, **kwargs):
     """`command` under torchrun, on a port that it finds free."""
     return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *words, **kwargs)
+
+
+SCRIPTS = {"data.py": data, "augment.py": augment, "d3ssl.py": d3ssl, "evaluate.py": evaluate, "probes.py": probes}
+
+
+def here(script, *words):
+    """One of the scripts in this process, which saves seconds of imports; returns its exit code."""
+    sys.argv = [script, *map(str, words)]
+    try:
+        data.error_exit(SCRIPTS[script].main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was():
+    """Tests may run in any order: each starts with the same random numbers, and what a script changes in its process,
+    and leaves so since it ends, is put back."""
+    torch.manual_seed(0)
+    argv, precision = sys.argv, torch.get_float32_matmul_precision()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    yield
+    sys.argv = argv
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def bounding(mask):
@@ -464,14 +493,13 @@ def test_products_with_the_queue_are_made_once():
 
 RANKS_SCRIPT = """
 import sys, torch, torch.distributed as dist
-import d3ssl, test_d3ssl as t, augment
+import d3ssl, augment
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 queue = d3ssl.Queue(6, 2)
 for step in range(3):
     queue.enqueue(torch.full((2, 2), float(10 * step + rank)))
-config = t.tiny(queue=16)
-model = d3ssl.D3SSL(config).eval()
+model = d3ssl.D3SSL(d3ssl.Config(**eval(sys.argv[2]))).eval()
 model.load_state_dict(torch.load(sys.argv[1] + "/model.pt"))
 views = torch.load(sys.argv[1] + "/views.pt")
 half = augment.Views(*[v[rank * 2:rank * 2 + 2] for v in views])
@@ -494,7 +522,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(tmp_path):
     losses = model(views)
     losses.loss.backward()
     (tmp_path / "script.py").write_text(RANKS_SCRIPT)
-    torchrun(tmp_path / "script.py", tmp_path, env={"PYTHONPATH": str(HERE)})
+    torchrun(tmp_path / "script.py", tmp_path, vars(config), env={"PYTHONPATH": str(HERE)})
     (queue, loss, grads, keys), other = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
     assert torch.equal(queue, other[0]) and sorted(queue[:, 0].tolist()) == [11, 11, 20, 20, 21, 21]
     assert torch.equal(keys, other[3])
@@ -607,15 +635,15 @@ def habits(split, number=150, **options):
 def test_scenes_options_bias_train_and_not_val():
     """p 0.8 over some 220 neighbours and 370 objects, each within five standard errors (0.13, 0.1) and what layouts
     that do not fit take away; without the option chance, 1/15 and 1/4."""
+    plain = habits("val")
     for options in ({}, {"context": True}, {"place": True}, {"context": True, "place": True}):
         partner, place = habits("train", **options)
         assert partner > 0.7 if "context" in options else partner < 0.2, (options, partner)
         assert place > 0.65 if "place" in options else place < 0.36, (options, place)
-        assert habits("val", **options) == habits("val")
+        assert not options or habits("val", **options) == plain
     versions = {Scenes(**options).version for options in ({}, {"context": True}, {"place": True}, {"seed": 1})}
     assert len(versions) == 4  # proposals of other pictures are made again
-    partner, place = habits("val")
-    assert partner < 0.2 and place < 0.36
+    assert plain[0] < 0.2 and plain[1] < 0.36
 
 
 def test_scenes_objects_suit_the_methods_filter(scenes_run):
@@ -715,57 +743,76 @@ class Deadly(data.Scenes):  # the kernel's out-of-memory killer, for one picture
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(i)
 
-class Marks(torch.utils.data.Dataset):
-    def __init__(self, splits):
-        self.splits = splits
-    def __getitem__(self, row):
-        return [np.packbits(found.mask(row)) for found in self.splits]
+class ViewsAndMarks(torch.utils.data.Dataset):
+    def __init__(self, views, splits):
+        self.views, self.splits = views, splits
+    def __getitem__(self, item):
+        return [*self.views[item], *[np.packbits(found.mask(item[1])) for found in self.splits]]
 
 def main():
-    method, out, searched, loaded = sys.argv[1:]  # the last two: the picture that kills the process that reads it
+    method, out, labelled, searched, loaded, commands = sys.argv[1:]  # the picture that kills who searches it, loads it
     multiprocessing.set_start_method(method)
+    multiprocessing.set_forkserver_preload(["evaluate"])  # imported once for all processes, which still inherit nothing
     data.CHUNK = 2
     scenes = Deadly(number=6)
     scenes.deadly = int(searched)
     data.compute_proposals(scenes, out + "/boxes", workers=1)
     scenes.deadly = int(loaded)
     views = data.TwoViews(scenes, data.Proposals(out + "/boxes"), 64, 2)
-    made = list(data.make_loader(views, data.Schedule(6, 2, 0, 0, 6), workers=1))
-    splits = data.open_labelled("scenes"), data.open_labelled("coco", out, "train", strict=True)
-    marks = list(data.make_loader(Marks(splits), [[0, 1], [2]], workers=1))
-    torch.save([made, marks], out + "/made.pt")
+    splits = data.open_labelled("scenes"), data.open_labelled("coco", labelled, "train", strict=True)
+    both = data.make_loader(ViewsAndMarks(views, splits), data.Schedule(6, 2, 0, 0, 6), workers=1)
+    torch.save(list(both), out + "/made.pt")
+    import d3ssl, evaluate, probes
+    evaluate.RegionProposals.post_nms_top_n = lambda rpn: 40  # not 1,000 to 2,000, most of a tiny run's time
+    for sys.argv in eval(commands):
+        {"d3ssl.py": d3ssl, "evaluate.py": evaluate, "probes.py": probes}[sys.argv[0]].main()
 
 if __name__ == "__main__":
     data.error_exit(main)
 """
 
 
-def starts(folder, method, searched=-1, loaded=-1, ok=True):
+def starts(folder, method, labelled, *commands, searched=-1, loaded=-1):
     (folder / "starts.py").write_text(STARTS)
-    path = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return command(folder / "starts.py", method, folder, searched, loaded, env=path, ok=ok)
+    lines = repr([[str(word) for word in words] for words in commands])
+    return command(folder / "starts.py", method, folder, labelled, searched, loaded, lines, ok=False,
+                   env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_proposals_and_loaders_under_any_start_method(tmp_path, method):
-    """Python 3.14 starts processes by forkserver, macOS by spawn: their batches are those of this process."""
-    data.write_scenes(tmp_path, 2)
-    starts(tmp_path, method)
-    made, marks = torch.load(tmp_path / "made.pt", weights_only=True)
+def test_every_command_works_under_any_start_method(pictures, scenes, tmp_path, method):
+    """Python 3.14 starts processes by forkserver, macOS by spawn: proposals and a loader's batches are those of this
+    process, training, O-KNN, the probes and a transfer run whole, and a mistake is one line and exit code 2."""
+    train, labelled = small(pictures, tmp_path / "run", "--epochs", 1), ["--data", "coco", "--root", scenes]
+    asked = ["--ckpt", tmp_path / "run/backbone.pth", *labelled, "--json"]
+    commands = [["d3ssl.py", *train],
+                ["evaluate.py", *asked, tmp_path / "knn.json", "--size", 64, "--k", 3],
+                ["probes.py", *asked, tmp_path / "probes.json", "--pairs", 2],
+                ["evaluate.py", *LOOK, "--root", scenes, "--steps", 1, "--out", tmp_path / "detector"],
+                ["d3ssl.py", *train, "--lr", 2]]
+    done = starts(tmp_path, method, scenes, *([*words, "--workers", 1] for words in commands))
+    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("d3ssl.py: error: ") and "is of another run (--lr 0.001, now 2.0)" in last
     views = data.TwoViews(data.Scenes(number=6), data.Proposals(tmp_path / "boxes"), 64, 2)
-    for batch, items in zip(made, data.Schedule(6, 2, 0, 0, 6), strict=True):
-        for got, wanted in zip(batch, zip(*[views[item] for item in items]), strict=True):
-            assert np.array_equal(got, np.stack(wanted))
-    for found, split in zip(zip(*marks), ("val", "train"), strict=True):
-        wanted = np.concatenate([data.Scenes(split).render(i)[3] for i in (0, 1)])[:3]
-        assert np.array_equal(torch.cat(found), [np.packbits(mask) for mask in wanted])
+    masks = [np.concatenate([data.Scenes(split).render(i)[3] for i in range(6)]) for split in ("val", "train")]
+    batches = data.Schedule(6, 2, 0, 0, 6)
+    for batch, items in zip(torch.load(tmp_path / "made.pt", weights_only=True), batches, strict=True):
+        wanted = [[*views[item], *[np.packbits(found[item[1]]) for found in masks]] for item in items]
+        for got, parts in zip(batch, zip(*wanted), strict=True):
+            assert np.array_equal(got, np.stack(parts))
+    assert saved_step(tmp_path / "run") == 4
+    knn, probed, detected = (json.loads((tmp_path / name).read_text())
+                             for name in ("knn.json", "probes.json", "detector/results.json"))
+    assert knn["files"][0]["queries"] == len(data.open_labelled("coco", scenes, "val").boxes)
+    assert len(probed["files"]) == 1 and np.isfinite(probed["files"][0]["rc"]).all()
+    assert detected["tested"] == 2 and {"box", "mask"} <= set(detected)
 
 
-def test_a_process_that_is_killed_ends_the_command_with_one_line(tmp_path):
-    data.write_scenes(tmp_path, 2)
+def test_a_process_that_is_killed_ends_the_command_with_one_line(scenes, tmp_path):
     for killed, said in ((dict(searched=5), "a process of the selective search was killed"),
                          (dict(loaded=3), "a loading process died")):
-        done = starts(tmp_path, "fork", **killed, ok=False)
+        done = starts(tmp_path, "fork", scenes, **killed)
         last = done.stdout.splitlines()[-1]
         assert done.returncode == 2 and re.fullmatch(f"starts.py: error: {said}.*: the same command goes on.*", last)
         assert "Traceback" not in done.stdout
@@ -897,20 +944,15 @@ def small_run(root, out, *words):
     return d3ssl.Run(config, Ranks(), "never")
 
 
-MAINS = """
-import sys, d3ssl, data
-for words in eval(sys.argv.pop()):
-    sys.argv[1:] = words
-    try:
-        data.error_exit(d3ssl.main)
-    except SystemExit as end:
-        print("code", end.code, file=sys.stderr, flush=True)
-"""
-
-
 def mains(*commands):
-    """Several command lines of d3ssl.py one after the other in one process; returns what they printed."""
-    return command("-c", MAINS, repr([[str(word) for word in words] for words in commands])).stdout
+    """Command lines of d3ssl.py one after the other, `here`; returns what they printed, "code 2" after a mistake."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        for words in commands:
+            code = here("d3ssl.py", *words)
+            if code:
+                print("code", code)
+    return printed.getvalue()
 
 
 def read_metrics(run):
@@ -958,6 +1000,8 @@ rank, saves = os.environ.get("RANK", "0"), []
 
 def send():
     if rank == os.environ.get("LAST_RANK", rank):
+        if place == "machine":  # torchrun's agent dies too
+            os.kill(os.getppid(), signal.SIGKILL)
         os.kill(os.getpid(), getattr(signal, name))
 
 def save(content, file, real=torch.save):
@@ -968,7 +1012,7 @@ def save(content, file, real=torch.save):
         send()
 
 def learning_rate(config, step, total, real=d3ssl.learning_rate):  # asked for between the backward pass and the update
-    if place == "step" and step == int(number) - 1:
+    if place in ("step", "machine") and step == int(number) - 1:
         send()
     return real(config, step, total)
 
@@ -1017,37 +1061,91 @@ def free_port():
         return found.getsockname()[1]
 
 
-def two_nodes(*runs):
-    """Two torchrun agents on this machine, each with a command line of d3ssl.py; returns their (exit code, output)."""
+def two_nodes(*scripts, **env):
+    """Two torchrun agents on this machine, each with a script and its words; returns their (exit code, output), once
+    no process of theirs is left that could print."""
     agents, port = [], free_port()
-    for node, words in enumerate(runs):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **env}
+    for node, words in enumerate(scripts):
         agent = ["-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", node, "--master_addr", "127.0.0.1",
-                 "--master_port", port, "--nproc_per_node", 1, "d3ssl.py", *words]
+                 "--master_port", port, "--nproc_per_node", 1, *words]
         agents.append(subprocess.Popen([sys.executable, *map(str, agent)], cwd=HERE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}))
-    printed = [agent.communicate(timeout=1800)[0] for agent in agents]
+                                       stderr=subprocess.STDOUT, text=True, env=env))
+    try:
+        printed = [agent.communicate(timeout=1800)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # one that hangs ends its worker too
     return [(agent.returncode, text) for agent, text in zip(agents, printed)]
 
 
-def test_ranks_machines_and_roots_may_change_on_resume(pictures, cut_short, tmp_path):
-    """A run of two ranks, told by SIGTERM on one of them to stop, saves and goes on: on two machines, another --root,
-    to the bits of an uninterrupted one; on one rank with a line that says so. Machines that do not share --out are
+TWO_RANKS_RUN = """
+import os, shutil, signal
+import torch, data, d3ssl
+fill_queue, update, train, clean = d3ssl.Run.fill_queue, d3ssl.Run.update, d3ssl.Run.train, d3ssl.Run.clean
+
+def fill_and_keep(run):
+    start = run.model.queue.features.clone()
+    fill_queue(run)
+    run.filled = start, run.model.queue.features.clone()
+
+def update_and_ask(run, views):
+    if run.ranks.rank == 1 and run.step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(run, views)
+
+def train_twice(run):
+    train(run)
+    assert run.step == 6
+    if run.ranks.rank == 0:
+        shutil.copytree(run.out, f"{run.out}-stopped")
+    run.stop_asked = False
+    train(run)
+
+def clean_and_keep(run):
+    found = clean(run)
+    torch.save((*run.filled, found), f"{run.out}-{run.ranks.rank}.pt")
+    return found
+
+d3ssl.Run.fill_queue, d3ssl.Run.update, d3ssl.Run.train = fill_and_keep, update_and_ask, train_twice
+d3ssl.Run.clean = clean_and_keep
+data.error_exit(d3ssl.main)
+"""
+
+
+@pytest.fixture(scope="session")
+def two_ranks(pictures, tmp_path_factory):
+    """A run of two ranks in `run`, told by SIGTERM on one of them to stop, `run-stopped`, that went on as it was, in
+    memory; of each rank the queue before and after it was filled and the clean statistics, `run-RANK.pt`."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "two.py").write_text(TWO_RANKS_RUN)
+    done = torchrun(folder / "two.py", *small(pictures, folder / "run"),
+                    env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    return Finished(folder / "run", pictures, done.stdout)
+
+
+def test_ranks_machines_and_roots_may_change_on_resume(two_ranks, pictures, cut_short, tmp_path):
+    """A run of two ranks, told by SIGTERM on one of them to stop, saves and goes on: on one rank with a line that says
+    so; on two machines, another --root, to the bits of a run that stayed in memory, although one of the machines dies
+    on the way: the other one ends, and both start again from the last save. Machines that do not share --out are
     refused."""
-    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    stopped, moved = tmp_path / "stopped", tmp_path / "elsewhere"
-    done = torchrun(cut_short, "SIGTERM:step:6", *small(pictures, stopped), env={"LAST_RANK": "1", **threads})
-    assert done.stdout.count("stopped at step 6 and saved") == 1
+    stopped, moved, alone = tmp_path / "stopped", tmp_path / "elsewhere", tmp_path / "alone"
+    assert two_ranks.printed.count("stopped at step 6 and saved") == 1
+    for folder in (stopped, alone):
+        shutil.copytree(f"{two_ranks.out}-stopped", folder)
     assert saved_step(stopped) == 6
     shutil.copytree(pictures, moved)
-    shutil.copytree(stopped, tmp_path / "alone")
-    printed = mains(small(moved, tmp_path / "alone"))
+    printed = mains(small(moved, alone, "--workers", 0))
     assert "is of 2 ranks, now 1: it goes on, but not to the same bits" in printed and "code" not in printed
-    assert saved_step(tmp_path / "alone") == 12
-    (code, printed), (other_code, other) = two_nodes(small(pictures, stopped), small(moved, stopped))
-    assert (code, other_code) == (0, 0) and "steps 6 to 12" in printed and "step 12/12" not in other
-    torchrun("d3ssl.py", *small(pictures, tmp_path / "whole"), env=threads)
-    assert difference(stopped, tmp_path / "whole") is None
-    for code, printed in two_nodes(small(pictures, stopped), small(pictures, tmp_path / "new")):
+    assert saved_step(alone) == 12
+    both = small(pictures, stopped), small(moved, stopped)
+    (code, printed), (killed, _) = two_nodes(*([cut_short, "SIGKILL:machine:9", *words] for words in both),
+                                             LAST_RANK="1")  # they save at every step
+    assert code > 0 and killed == -signal.SIGKILL and "step 8/12" in printed and saved_step(stopped) == 8
+    (code, printed), (other_code, other) = two_nodes(*(["d3ssl.py", *words] for words in both))
+    assert (code, other_code) == (0, 0) and "steps 8 to 12" in printed and "step 12/12" not in other
+    assert difference(stopped, two_ranks.out) is None
+    for code, printed in two_nodes(["d3ssl.py", *both[0]], ["d3ssl.py", *small(pictures, tmp_path / "new")]):
         assert code and "d3ssl.py: error: the ranks differ (step 0 to 12): share --out" in printed
         assert "Traceback" not in printed.split("d3ssl.py: error:")[0]
     assert not (tmp_path / "new").exists()
@@ -1082,19 +1180,8 @@ def test_the_queue_starts_with_teacher_features_of_batches_that_training_never_s
     assert not (features[:, None] == start).all(2).any() and run.model.queue.pointer == 0
 
 
-FILL_SCRIPT = """
-import sys, torch, d3ssl
-run = d3ssl.Run(d3ssl.parse_config()[0], d3ssl.Ranks(), "never")
-start = run.model.queue.features.clone()
-run.fill_queue()
-torch.save((start, run.model.queue.features, run.clean()), f"{run.config.out}-{run.ranks.rank}.pt")
-"""
-
-
-def test_the_queue_and_the_clean_statistics_are_the_same_on_two_ranks(pictures, tmp_path):
-    (tmp_path / "fill.py").write_text(FILL_SCRIPT)
-    torchrun(tmp_path / "fill.py", *small(pictures, tmp_path / "rank"), env={"PYTHONPATH": str(HERE)})
-    (start, one, clean), (_, two, other) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
+def test_the_queue_and_the_clean_statistics_are_the_same_on_two_ranks(two_ranks):
+    (start, one, clean), (_, two, other) = (torch.load(f"{two_ranks.out}-{rank}.pt") for rank in (0, 1))
     assert torch.equal(one, two) and not (one[:, None] == start).all(2).any()
     torch.testing.assert_close(one.norm(dim=1), torch.ones(16))
     assert len({tuple(row.tolist()) for row in one}) == 16  # each rank's own half
@@ -1128,39 +1215,26 @@ def test_snapshots_lie_at_powers_of_two_of_images_seen(pictures, tmp_path, monke
 
 @needs_coco
 def test_training_reads_no_annotation(tmp_path):
-    """Two runs on COCO images, one with annotations/ deleted, are byte-equal; baselines and objectives all run."""
-    root = tmp_path / "coco"
+    """Two runs on COCO images, one without annotations/, are byte-equal; baselines and objectives all run."""
+    root, bare = tmp_path / "coco", tmp_path / "bare"
     (root / "train2017").mkdir(parents=True)
-    for path in sorted((COCO / "train2017").iterdir())[:8]:
+    for path in sorted((COCO / "train2017").iterdir())[:4]:
         shutil.copy(path, root / "train2017")
+    shutil.copytree(root, bare)
     shutil.copytree(COCO / "annotations", root / "annotations")
-    words = ["--data", "coco", "--root", root, "--arch", "resnet18", "--size", 64, "--batch-size", 4, "--epochs", 1]
+    words = ["--data", "coco", "--arch", "resnet18", "--size", 64, "--roi", 4, "--batch-size", 4, "--epochs", 2,
+             "--proposals", tmp_path / "proposals", "--workers", 0, "--root"]
     variants = {"image": ["--regions", "image"], "grid": ["--regions", "grid"],
                 "hide": ["--prm", "hide", "--dp-boxes", 4],
                 "soco": ["--objective", "cosine", "--no-dp", "--augs", "cutout,jitter"]}
-    mains([*words, "--out", tmp_path / "a", "--snapshots"])
-    shutil.rmtree(root / "annotations")
-    mains([*words, "--out", tmp_path / "b"],
-          *([*words, "--out", tmp_path / name, *more] for name, more in variants.items()))
+    mains([*words, root, "--out", tmp_path / "a", "--snapshots"], [*words, bare, "--out", tmp_path / "b"],
+          *([*words, bare, "--out", tmp_path / name, *more] for name, more in variants.items()))
     assert (tmp_path / "a" / "last.pt").read_bytes() == (tmp_path / "b" / "last.pt").read_bytes()
     start = torch.load(tmp_path / "a" / "backbone-0.pth", weights_only=True)  # before step 1, with clean statistics
     assert start["bn1.running_mean"].any() and torchvision.models.resnet18().load_state_dict(start, strict=False)
     for name in variants:
         row = read_metrics(tmp_path / name)[-1]
         assert math.isfinite(row["loss"]) and (row["loss_dp"] == 0) == (name != "hide")
-
-
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_training_works_under_every_start_method(pictures, method, tmp_path):
-    """Proposals and loaders with worker processes that inherit nothing; mistakes stay one line and exit code 2."""
-    script = f"import multiprocessing\nmultiprocessing.set_start_method('{method}')\n" + MAINS
-    for i in range(4):
-        shutil.copy(pictures / f"{i:03d}.png", tmp_path)
-    words = small(tmp_path, tmp_path / ".run", "--workers", 1, "--epochs", 1)
-    done = command("-c", script, repr([[str(word) for word in run] for run in (words, [*words, "--lr", 2])]))
-    assert "step 1/1" in done.stdout and (tmp_path / ".run" / "backbone.pth").exists()
-    error, code = done.stdout.splitlines()[-2:]
-    assert "is of another run (--lr 0.001, now 2.0)" in error and code == "code 2" and "Traceback" not in done.stdout
 
 
 def test_the_default_run_finds_positives_among_negatives(scenes_run):
@@ -1176,8 +1250,9 @@ def test_the_default_run_finds_positives_among_negatives(scenes_run):
     assert last["top1"] > 20 / 1025  # 0.16 to 0.17; --lr 0: 0.004 of 3,200 draws, chance 0.001
 
 
-def test_mistakes_are_one_line_that_names_the_cure(scenes_run, pictures, tmp_path):
+def test_mistakes_are_one_line_that_names_the_cure(scenes_run, pictures, tmp_path, monkeypatch):
     out, root, _ = scenes_run
+    monkeypatch.setattr(Scenes, "keep", lambda scenes: None)  # nothing here reads a picture
     empty, cut, two = tmp_path / "empty", tmp_path / "cut", tmp_path / "two"
     empty.mkdir(), cut.mkdir(), two.mkdir()
     for i in range(2):
@@ -1204,18 +1279,13 @@ def test_mistakes_are_one_line_that_names_the_cure(scenes_run, pictures, tmp_pat
     assert f"{out}/last.pt is finished at step 40 of 40" in printed and (out / "last.pt").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(pictures, tmp_path):
-    script = "import d3ssl\nd3ssl.info_nce = lambda query, z_pos: query.z.sum() * float('nan')\n" + MAINS
-    mains(small(pictures, tmp_path, "--max-steps", 2))
+def test_a_loss_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch):
+    words = small(pictures, tmp_path, "--workers", 0)
+    mains([*words, "--max-steps", 2])
     before = (tmp_path / "last.pt").read_bytes()
-    done = command("-c", script, repr([[str(word) for word in small(pictures, tmp_path)]]))
-    error, code = done.stdout.splitlines()[-2:]
+    monkeypatch.setattr(d3ssl, "info_nce", lambda query, z_pos: query.z.sum() * float("nan"))
+    error, code = mains(words).splitlines()[-2:]
     assert "not finite" in error and code == "code 2" and (tmp_path / "last.pt").read_bytes() == before
-
-
-def run(script, *arguments):
-    words = [sys.executable, str(HERE / script), *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, cwd=HERE)
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -2474,8 +2544,8 @@ def test_evaluate_command(tmp_path):
 
 @pytest.mark.skipif(not VOC.exists(), reason="../shared/data/voc2007 is not here")
 def test_evaluate_reads_voc(tmp_path):
-    command("evaluate.py", "--ckpt", "colour", "--data", "voc", "--root", VOC, "--limit-images", 40, "--json",
-            tmp_path / "o.json", "--workers", 0)
+    assert here("evaluate.py", "--ckpt", "colour", "--data", "voc", "--root", VOC, "--limit-images", 40, "--json",
+                tmp_path / "o.json", "--workers", 0) == 0
     found = json.loads((tmp_path / "o.json").read_text())
     lines = (VOC / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "val.txt").read_text().split()[:40]
     objects = sum((VOC / "VOCdevkit" / "VOC2007" / "Annotations" / f"{name}.xml").read_text().count("<object>")
@@ -2518,12 +2588,10 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
     write_coco(tmp_path / "empty", [])
     for split in ("train", "val"):
         write_coco(tmp_path / "tiny", [(i, [8, 12, 16, 24], 3) for i in range(3)], split=split)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(a.format(tmp=tmp_path) for a in arguments)])
     monkeypatch.setenv("WORLD_SIZE", "2" if case == "torchrun" else "1")
-    with pytest.raises(SystemExit) as stop:
-        evaluate.error_exit(evaluate.main)
+    code = here("evaluate.py", *(a.format(tmp=tmp_path) for a in arguments))
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+    assert code == 2 and len(lines) == 1 and message in lines[0], lines
 
 
 @pytest.mark.bench
@@ -2830,16 +2898,11 @@ def voc(root, year, lists):
 
 
 @pytest.fixture
-def run_data(monkeypatch, capfd):
-    """data.py's command line in this process, which saves two seconds of imports: (exit code, stdout, stderr)."""
+def run_data(capfd):
+    """data.py, `here`: (exit code, stdout, stderr)."""
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
         capfd.readouterr()
-        code = 0
-        try:
-            data.error_exit(data.main)
-        except SystemExit as left:
-            code = left.code
+        code = here("data.py", *arguments)
         return code, *capfd.readouterr()
     return run
 
@@ -3204,16 +3267,9 @@ def scenes(tmp_path_factory):
 
 
 def detection_run(capfd, *arguments):
-    """evaluate.py --transfer in this process, which saves the imports: (exit code, stdout, stderr)."""
-    old, sys.argv = sys.argv, ["evaluate.py", *LOOK, *map(str, arguments)]
+    """evaluate.py --transfer, `here`: (exit code, stdout, stderr)."""
     capfd.readouterr()
-    try:
-        data.error_exit(evaluate.main)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.argv = old
+    code = here("evaluate.py", *LOOK, *arguments)
     return (code, *capfd.readouterr())
 
 
@@ -3648,21 +3704,11 @@ def test_transfer_mistakes(scenes, tmp_path, capfd):
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
-def help_of(script, command, monkeypatch, capsys):
-    """What `python script command --help` prints."""
-    modules = {"data.py": data, "augment.py": augment, "d3ssl.py": d3ssl, "evaluate.py": evaluate, "probes.py": probes}
-    monkeypatch.setattr(sys, "argv", [script, *command, "--help"])
-    with pytest.raises(SystemExit):
-        modules[script].main()
-    return capsys.readouterr().out
-
-
-def test_readme_names_functions_files_and_flags_that_exist(monkeypatch, capsys):
-    modules = {"data": data, "augment": augment, "d3ssl": d3ssl, "evaluate": evaluate, "probes": probes}
+def test_readme_names_functions_files_and_flags_that_exist(capsys):
     named = re.findall(r"`(data|augment|d3ssl|evaluate|probes)\.(?!py\b)(\w+)(?:\.(\w+))?`", README)
     assert len(named) > 15
     for module, name, attribute in named:
-        found = getattr(modules[module], name)
+        found = getattr(SCRIPTS[f"{module}.py"], name)
         assert not attribute or hasattr(found, attribute), (module, name, attribute)
     pictures = re.findall(r"\]\((\.github/[\w.-]+)\)", README)
     assert pictures and all((HERE / picture).is_file() for picture in pictures)
@@ -3676,7 +3722,8 @@ def test_readme_names_functions_files_and_flags_that_exist(monkeypatch, capsys):
         subcommand = words[:1] if script == "data.py" and words and not words[0].startswith("-") else []
         key = (script, *subcommand)
         if key not in printed:
-            printed[key] = help_of(script, subcommand, monkeypatch, capsys)
+            assert here(*key, "--help") == 0
+            printed[key] = capsys.readouterr().out
         for word in words:
             if word.startswith("--"):
                 assert re.search(rf"{word}\b", printed[key]), (key, word)
