@@ -1240,14 +1240,14 @@ def test_training_reads_no_annotation(tmp_path):
 def test_the_default_run_finds_positives_among_negatives(scenes_run):
     """The mean loss of steps 21-40 is below that of features that tell nothing, four terms of log(1 + negatives), 27.7;
     an untrained network's is above it, since a positive is augmented and looks less alike than a negative does. Seeds
-    0-2 gave 22.7, 22.9, 22.8 (24.5, 24.5, 25.0 for steps 41-60); --lr 0 gave 29.7, 29.6, 29.3, 29.4 for steps 1, 2-20,
-    21-40 and 41-60. A mean of 20 steps varies by some 0.2: the bound is 20 of these from a correct run and 8 from one
-    that does not learn. What more images teach: `test_a_trained_checkpoint_beats_the_untrained_network`."""
+    0-2 gave 25.5 three times; --lr 0 gave 29.7, 29.6 and 29.3 for steps 1, 2-20 and 21-40. A mean of 20 steps varies by
+    some 0.2: the bound is 11 of these from a correct run and 8 from one that does not learn. What more images teach:
+    `test_a_trained_checkpoint_beats_the_untrained_network`."""
     chance = 4 * math.log(1 + 1024)
     first, _, last = read_metrics(scenes_run.out)
     assert first["loss"] > chance and last["loss"] < chance
     assert last["loss_dc"] < chance / 2 and last["loss_dp"] < chance / 2
-    assert last["top1"] > 20 / 1025  # 0.16 to 0.17; --lr 0: 0.004 of 3,200 draws, chance 0.001
+    assert last["top1"] > 10 / 1025  # 0.032 to 0.041; --lr 0: 0.004 of 3,200 draws, chance 0.001
 
 
 def test_mistakes_are_one_line_that_names_the_cure(scenes_run, pictures, tmp_path, monkeypatch):
