@@ -60,10 +60,10 @@ def boxes_mask(boxes, size):
 def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generator=None):
     """PRC, section 4.1: cut a part out of every proposal, from the largest proposal to the smallest.
 
-    For box i, with c the share of its pixels R_i that is hidden already: if c > threshold, R_i is recovered (made
-    visible) and c = 0. Then s ~ U(share), an area share; if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect
-    ratio is hidden, placed uniformly inside R_i. The subtraction is not in the paper: from the authors' follow-up (ICLR
-    2024).
+    R_i are the whole pixels of box i, c the share of them that is hidden already. If c > threshold, R_i is recovered
+    (made visible) and c = 0. Then s ~ U(share), an area share; if s > c, a rectangle of area (s - c)|R_i| with R_i's
+    aspect ratio is hidden, placed uniformly inside R_i. The subtraction is not in the paper: from the authors'
+    follow-up (ICLR 2024).
 
     Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one stays."""
     size, dtype = mask.shape[-2:], mask.dtype
@@ -79,8 +79,9 @@ def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generat
         hidden = 1 - (region & visible).sum((1, 2)) / extent.prod(1).clamp(min=1)
         recover = hidden > threshold
         visible = visible | (region & recover[:, None, None])
-        s = share[0] + (share[1] - share[0]) * draws[0, :, i] - hidden.masked_fill(recover, 0)
-        cut = (extent * s.clamp(min=0).sqrt()[:, None]).round()
+        s = share[0] + (share[1] - share[0]) * draws[0, :, i]
+        still_to_hide = (s - hidden.masked_fill(recover, 0)).clamp(min=0)  # s - c
+        cut = (extent * still_to_hide.sqrt()[:, None]).round()
         place = corner + (draws[1:, :, i].T * (extent - cut + 1)).floor().minimum(extent - cut)
         visible = visible & ~rectangle_mask(torch.cat([place, place + cut], 1), size)
     return visible[:, None].to(dtype)
@@ -138,7 +139,7 @@ def scale_and_move(boxes, size, draws):
 
 def random_cutout(mask, boxes, share=(0.1, 0.3), p=0.5, generator=None):
     """Not in the paper: SoCo's random cutout, for Tables 5 and 6. With probability p a box (B, K, 4) loses a square of
-    area share U(share), centred uniformly in the box. Returns the new mask (B, 1, H, W)."""
+    area share U(share), centred uniformly in the box and clipped to it. Returns the new mask (B, 1, H, W)."""
     size = mask.shape[-2:]
     boxes = whole_pixels(boxes, size)
     extent = boxes[..., 2:] - boxes[..., :2]
@@ -265,8 +266,8 @@ def normalise(images):
 class Views(NamedTuple):
     """What D3SSL.forward reads and a contact sheet shows. `boxes` made the masks; RoIAlign reads the jittered `rois`.
     What de-positioning makes (m_hat, x3, boxes3, rois3) is None without it."""
-    x1: torch.Tensor         # (B, 3, H, W) view 1
-    x2: torch.Tensor         # (B, 3, H, W) view 2; the teacher sees it as it is
+    x1: torch.Tensor         # (B, 3, H, W) view 1, for the contact sheet alone
+    x2: torch.Tensor         # (B, 3, H, W) view 2; the teacher sees it neither cut nor masked
     x1_hat: torch.Tensor     # (B, 3, H, W) Eq. 2
     x2s_hat: torch.Tensor    # (B, 3, H/2, W/2) Eq. 2
     m_hat: torch.Tensor      # (B, 1, H, W) Eq. 7
@@ -280,6 +281,7 @@ class Views(NamedTuple):
 
 
 AUGS = ("prc", "prm", "rbj", "cutout", "jitter")
+JITTERS = {"rbj": restricted_box_jitter, "jitter": box_jitter}  # those of AUGS that change what RoIAlign reads
 
 
 def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, generator=None, colour=Colour()):
@@ -295,7 +297,7 @@ def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, gene
     x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, generator, second=True)
     m_hat = x3 = boxes3 = rois3 = None
     if dp_boxes:
-        m_hat, x3, boxes3 = deposition(x2, boxes2[:, :dp_boxes], generator)
+        m_hat, x3, boxes3 = de_position(x2, boxes2[:, :dp_boxes], generator)
     rois1 = jitter_rois(boxes1, size, augs, generator)
     rois2 = jitter_rois(boxes2, size, augs, generator)
     if dp_boxes:
@@ -303,7 +305,7 @@ def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, gene
     return Views(x1, x2, x1_hat, x2s_hat, m_hat, x3, boxes1, boxes2, boxes3, rois1, rois2, rois3)
 
 
-def deposition(x2, boxes, generator=None):
+def de_position(x2, boxes, generator=None):
     """Eqs. 6-8 for boxes (B, k, 4) of x2 (B, 3, H, W), on view 2 of the next image of the batch as background.
     Returns m^ (B, 1, H, W), x3 (B, 3, H, W) and b^ (B, k, 4)."""
     size = x2.shape[2:]
@@ -327,10 +329,11 @@ def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):
 
 
 def jitter_rois(boxes, size, augs, generator=None):
-    """RBJ or SoCo's jitter, whichever `augs` names, or the boxes as they are."""
-    if "rbj" in augs:
-        return restricted_box_jitter(boxes, size, generator)
-    return box_jitter(boxes, size, generator) if "jitter" in augs else boxes
+    """The boxes (B, K, 4) after the one of JITTERS that `augs` names, or as they are."""
+    for name in JITTERS:
+        if name in augs:
+            return JITTERS[name](boxes, size, generator)
+    return boxes
 
 
 def parse_augs(text):
@@ -339,8 +342,9 @@ def parse_augs(text):
     for name in names:
         if name not in AUGS:
             raise argparse.ArgumentTypeError(f"{name or 'an empty name'} is none of {', '.join(AUGS)}, none")
-    if {"rbj", "jitter"} <= set(names):
-        raise argparse.ArgumentTypeError("rbj and jitter are two jitters of the same boxes, name one of them")
+    jitters = [name for name in JITTERS if name in names]
+    if len(jitters) > 1:
+        raise argparse.ArgumentTypeError(f"{' and '.join(jitters)} are two jitters of the same boxes, name one of them")
     return tuple(name for name in AUGS if name in names)
 
 
@@ -392,7 +396,7 @@ def main():
     parser.add_argument("--rows", type=positive, default=6, help="images to show")
     parser.add_argument("--boxes", type=positive, default=4, help="K, boxes an image")
     parser.add_argument("--dp-boxes", type=whole_number, default=1, help="how many of them de-positioning moves")
-    parser.add_argument("--augs", type=parse_augs, default=AUGS[:3], help="as in d3ssl.py")
+    parser.add_argument("--augs", type=parse_augs, default=("prc", "prm", "rbj"), help="as in d3ssl.py")
     parser.add_argument("--prm", choices=("reveal", "hide"), default="reveal")
     parser.add_argument("--seed", type=whole_number, default=0)
     args = parser.parse_args()

@@ -93,13 +93,14 @@ FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots
 class Encoder(nn.Module):
     """f: z = H(RoIAlign(E(x), b)), Eq. 1. E is a ResNet up to C4; H is C5, average pooling and the projector.
 
-    `backbone` is torchvision's ResNet without its classifier, so its state dict is everybody's. With grid=True C5 runs
+    `backbone` is torchvision's ResNet without its classifier, so its keys are torchvision's. With grid=True C5 runs
     on the whole map and a 1x1 RoIAlign after it reads one vector a box (the paper's point-level baseline)."""
 
     def __init__(self, arch="resnet50", hidden=None, dim=128, roi=14, norm=False, grid=False):
         super().__init__()
         self.backbone = torchvision.models.get_model(arch, weights=None)
-        width, self.backbone.fc = self.backbone.fc.in_features, nn.Identity()
+        width = self.backbone.fc.in_features
+        self.backbone.fc = nn.Identity()
         self.projector = perceptron(width, hidden or width, dim, norm)
         self.roi, self.grid = roi, grid
 
@@ -240,7 +241,7 @@ class D3SSL(nn.Module):
         self.config, self.amp = config, amp
         self.student = Encoder(c.arch, c.hidden, c.dim, c.roi, c.projector_norm, grid=c.regions == "grid")
         self.teacher = deepcopy(self.student).requires_grad_(False)  # in training mode too, with its own buffers
-        self.predictor = perceptron(c.dim, c.hidden, c.dim, norm=True) if c.objective == "cosine" else None
+        self.predictor = perceptron(c.dim, c.hidden or c.dim, c.dim, norm=True) if c.objective == "cosine" else None
         self.queue = Queue(c.queue, c.dim, c.seed)
 
     @torch.no_grad()

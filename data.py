@@ -989,10 +989,10 @@ class Making:
         progress = Progress("waiting for the other ranks", len(self.chunks), "chunks")
         while proposals_state(self.images, self.folder) != "ready":
             missing = len(self.missing())
-            if first:
-                progress.update(len(self.chunks) - missing)
             if first and not missing:
                 return self.join()
+            if first:
+                progress.update(len(self.chunks) - missing)
             if missing != number:
                 number, since = missing, time.monotonic()
             if time.monotonic() - since > PATIENCE:
