@@ -192,7 +192,7 @@ class Stub(dict):
         self.__dict__.update(state if isinstance(state, dict) else {})
 
     def append(self, _):
-        pass
+        """Swallow what a pickle puts into a container of an unknown class."""
 
     extend = add = append
 
@@ -1406,6 +1406,12 @@ def new_figure(rows, columns, width, height):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def plot_file(path):
+    """The type of --plot: raises UserError where matplotlib is missing, before the work and not after it."""
+    new_figure(1, 1, 1, 1)
+    return path
+
+
 def images_seen(axis):
     """Make a figure's horizontal axis one of images seen: doublings, 2k for 2,048."""
     axis.set_xscale("log", base=2)
@@ -1491,7 +1497,7 @@ def parse_arguments(arguments=None):
     add("--objects", type=positive, default=3, help="N, objects of a train image in the bank")
     add("--limit-images", type=positive, help="only the first so many images of each split")
     add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
-    add("--plot", metavar="FILE", help="write a PNG of every arm over images seen (needs matplotlib)")
+    add("--plot", metavar="FILE", type=plot_file, help="write a PNG of every arm over images seen (needs matplotlib)")
     add("--per-category", action="store_true", help="print the top-1 accuracy of each category too")
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
     add("--out", help="of --transfer: last.pt, detector.pth, results.json (default runs/TASK-CKPT)")
@@ -1505,8 +1511,6 @@ def parse_arguments(arguments=None):
     add("--test-on", choices=("train", "val"), default="val", help="of --transfer; train: does it fit what it saw?")
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
     args = parser.parse_args(arguments)
-    if args.plot:
-        new_figure(1, 1, 1, 1)  # a missing matplotlib is told before the work, not after it
     args.size = args.size or SIZE[args.data]
     args.head = args.head or ("roi" if args.data in SCENES else "map")
     if args.size % 16:

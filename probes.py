@@ -40,7 +40,7 @@ from augment import normalise, to_float
 from d3ssl import roi_align
 from data import Parser, Progress, UserError, error_exit, open_images, open_labelled, positive, resize, rng
 from evaluate import (CURVE_COLOURS, SIZE, VERSIONS, Clean, add_checkpoint_arguments, images_seen, new_figure,
-                      open_arms, reference, save, save_figure)
+                      open_arms, plot_file, reference, save, save_figure)
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
@@ -443,10 +443,8 @@ def main():
         "images; mask: an object is cut along its mask, its feature the mean of its own cells")
     add("--alone", action="store_true", help="MCS and rp of one object alone at nine places, not of nine at once")
     add("--fill", choices=tuple(FILLS), default="black", help="around the objects: black or ImageNet's mean colour")
-    add("--plot", help="write the curves there, a PNG (needs matplotlib)")
+    add("--plot", type=plot_file, help="write the curves there, a PNG (needs matplotlib)")
     args = parser.parse_args()
-    if args.plot:
-        new_figure(1, 1, 1, 1)  # a missing matplotlib is told before the work, not after it
     if args.pairs < 2:
         raise UserError(f"--pairs {args.pairs}: a standard error needs at least 2")
     arms = open_arms(args)
