@@ -8,7 +8,6 @@
 A run writes last.pt, backbone.pth, metrics.jsonl and curves.png into --out and resumes from last.pt by itself.
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -30,7 +29,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import make_views, normalise, parse_augs, to_float
 from data import (SCENES, Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration,
-                  error_exit, make_loader, open_images, positive, proposals_folder, rng, usable_cores, whole_number)
+                  error_exit, listing, make_loader, open_images, positive, proposals_folder, rng, usable_cores,
+                  whole_number)
 
 
 def setting(default, about, choices=None):
@@ -415,7 +415,7 @@ class Run:
     def __init__(self, config, ranks, resume="auto"):
         self.ranks, self.step, self.out, self.stop_asked = ranks, 0, Path(config.out), False
         self.views = open_views(config, ranks)
-        self.listing = hashlib.sha1(b"\n".join(self.views.names())).hexdigest()[:16]
+        self.listing = listing(self.views.names())
         self.config = fit_queue(config, len(self.views), ranks)
         saved = load_last(self.out / "last.pt", self.settings(), ranks) if resume == "auto" else None
         self.per_epoch = len(self.views) // config.batch_size

@@ -856,15 +856,15 @@ def proposals_state(images, folder):
     return "other settings: " + "; ".join(other) if other else "ready"
 
 
-def listing(images):
-    """16 hex digits that stand for the names of `images`, in their order."""
-    return hashlib.sha1(b"\n".join(images.names.tolist())).hexdigest()[:16]
+def listing(names):
+    """16 hex digits that stand for `names`, a list of bytes, in their order."""
+    return hashlib.sha1(b"\n".join(names)).hexdigest()[:16]
 
 
 def _settings(images):
     """What proposals depend on: the search, its filter, the list of images and the version of what draws them."""
     drawn = {} if images.version is None else {"version": images.version}
-    return {**SEARCH, "images": len(images), "listing": listing(images), **drawn}
+    return {**SEARCH, "images": len(images), "listing": listing(images.names.tolist()), **drawn}
 
 
 def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):

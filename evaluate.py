@@ -62,8 +62,8 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from augment import COLOURS, MEAN, STD, normalise, to_float
 from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
                    out_of_memory, roi_align)
-from data import (SCENES, SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, make_loader,
-                  mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
+from data import (SCENES, SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing,
+                  make_loader, mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
 
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
 SIZE = {"scenes": 112, "scenes-biased": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
@@ -1020,8 +1020,8 @@ class FineTuning:
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()
                  if key not in ("root", "test_on")}
         names = [self.trained.found.images.name(i) for i in self.trained.index]
-        listing = hashlib.sha1("\n".join(names + self.categories).encode()).hexdigest()[:16]
-        return {**plain, "ckpt": self.backbone, "masks": self.masks, "listing": listing}
+        of_all = listing([name.encode() for name in names + self.categories])
+        return {**plain, "ckpt": self.backbone, "masks": self.masks, "listing": of_all}
 
     def build(self, network, saved):
         """Model and optimiser, as `saved` or from the seed; norms are synchronised on GPUs and do not decay."""
