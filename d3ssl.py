@@ -668,7 +668,8 @@ def load_last(path, settings, ranks):
 
 def flag(key):
     """How a setting is called where people set it."""
-    return "the images' names" if key == "listing" else "--" + key.replace("_", "-")
+    otherwise = {"listing": "the images' names", "task": "--transfer", "sides": "--short-side"}
+    return otherwise.get(key, "--" + key.replace("_", "-"))
 
 
 def agree(ranks, out, *state):

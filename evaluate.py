@@ -1090,7 +1090,9 @@ class FineTuning:
         return self.step == self.config.steps
 
     def ask_to_stop(self, number, frame):
+        """Stop after this step; a second signal ends the process at once."""
         self.stop_asked = True
+        signal.signal(number, signal.SIG_DFL)
 
     def loop(self):
         clock, per_epoch = Clock(), len(self.trained) // self.config.batch_size

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,16 +239,9 @@ def offsets_of(views, number, dp_boxes):
     return offset.abs().double() / views.size
 
 
-def test_depositioning_moves_scenes_by_a_tenth_of_the_side_and_more(scenes_run):
-    """On average, along each axis. By default: 0.19; with all four boxes, whose union leaves no room: 0.07."""
-    views = data.TwoViews(Scenes(), data.Proposals(scenes_run.root / ".proposals" / "train"), 112, 4)
-    assert offsets_of(views, 300, d3ssl.Config.dp_boxes).mean(0).min() > 0.1
-    assert offsets_of(views, 300, 4).mean(0).max() < 0.1
-
-
 @needs_coco
 def test_depositioning_moves_cocos_objects_by_a_tenth_of_the_side_and_more(tmp_path):
-    """As on scenes: 0.18 by default, with all four boxes 0.04."""
+    """On average, along each axis. By default: 0.18; with all four boxes, whose union leaves no room: 0.04."""
     names = data.list_images(COCO / "train2017")[:24]
     images = data.Images(COCO / "train2017", names)
     data.compute_proposals(images, tmp_path, workers=data.usable_cores())
@@ -646,17 +640,6 @@ def test_scenes_options_bias_train_and_not_val():
     assert plain[0] < 0.2 and plain[1] < 0.36
 
 
-def test_scenes_objects_suit_the_methods_filter(scenes_run):
-    """At least 95 % of the objects have a proposal of IoU > 0.5 among those that pass the filter, and at least 65 % of
-    the proposals an object: 2-4 objects of side 44-62 gave 100 % and 76 % (a search that finds nothing: 0)."""
-    proposals, found, meant = data.Proposals(scenes_run.root / ".proposals" / "train"), [], []
-    for i in range(100):
-        overlap = torchvision.ops.box_iou(torch.tensor(proposals[i]), torch.tensor(Scenes().render(i)[1])) > 0.5
-        found += overlap.any(0).tolist()
-        meant += overlap.any(1).tolist()
-    assert np.mean(found) >= 0.95 and np.mean(meant) >= 0.65
-
-
 def test_written_scenes_are_cocos_layout(tmp_path):
     from pycocotools.coco import COCO as Reader
     command("data.py", "scenes", "--out", tmp_path, "--n", 4)
@@ -779,34 +762,47 @@ def starts(folder, method, labelled, *commands, searched=-1, loaded=-1):
                    env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_every_command_works_under_any_start_method(pictures, scenes, tmp_path, method):
+def test_every_command_works_under_any_start_method(pictures, scenes, tmp_path):
     """Python 3.14 starts processes by forkserver, macOS by spawn: proposals and a loader's batches are those of this
-    process, training, O-KNN, the probes and a transfer run whole, and a mistake is one line and exit code 2."""
-    train, labelled = small(pictures, tmp_path / "run", "--epochs", 1), ["--data", "coco", "--root", scenes]
-    asked = ["--ckpt", tmp_path / "run/backbone.pth", *labelled, "--json"]
-    commands = [["d3ssl.py", *train],
-                ["evaluate.py", *asked, tmp_path / "knn.json", "--size", 64, "--k", 3],
-                ["probes.py", *asked, tmp_path / "probes.json", "--pairs", 2],
-                ["evaluate.py", *LOOK, "--root", scenes, "--steps", 1, "--out", tmp_path / "detector"],
-                ["d3ssl.py", *train, "--lr", 2]]
-    done = starts(tmp_path, method, scenes, *([*words, "--workers", 1] for words in commands))
-    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("d3ssl.py: error: ") and "is of another run (--lr 0.001, now 2.0)" in last
-    views = data.TwoViews(data.Scenes(number=6), data.Proposals(tmp_path / "boxes"), 64, 2)
+    process, training, O-KNN, the probes and a transfer run whole, and a mistake is one line and exit code 2. Both
+    methods run at the same time."""
+    def commands(out):
+        train, labelled = small(pictures, out / "run", "--epochs", 1), ["--data", "coco", "--root", scenes]
+        asked = ["--ckpt", out / "run/backbone.pth", *labelled, "--json"]
+        return [[*words, "--workers", 1] for words in (
+            ["d3ssl.py", *train],
+            ["evaluate.py", *asked, out / "knn.json", "--size", 64, "--k", 3],
+            ["probes.py", *asked, out / "probes.json", "--pairs", 2],
+            ["evaluate.py", *LOOK, "--root", scenes, "--steps", 1, "--out", out / "detector"],
+            ["d3ssl.py", *train, "--lr", 2])]
+
+    def run(method):
+        (tmp_path / method).mkdir()
+        return tmp_path / method, starts(tmp_path / method, method, scenes, *commands(tmp_path / method))
+    with ThreadPoolExecutor() as pool:
+        finished = list(pool.map(run, ("forkserver", "spawn")))
+    for out, done in finished:
+        assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+        last = done.stdout.splitlines()[-1]
+        assert last.startswith("d3ssl.py: error: ") and "is of another run (--lr 0.001, now 2.0)" in last
+        assert_made_as_here(out)
+        assert saved_step(out / "run") == 4
+        knn, probed, detected = (json.loads((out / name).read_text())
+                                 for name in ("knn.json", "probes.json", "detector/results.json"))
+        assert knn["files"][0]["queries"] == len(data.open_labelled("coco", scenes, "val").boxes)
+        assert len(probed["files"]) == 1 and np.isfinite(probed["files"][0]["rc"]).all()
+        assert detected["tested"] == 2 and {"box", "mask"} <= set(detected)
+
+
+def assert_made_as_here(out):
+    """The batches that STARTS loaded in another process, views and masks, are those of this process."""
+    views = data.TwoViews(data.Scenes(number=6), data.Proposals(out / "boxes"), 64, 2)
     masks = [np.concatenate([data.Scenes(split).render(i)[3] for i in range(6)]) for split in ("val", "train")]
     batches = data.Schedule(6, 2, 0, 0, 6)
-    for batch, items in zip(torch.load(tmp_path / "made.pt", weights_only=True), batches, strict=True):
+    for batch, items in zip(torch.load(out / "made.pt", weights_only=True), batches, strict=True):
         wanted = [[*views[item], *[np.packbits(found[item[1]]) for found in masks]] for item in items]
         for got, parts in zip(batch, zip(*wanted), strict=True):
             assert np.array_equal(got, np.stack(parts))
-    assert saved_step(tmp_path / "run") == 4
-    knn, probed, detected = (json.loads((tmp_path / name).read_text())
-                             for name in ("knn.json", "probes.json", "detector/results.json"))
-    assert knn["files"][0]["queries"] == len(data.open_labelled("coco", scenes, "val").boxes)
-    assert len(probed["files"]) == 1 and np.isfinite(probed["files"][0]["rc"]).all()
-    assert detected["tested"] == 2 and {"box", "mask"} <= set(detected)
 
 
 def test_a_process_that_is_killed_ends_the_command_with_one_line(scenes, tmp_path):
@@ -909,12 +905,26 @@ class Finished(NamedTuple):
     printed: str
 
 
-@pytest.fixture(scope="session")
-def scenes_run(tmp_path_factory):
-    """The default command, 40 steps of a schedule of 64, once for all tests of its output or that use its proposals."""
+@pytest.fixture(scope="session", autouse=True)
+def default_run(request, tmp_path_factory):
+    """The default command, 40 steps of a schedule of 64, once for all tests of its output or that use its proposals: on
+    one core, beside the tests before them; None where no test that was asked for needs it."""
+    if not any("scenes_run" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     folder = tmp_path_factory.mktemp("scenes")
-    done = command("d3ssl.py", "--root", folder / "root", "--out", folder / "run", "--epochs", 1, "--max-steps", 40)
-    return Finished(folder / "run", folder / "root", done.stdout)
+    words = ["--root", folder / "root", "--out", folder / "run", "--epochs", 1, "--max-steps", 40]
+
+    def run():
+        done = command("d3ssl.py", *words, env={"OMP_NUM_THREADS": "1"})
+        return Finished(folder / "run", folder / "root", done.stdout)
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit(run)
+
+
+@pytest.fixture(scope="session")
+def scenes_run(default_run):
+    return default_run.result()
 
 
 @pytest.fixture(scope="session")
@@ -1237,12 +1247,30 @@ def test_training_reads_no_annotation(tmp_path):
         assert math.isfinite(row["loss"]) and (row["loss_dp"] == 0) == (name != "hide")
 
 
+def test_scenes_objects_suit_the_methods_filter(scenes_run):
+    """At least 95 % of the objects have a proposal of IoU > 0.5 among those that pass the filter, and at least 65 % of
+    the proposals an object: 2-4 objects of side 44-62 gave 100 % and 76 % (a search that finds nothing: 0)."""
+    proposals, found, meant = data.Proposals(scenes_run.root / ".proposals" / "train"), [], []
+    for i in range(100):
+        overlap = torchvision.ops.box_iou(torch.tensor(proposals[i]), torch.tensor(Scenes().render(i)[1])) > 0.5
+        found += overlap.any(0).tolist()
+        meant += overlap.any(1).tolist()
+    assert np.mean(found) >= 0.95 and np.mean(meant) >= 0.65
+
+
+def test_depositioning_moves_scenes_by_a_tenth_of_the_side_and_more(scenes_run):
+    """As on photographs: 0.19 by default, with all four boxes 0.07."""
+    views = data.TwoViews(Scenes(), data.Proposals(scenes_run.root / ".proposals" / "train"), 112, 4)
+    assert offsets_of(views, 300, d3ssl.Config.dp_boxes).mean(0).min() > 0.1
+    assert offsets_of(views, 300, 4).mean(0).max() < 0.1
+
+
 def test_the_default_run_finds_positives_among_negatives(scenes_run):
     """The mean loss of steps 21-40 is below that of features that tell nothing, four terms of log(1 + negatives), 27.7;
     an untrained network's is above it, since a positive is augmented and looks less alike than a negative does. Seeds
     0-2 gave 25.5 three times; --lr 0 gave 29.7, 29.6 and 29.3 for steps 1, 2-20 and 21-40. A mean of 20 steps varies by
     some 0.2: the bound is 11 of these from a correct run and 8 from one that does not learn. What more images teach:
-    `test_a_trained_checkpoint_beats_the_untrained_network`."""
+    `test_the_default_run_learns`."""
     chance = 4 * math.log(1 + 1024)
     first, _, last = read_metrics(scenes_run.out)
     assert first["loss"] > chance and last["loss"] < chance
@@ -2595,22 +2623,25 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.bench
-def test_a_trained_checkpoint_beats_the_untrained_network(tmp_path):
-    """The whole default run, some six minutes, then the README's next commands; `random` has statistics too."""
-    command("d3ssl.py", "--root", tmp_path / "root", "--out", tmp_path / "run")
-    found = {}
+def test_the_default_run_learns(tmp_path):
+    """The README's loop over three seeds, the default run each, against the same networks before step 1, with
+    statistics too. A mean over three seeds of a correct build misses a bound less than once in 10,000 times (it lies
+    four standard errors away or more, of the ten runs that README reports); --lr 0 misses all four. Over 20 minutes."""
+    runs, found = tmp_path / "runs", {}
+    for seed in (3, 4, 5):
+        command("d3ssl.py", "--root", tmp_path / "root", "--out", runs / f"seed-{seed}", "--seed", seed, "--snapshots")
     for script in ("evaluate.py", "probes.py"):
-        checkpoints = ["--ckpt", tmp_path / "run" / "last.pt", "random", "--arch", "resnet18"]
-        command(script, *checkpoints, "--json", tmp_path / script)
+        arms = [f"trained={runs}/*/last.pt", f"untrained={runs}/*/backbone-0.pth"]
+        print(command(script, "--ckpt", *arms, "--json", tmp_path / script).stdout)
         found[script] = json.loads((tmp_path / script).read_text())["arms"]
     (trained, untrained), (probed, unprobed) = found["evaluate.py"], found["probes.py"]
-    rows = read_metrics(tmp_path / "run")
-    first, last = ([row["loss"] for row in rows if low < row["step"] <= low + 128] for low in (0, 384))
+    rows = [read_metrics(run) for run in sorted(runs.iterdir())]
+    first, last = ([np.mean([row["loss"] for row in some if low < row["step"] <= low + 128]) for some in rows]
+                   for low in (0, 384))
     neighbours = [arm["reid_neighbours"][probes.LAYERS.index("res4")] for arm in (probed, unprobed)]
-    print(f"loss {np.mean(first):.2f} -> {np.mean(last):.2f}, neighbours {neighbours}")
-    print({key: (trained[key], untrained[key]) for key in ("oknn_top1", "disturbed_top1")})
-    assert np.mean(last) < 0.9 * np.mean(first) and neighbours[0] > 1.4 * neighbours[1]
-    assert trained["oknn_top1"] > untrained["oknn_top1"] and trained["disturbed_top1"] > untrained["disturbed_top1"]
+    print(f"loss {first} -> {last}, neighbours {neighbours}")
+    assert np.mean(last) < 0.9 * np.mean(first) and neighbours[0] > neighbours[1] + 14
+    assert all(trained[name] > untrained[name] for name in ("oknn_top1", "disturbed_top1"))
 
 
 # ----------------------------------------------------------------------------------------------------------- probes.py
