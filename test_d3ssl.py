@@ -3382,14 +3382,14 @@ def test_losses_of_the_heads_by_plain_loops(monkeypatch):
     (pooled, (_, deltas)), (rows, logits) = seen["box_predictor"], seen["mask_predictor"]
     assert len(labels) == 16 and 2 <= len(objects) <= 4 and torch.equal(pooled, seen["norm"][1].mean((2, 3)))
     assert torch.equal(rows, seen["norm"][1][objects])
-    absolute = sum(float((deltas[n, 4 * 2:4 * 3] - offsets[n]).abs().sum().detach()) for n in objects)
-    assert float(losses["loss_box_reg"]) == pytest.approx(absolute / 16, rel=1e-4)
+    absolute = sum((deltas[n, 4 * 2:4 * 3] - offsets[n]).abs().sum().item() for n in objects)
+    assert losses["loss_box_reg"].item() == pytest.approx(absolute / 16, rel=1e-4)
     some = torch.cat([evaluate.mask_targets(masks, rows[of > 0], boxes[of > 0])
                       for boxes, rows, of in zip(*seen["chosen"][:3])])
     assert 0.5 < some.mean() <= 1  # the samples lie on the square
     chance = logits[:, 2].sigmoid()
     cross = -(some * chance.log() + (1 - some) * (1 - chance).log()).mean()
-    assert float(losses["loss_mask"]) == pytest.approx(float(cross), rel=1e-4)
+    assert losses["loss_mask"].item() == pytest.approx(cross.item(), rel=1e-4)
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -3587,15 +3587,16 @@ def test_precise_norm_is_the_mean_over_batches(scenes, tmp_path, few_proposals):
 # ---- runs
 
 def test_detector_fits_what_it_saw(tmp_path, few_proposals):
-    """A ResNet-18 from nothing learns two scenes by heart. Eight runs (four seeds, 40 and 45 steps) had box AP50 of 83
-    to 100 and mask AP50 of 44 to 67; a detector that does not learn, or whose masks are not its objects', has 0."""
+    """A ResNet-18 from nothing learns two scenes by heart. Six seeds gave box AP50 of 94 to 100 and mask AP50 of 61 to
+    67, and after 40 steps already 58 to 100 and 25 to 67 (15 runs); --lr 0 gives at most 5 and 0, masks that are not
+    their objects' 0."""
     root = tmp_path / "scenes"
     data.write_scenes(root, 2)
-    run = fine_tuning(root, tmp_path / "out", steps=40, drops=(28, 36), precise=4, lr=0.01, sides=(80,), long_side=134,
+    run = fine_tuning(root, tmp_path / "out", steps=60, drops=(28, 36), precise=4, lr=0.01, sides=(80,), long_side=134,
                       test_on="train")
     assert run.train()
     after = run.test()
-    assert after["box"]["AP50"] > 60 and after["mask"]["AP50"] > 25
+    assert after["box"]["AP50"] > 50 and after["mask"]["AP50"] > 20
 
 
 @pytest.mark.usefixtures("few_proposals")
