@@ -2626,7 +2626,7 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
 def test_the_default_run_learns(tmp_path):
     """The README's loop over three seeds, the default run each, against the same networks before step 1, with
     statistics too. A mean over three seeds of a correct build misses a bound less than once in 10,000 times (it lies
-    four standard errors away or more, of the ten runs that README reports); --lr 0 misses all four. Over 20 minutes."""
+    four standard errors away or more, of the runs that README reports); --lr 0 misses all four. Over 20 minutes."""
     runs, found = tmp_path / "runs", {}
     for seed in (3, 4, 5):
         command("d3ssl.py", "--root", tmp_path / "root", "--out", runs / f"seed-{seed}", "--seed", seed, "--snapshots")
