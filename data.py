@@ -33,7 +33,8 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +83,8 @@ def error_exit(main):
     try:
         return main()
     except UserError as error:
-        message = str(error).rpartition("UserError: ")[2]  # one from a loading process comes with its traceback
+        # One from a loading process comes with its traceback and a line break.
+        message = str(error).rpartition("UserError: ")[2].rstrip()
     except RuntimeError as error:
         message = str(error)
         if "shared memory(shm)" in message or "Bus error" in message:
@@ -115,7 +117,8 @@ def atomic(path, mode="wb", tmp=None):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):
+            tmp.unlink()
 
 
 def duration(seconds):
@@ -131,22 +134,23 @@ def duration(seconds):
 class Progress:
     """Prints 'what: done/total, rate, time left': one line that renews itself on a terminal, else every 10 s."""
 
-    def __init__(self, what, total, unit="images", done=0):
+    def __init__(self, what, total, unit="images", done=0):  # done: before it began
         self.what, self.total, self.unit, self.first = what, total, unit, done
         self.start = self.shown = time.monotonic()
         self.terminal = sys.stdout.isatty()
 
     def update(self, done):
-        now = time.monotonic()
-        if done < self.total and now - self.shown < (0.5 if self.terminal else 10):
+        now, over = time.monotonic(), done >= self.total
+        if not over and now - self.shown < (0.5 if self.terminal else 10):
             return
-        self.shown = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = duration((self.total - done) / rate) + " left" if 0 < rate and done < self.total else \
-            f"done in {duration(now - self.start)}"
-        end = "\r" if self.terminal and done < self.total else "\n"
-        said = f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, {left}   "
-        print(said, end=end, flush=True)
+        self.shown, seconds = now, now - self.start
+        rate = (done - self.first) / max(seconds, 1e-9)
+        said = f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s"
+        if over:
+            said += f", done in {duration(seconds)}"
+        elif rate:
+            said += f", {duration((self.total - done) / rate)} left"
+        print(said + "   ", end="\r" if self.terminal and not over else "\n", flush=True)
 
 
 def usable_cores():
@@ -165,8 +169,9 @@ def rng(*key):
 def read_image(path):
     """(H, W, 3) uint8 RGB as a viewer shows the file: EXIF rotation applied; grey, CMYK and 16-bit converted.
     Raises OSError if it cannot be read."""
-    data = np.fromfile(path, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
+    data, image = np.fromfile(path, np.uint8), None
+    with suppress(cv2.error):  # no bytes, or a size that OpenCV refuses
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
     if image is None:  # GIF, exotic TIFF and the like: slower, but reads more
         try:
             with Image.open(path) as picture:
@@ -184,13 +189,13 @@ class Images:
 
     def __init__(self, root, names, size=224):
         self.root, self.size = Path(root), size
-        self.names = np.asarray([n.encode() if isinstance(n, str) else n for n in names], dtype="S")
+        self.names = np.asarray([os.fsencode(name) for name in names], dtype="S")
 
     def __len__(self):
         return len(self.names)
 
     def name(self, i):
-        return self.names[i].decode()
+        return os.fsdecode(self.names[i])
 
     def read(self, i):
         """(H, W, 3) uint8 RGB of image i. Raises OSError."""
@@ -410,7 +415,7 @@ def open_labelled(data, root=None, split="val", strict=False):
     if data == "coco":
         return read_coco(root, split, strict)
     if data == "voc":
-        return read_voc(open_images(data, root, split, strict))
+        return read_voc(open_images(data, root, split, strict), strict)
     folder = folder_of(data, split)
     listed = data == "openimages-mini" and split == "train"
     return read_openimages(root, folder, open_images(data, root, folder, strict), listed, strict)
@@ -421,7 +426,8 @@ def folder_of(data, split):
     return f"{split}2017" if data == "coco" else "validation" if "openimages" in data and split == "val" else split
 
 
-ABSENT = "image listed but absent from"
+# What an image lacks as a whole: an error where a table is of all images.
+ABSENT, UNREADABLE = "image listed but absent from", "annotation file missing or not VOC's XML"
 
 
 class Faults:
@@ -440,7 +446,7 @@ class Faults:
         for kind, count in self.count.items():
             dots = ", ...)" if count > 3 else ")"
             said = f"{kind}: {count:,} in {self.path} (" + ", ".join(self.places[kind]) + dots
-            if self.strict and kind.startswith(ABSENT):
+            if self.strict and kind.startswith((ABSENT, UNREADABLE)):
                 raise UserError(f"{said}: the tables are of all images, download them again")
             print(f"left out, {said}", file=sys.stderr, flush=True)
         if not sound:
@@ -620,10 +626,10 @@ def voc_images(root, split, strict=False):
     return Images(base, names)
 
 
-def read_voc(images):
+def read_voc(images, strict=False):
     """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included.
     (torchvision's VOCDetection reads one year, as text, and stops at the first broken file.)"""
-    faults, rows = Faults(images.root), []
+    faults, rows = Faults(images.root, strict), []
     for i in range(len(images)):
         path = Path(images.name(i).replace("JPEGImages", "Annotations")).with_suffix(".xml")
         try:
@@ -631,7 +637,7 @@ def read_voc(images):
             tree = ElementTree.fromstring(text)
             width, height = (float(tree.findtext(f"size/{side}")) for side in ("width", "height"))
         except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
-            faults.add("annotation file missing or not VOC's XML", f"{path} line {getattr(error, 'position', [1])[0]}")
+            faults.add(UNREADABLE, f"{path} line {getattr(error, 'position', [1])[0]}")
             continue
         lines = [text.count(b"\n", 0, match.start()) + 1 for match in re.finditer(rb"<object\b", text)]
         for thing, line in zip(tree.findall("object"), lines):
@@ -675,10 +681,18 @@ def stream_boxes(path, classes, faults):
     """OpenImages' box CSV in blocks of BLOCK rows, so that 14.6 million take no memory: images (n,) uint64 (the 16 hex
     digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of the
     sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if it is missing, no box CSV or cut short."""
+    rows = sound_rows(path, classes, faults)
+    while block := list(islice(rows, BLOCK)):
+        image, label, box, group = zip(*block)
+        yield np.uint64(image), np.int16(label), np.float32(box), np.array(group)
+
+
+def sound_rows(path, classes, faults):
+    """The sound rows of `stream_boxes`, one by one: image, label, box, group."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        header, rows = file.readline().strip().split(","), []
+        header = file.readline().strip().split(",")
         try:
             columns = [header.index(name) for name in "ImageID LabelName XMin YMin XMax YMax IsGroupOf".split()]
         except ValueError as error:
@@ -701,17 +715,7 @@ def stream_boxes(path, classes, faults):
             elif box is None:
                 faults.add("box empty or outside its image", f"line {number}")
             else:
-                rows.append((image, classes[name], box, group == "1"))
-            if len(rows) == BLOCK:
-                yield block_of(rows)
-                rows = []
-        if rows:
-            yield block_of(rows)
-
-
-def block_of(rows):
-    image, label, box, group = zip(*rows)
-    return np.uint64(image), np.int16(label), np.float32(box), np.array(group)
+                yield image, classes[name], box, group == "1"
 
 
 def read_openimages(root, split, images, listed=False, strict=False):
@@ -795,20 +799,21 @@ def met(truth, found):
     return (box_iou(torch.tensor(truth), torch.tensor(found)) >= 0.5).any(1).numpy()
 
 
-def compare_sizes(found, sizes=(160, 200, 240, 320, 0)):
+def compare_sizes(found):
     """Print what selective search costs and finds at each long side (0: full size) on a Labelled: seconds an image on
     this one core, boxes an image after the filter, recall of the ground truth that passes the filter."""
-    images = [found.images.read(i) for i in range(len(found.images))]
     print(f"{'long side':>10}{'s/image':>10}{'boxes':>8}{'recall':>8}")
-    for size in sizes:
-        began, number, hits = time.perf_counter(), 0, []
-        for i, image in enumerate(images):
+    for size in (160, 200, 240, 320, 0):
+        seconds, number, hits, images = 0.0, 0, [], len(found.images)
+        for i in range(images):
+            image = found.images.read(i)
+            began = time.perf_counter()
             boxes, _ = filter_proposals(selective_search(image, size), *image.shape[:2])
+            seconds += time.perf_counter() - began
             truth, level = filter_proposals(found.boxes[found.offsets[i]:found.offsets[i + 1]], *image.shape[:2])
             number += len(boxes)
             hits += [] if level else met(truth, boxes).tolist()
-        seconds = (time.perf_counter() - began) / len(images)
-        print(f"{size or 'full':>10}{seconds:10.3f}{number / len(images):8.0f}{np.mean(hits):8.3f}", flush=True)
+        print(f"{size or 'full':>10}{seconds / images:10.3f}{number / images:8.0f}{np.mean(hits):8.3f}", flush=True)
 
 
 class Proposals:
@@ -823,7 +828,7 @@ class Proposals:
             self.names = np.array((self.folder / "names.txt").read_bytes().splitlines(), dtype="S")
             if len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4):
                 raise ValueError(f"{len(self.names)} names, {len(self.offsets)} offsets, boxes {self.boxes.shape}")
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:  # EOFError: an empty file
             raise UserError(f"proposals in {folder} cannot be read, or do not fit each other ({error}): delete that "
                             "folder to have them made again") from None
 
@@ -889,7 +894,7 @@ def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
         search_chunks(making, mine, workers, talk)
         if wait:
             making.wait(first=part[0] == 0)
-        elif making.missing():
+        elif making.missing() and proposals_state(images, folder) != "ready":  # ready: another run joined them
             print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
         else:
             making.join()
@@ -985,8 +990,8 @@ class Making:
 
     def wait(self, first):
         """Return once the proposals are whole; the first rank joins them."""
-        number, since = None, time.monotonic()
-        progress = Progress("waiting for the other ranks", len(self.chunks), "chunks")
+        number, since = len(self.missing()), time.monotonic()
+        progress = Progress("waiting for the other ranks", len(self.chunks), "chunks", len(self.chunks) - number)
         while proposals_state(self.images, self.folder) != "ready":
             missing = len(self.missing())
             if first and not missing:
@@ -1037,7 +1042,7 @@ class Making:
 def resize(image, width, height):
     """(height, width, 3) uint8. Halves by exact area averages while the image is more than twice too large, then
     bilinear: antialiased like area interpolation, at a quarter of its time."""
-    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width and min(image.shape[:2]) > 1:
+    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
         image = cv2.resize(image[:image.shape[0] // 2 * 2, :image.shape[1] // 2 * 2],
                            (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_AREA)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -1067,11 +1072,12 @@ class TwoViews(torch.utils.data.Dataset):
 
     Item (epoch, index) -> view1, view2 (size, size, 3) uint8 RGB, boxes1, boxes2 (K, 4) float32 in pixels of each.
     View 1 is the whole image, view 2 a random resized crop; each is flipped with p 0.5. From the boxes with at least
-    half of their area inside the crop, K are drawn, with replacement if there are fewer; if there is none the crop is
-    drawn again, ten times, then it is the whole image.
+    half of their area inside the crop, K are drawn, with replacement if there are fewer; if there is none another crop
+    is drawn, and after ten crops it is the whole image.
 
     Args: images: Images; proposals: Proposals, or None for regions image | grid; size: pixels; boxes: K;
-    regions: proposals | image | grid (the design's baselines); seed. Raises UserError if no image has a proposal."""
+    regions: proposals | image | grid (section 3's baselines; grid: K cells of 7 x 7); seed. Raises UserError if no
+    image has a proposal, or no box of an image lies inside it."""
 
     def __init__(self, images, proposals, size, boxes, regions="proposals", seed=0):
         self.images, self.proposals = images, proposals
@@ -1108,6 +1114,9 @@ class TwoViews(torch.utils.data.Dataset):
                 cut, usable = crop[None], np.array([0])
             if len(usable):
                 break
+        if not len(usable):
+            raise UserError(f"{self.proposals.folder}: no box of {self.images.name(self.pairs[index, 0])} lies inside "
+                            "the image; boxes are [x1, y1, x2, y2] in its pixels")
         chosen = random.choice(usable, self.k, replace=len(usable) < self.k)
         view1, boxes1 = self._view(random, image, whole, boxes[chosen])
         view2, boxes2 = self._view(random, image, crop, cut[chosen])
@@ -1141,7 +1150,7 @@ class TwoViews(torch.utils.data.Dataset):
         return view, boxes
 
 
-class Schedule(torch.utils.data.Sampler):
+class Schedule:
     """This rank's batches of steps first to last, as lists of (epoch, index): one stream over all epochs, so that
     workers never restart and a resumed run starts in the middle of an epoch. Each epoch is a permutation by
     (seed, epoch); the incomplete last batch is dropped; rank r takes the r-th slice of each global batch."""
@@ -1149,9 +1158,6 @@ class Schedule(torch.utils.data.Sampler):
     def __init__(self, length, batch_size, seed, first, last, rank=0, ranks=1):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.first, self.last, self.rank, self.share = first, last, rank, batch_size // ranks
-
-    def __len__(self):
-        return self.last - self.first
 
     def __iter__(self):
         per_epoch, order_of = self.length // self.batch_size, -1
@@ -1168,11 +1174,11 @@ def _start_loader(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # ... its workers outlive it by no more than this
 
 
-def make_loader(views, schedule, workers, pin=False):
+def make_loader(views, schedule, workers, pin=False, collate=None):
     """A DataLoader over `views` in the order of `schedule`. TwoViews' batches are four tensors: images (B, size, size,
     3) uint8 first, then boxes (B, K, 4). `workers` changes nothing but speed."""
     return torch.utils.data.DataLoader(views, batch_sampler=schedule, num_workers=workers, pin_memory=pin,
-                                       worker_init_fn=_start_loader, prefetch_factor=2 if workers else None)
+                                       collate_fn=collate, worker_init_fn=_start_loader)
 
 
 # ---------------------------------------------------------------------------- OpenImage-MINI and Table 2 (section 5.1)
@@ -1285,16 +1291,17 @@ def print_table2(images, index, label, paper=None):
             print(f"{name:10}{n:12,}{objects:16.2f}{categories:19.2f}{number:13,}")
 
 
-def print_stats(data, root, split, folder=None):
-    """Print Table 2's row of a data set's split (train | val) and what its proposals in `folder` look like: boxes an
+def print_stats(data, root, split, given=None):
+    """Print Table 2's row of a data set's split (train | val) and what its proposals (in `given`) look like: boxes an
     image, the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
     found = open_labelled(data, root, split)
     sizes = np.diff(found.offsets)
     print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels, TABLE2.get((data, split)))
-    folder = Path(folder or proposals_folder(data, root, folder_of(data, split)))
+    folder = Path(given or proposals_folder(data, root, folder_of(data, split)))
     if not (folder / "settings.json").exists():
-        options = f"--data {data}" + (f" --root {root}" if root else "") + f" --split {folder_of(data, split)}"
-        return print(f"no proposals in {folder}: python data.py proposals {options}")
+        options = [f"--data {data}", *([f"--root {root}"] if root else []), f"--split {folder_of(data, split)}",
+                   *([f"--proposals {given}"] if given else [])]
+        return print(f"no proposals in {folder}: python data.py proposals {' '.join(options)}")
     proposals, boxes, without, hits = Proposals(folder), 0, 0, []
     row = {name: i for i, name in enumerate(proposals.names.tolist())}
     for i, name in enumerate(found.images.names.tolist()):

@@ -37,7 +37,6 @@ import time
 from collections import OrderedDict, defaultdict
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -161,7 +160,7 @@ def read_torch(file):
     return torch.load(file, map_location="cpu", weights_only=False, pickle_module=SAFE_PICKLE, encoding="latin1")
 
 
-def read_pickle(file, **options):
+def read_pickle(file, **options):  # options: what torch.load passes on; its encoding is always latin1
     return SafeUnpickler(file, encoding="latin1").load()
 
 
@@ -209,12 +208,14 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                "BOOL": torch.bool}
 
 
-def flatten(tree, prefix=""):
-    """(name, tensor) of every array in nested dictionaries and modules, names joined by dots in torchvision's words."""
-    if isinstance(tree, dict):
+def flatten(tree, prefix="", above=()):
+    """(name, tensor) of every array in nested dictionaries and modules, names joined by dots in torchvision's words.
+    above: the dictionaries that `tree` lies in; one that lies in itself, as a trainer's model does, is read once."""
+    if isinstance(tree, dict) and not any(tree is one for one in above):
         for key, value in [*tree.items(), *getattr(tree, "__dict__", {}).items()]:
             inside = key in ("_modules", "_parameters", "_buffers")  # of a module that was saved whole
-            yield from flatten(value, prefix if inside else f"{prefix}.{key}" if prefix else str(key))
+            name = prefix if inside else f"{prefix}.{key}" if prefix else str(key)
+            yield from flatten(value, name, (*above, tree))
     elif isinstance(tree, torch.Tensor) or (isinstance(tree, np.ndarray) and tree.dtype.kind in "fiub"):
         yield torchvision_name(prefix), torch.as_tensor(tree)
 
@@ -253,18 +254,18 @@ CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3
 def backbones(weights):
     """{prefix: {torchvision's name: tensor}} for each prefix under which all four stages of a ResNet lie, by name or as
     numbered children; and for a C4 detector, whose fourth stage is in its head, that of the first three."""
-    stages = defaultdict(set)
+    stages = defaultdict(set)  # {prefix: those of layer1 to layer4 that lie under it}
     for match in filter(None, map(STAGE.fullmatch, weights)):
         stages[match[1] or ""].add(CHILDREN.get(match[2], match[2]))
-    parts = {prefix: under(prefix, weights) for prefix in stages}
-    found = {prefix: parts[prefix] for prefix, present in stages.items() if len(present) == 4}
-    for momentum in (False, True):
+    found = {prefix: under(prefix, weights) for prefix, present in stages.items() if len(present) == 4}
+    for momentum in (False, True):  # C4 detectors: one body and one head among the momentum encoders, or the others
         alike = [prefix for prefix in stages if bool(MOMENTUM.search(prefix)) == momentum]
         bodies = [prefix for prefix in alike if stages[prefix] == {"layer1", "layer2", "layer3"}]
         heads = [prefix for prefix in alike if stages[prefix] == {"layer4"}]
         if len(bodies) == len(heads) == 1:
-            found[bodies[0]] = {**parts[heads[0]], **parts[bodies[0]]}
-            norm = [key for key in weights if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", key)]
+            body, head = bodies[0], heads[0]
+            found[body] = {**under(head, weights), **under(body, weights)}
+            norm = [key for key in weights if re.fullmatch(re.escape(head) + r"(res5\.)?norm\.\w+", key)]
             if norm:
                 print(f"left out, an extra norm after res5: {', '.join(norm)}", file=sys.stderr, flush=True)
     return found
@@ -348,7 +349,7 @@ class Row:
     seed: int = None             # of its training run, from the last.pt that it is or lies beside; None: not known
     images: int = None           # that it has seen, likewise
     bins: int = None             # side of RoIAlign's output on C4, as it was trained: for --head roi
-    statistics: str = "saved"    # or clean: estimated here; or clean (training run): estimated where it was trained
+    statistics: str = "saved"    # clean: estimated here; clean (training run): where it was trained; none: colour
     digest: str = None           # of its weights as they are in the file
 
     def load(self, clean):
@@ -382,9 +383,13 @@ def open_arms(args):
         row.seed, row.images, row.bins = run.get("seed"), run.get("images"), args.roi or run.get("roi")
         row.statistics = "clean" if args.statistics == "clean" else run.get("statistics", "saved")
         row.load(lambda network, row: None)
-    bins = args.roi or next(filter(None, (row.bins for row in files)), None) or default_bins(args)
+    # What random has of the others, and bins for files that do not know theirs: detectron2's C4 head has 14, the
+    # scenes' preset, for 112 pixels, 6 (d3ssl.py). probes.py has no --size.
+    default_bins = 6 if (getattr(args, "size", None) or SIZE[args.data]) <= 112 else 14
+    bins = args.roi or next((row.bins for row in files if row.bins), default_bins)
     arch = args.arch or (files[0].arch if files else "resnet50")
-    seeds = next(filter(None, (sorted({row.seed for row in rows} - {None}) for _, rows in entries)), [args.seed])
+    known_seeds = [sorted({row.seed for row in rows} - {None}) for _, rows in entries]
+    seeds = next(filter(None, known_seeds), [args.seed])
     arms = {}
     for name, rows in entries:
         if rows[0].path == "random":
@@ -419,7 +424,6 @@ def split_selector(entry, teacher=False, prefix=None):
     return (path, True, prefix) if selector == "teacher" else (path, teacher, selector)
 
 
-@lru_cache(maxsize=None)
 def run_of(path):
     """What our trainer's last.pt (`path`, or beside a backbone*.pth) says of its run: seed, roi, images seen,
     statistics; {} of other files. A snapshot has its number of images in its name, and clean statistics."""
@@ -431,11 +435,6 @@ def run_of(path):
     images = int(snapshot[1]) if snapshot else saved["step"] * config["batch_size"]
     statistics = "clean (training run)" if snapshot or saved.get("clean") else "saved"
     return dict(seed=config["seed"], roi=config["roi"], images=images, statistics=statistics)
-
-
-def default_bins(args):
-    """RoIAlign's on C4: detectron2's C4 head has 14; the scenes' preset, for 112 pixels, has 6 (d3ssl.py)."""
-    return 6 if (getattr(args, "size", None) or SIZE[args.data]) <= 112 else 14
 
 
 def digest(network):
@@ -518,9 +517,6 @@ class Objects(torch.utils.data.Dataset):
                 continue  # it is named when its own turn comes
         raise OSError("no background")
 
-    def batches(self):
-        return [list(range(j, min(j + BATCH, len(self)))) for j in range(0, len(self), BATCH)]
-
     def image_of(self, rows):
         """The index of the image that each of the rows (M,) int64 belongs to."""
         return torch.searchsorted(torch.from_numpy(self.labelled.offsets), rows, right=True) - 1
@@ -543,8 +539,8 @@ class ObjectFeatures(nn.Module):
         net = self.network
         x = net.maxpool(net.relu(net.bn1(net.conv1(images.contiguous(memory_format=torch.channels_last)))))
         c4 = net.layer3(net.layer2(net.layer1(x)))
-        if self.head == "map":
-            return object_means(net.layer4(c4), boxes, 1 / 32)
+        if self.head == "map":  # one bin with 14x14 samples: the mean of 7x7 bins with 2x2 samples each
+            return roi_align(net.layer4(c4).float(), boxes, 1, 1 / 32, ratio=14).flatten(1)
         features = None
         for k in range(boxes.shape[1]):  # the k-th object of every image that has one: nothing is spent on padding
             there = (boxes[:, k, 2] > boxes[:, k, 0]).nonzero()[:, 0]
@@ -552,12 +548,6 @@ class ObjectFeatures(nn.Module):
             features = some.new_zeros(*boxes.shape[:2], some.shape[1]) if features is None else features
             features[there, k] = some
         return features.flatten(0, 1)
-
-
-def object_means(maps, boxes, scale):
-    """(B * K, C): RoIAlign 7x7 with 2x2 samples a bin, averaged over the bins, of the maps (B, C, h, w) at boxes
-    (B, K, 4) in pixels of the image; scale: map cells a pixel. (That is one bin with the 14x14 samples of all.)"""
-    return roi_align(maps.float(), boxes, 1, scale, ratio=14).flatten(1)
 
 
 class Clean:
@@ -612,25 +602,28 @@ def extract(features, objects, what="objects", workers=0, device="cpu"):
     Returns features (2, M, C) float16, [0] clean, [1] disturbed, and rows (M,) int64 of objects.labelled. Images
     stream: memory is that of the features, 2 * M * C * 2 bytes (7 GB for COCO's 860,000 boxes at C = 2,048).
     Raises UserError if a feature is not finite."""
-    found, rows, filled, done, progress = None, [], 0, 0, Progress(what, len(objects))
-    for *pictures, boxes, own in make_loader(objects, objects.batches(), workers):
-        some = max(1, int((own >= 0).sum(1).max()))
-        own, boxes = own[:, :some].flatten(), boxes[:, :some].to(device)
-        kept = own >= 0
-        for which, pixels in enumerate(pictures if kept.any() else ()):
+    found, found_rows, filled, images = None, [], 0, 0
+    progress = Progress(what, len(objects))
+    batches = torch.utils.data.BatchSampler(range(len(objects)), BATCH, drop_last=False)
+    for *pictures, boxes, rows in make_loader(objects, batches, workers):
+        real = rows >= 0  # (B, K), the others are padding
+        most = int(real.sum(1).max())  # objects of one image; 0 where none of these images can be read
+        boxes, real, rows = boxes[:, :most].to(device), real[:, :most].flatten(), rows[:, :most].flatten()
+        for which, pixels in enumerate(pictures if most else ()):
             values = features(normalise(to_float(pixels.to(device))), boxes)
-            values = F.normalize(values.float(), dim=1).half().cpu()[kept]
+            values = F.normalize(values.float(), dim=1).half().cpu()[real]
             if found is None:
                 found = torch.empty(2, objects.count, values.shape[1], dtype=torch.float16)
             if not values.isfinite().all():
                 raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
             found[which, filled:filled + len(values)] = values
-        filled, done = filled + int(kept.sum()), done + len(own) // some
-        rows.append(own[kept])
-        progress.update(done)
+        filled += int(real.sum())
+        found_rows.append(rows[real])
+        images += len(boxes)
+        progress.update(images)
     if not filled:
         raise UserError(f"none of the {len(objects):,} images in {objects.labelled.images.root} can be read")
-    return found[:, :filled], torch.cat(rows)
+    return found[:, :filled], torch.cat(found_rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- O-KNN
@@ -929,7 +922,7 @@ class Detection(torch.utils.data.Dataset):
 
     def __init__(self, found, train, difficult=False, masks=False, limit=None, seed=0):
         self.found, self.train, self.masks, self.seed = found, train, masks, seed
-        kept = np.full(len(found.labels), difficult) | ~found.crowd
+        kept = ~found.crowd | difficult
         n = min(len(found.images), limit or len(found.images))
         rows = [np.flatnonzero(kept[a:b]) + a for a, b in zip(found.offsets[:n], found.offsets[1:n + 1])]
         self.index = [i for i in range(n) if len(rows[i]) or not train]
@@ -947,7 +940,7 @@ class Detection(torch.utils.data.Dataset):
             return j, None, None
         if self.train:
             height, width = image.shape[:2]
-            target = self.target(self.rows[j], height, width)
+            target = self.target(j, height, width)
             if rng(self.seed, epoch, i).random() < 0.5:
                 image = image[:, ::-1].copy()
                 target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
@@ -955,7 +948,9 @@ class Detection(torch.utils.data.Dataset):
                     target["masks"] = target["masks"].flip(2)
         return j, torch.from_numpy(image).permute(2, 0, 1), target
 
-    def target(self, rows, height, width):
+    def target(self, j, height, width):
+        """The boxes, labels and masks of image j, which has height x width pixels as it is read."""
+        rows = self.rows[j]
         boxes = torch.tensor(self.found.boxes[rows])
         target = dict(boxes=boxes, labels=torch.tensor(self.found.labels[rows] + 1))
         if self.masks:
@@ -964,6 +959,10 @@ class Detection(torch.utils.data.Dataset):
                 mask = self.found.mask(row)
                 if mask is None:
                     canvas[y1:y2, x1:x2] = 1
+                elif mask.shape != (height, width):
+                    raise UserError(f"{self.found.images.name(self.index[j])} is {width} x {height} pixels as a viewer "
+                                    f"shows it, its annotations say {mask.shape[1]} x {mask.shape[0]}: is it turned by "
+                                    "EXIF?")
                 else:
                     canvas[:] = torch.tensor(mask)
         return target
@@ -971,9 +970,7 @@ class Detection(torch.utils.data.Dataset):
     def batches(self, schedule, workers, device):
         """Lists of (index, image (3, H, W) float32 in [0, 1], target) on the device; `schedule`: lists of keys. Raises
         UserError if an image cannot be read."""
-        loader = make_loader(self, schedule, workers)
-        loader.collate_fn = list  # images have their own sizes
-        for batch in loader:
+        for batch in make_loader(self, schedule, workers, collate=list):  # images have their own sizes
             ready = []
             for j, image, target in batch:
                 if image is None:
@@ -1007,7 +1004,7 @@ class FineTuning:
         found, tested = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", c.test_on))
         same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}", "the train split")
         self.categories = found.categories
-        self.masks = c.task == "coco" and found.mask is not None and found.mask(0) is not None
+        self.masks = c.task == "coco" and found.mask(0) is not None
         self.trained = Detection(found, True, c.task == "voc", self.masks, c.limit_images, c.seed)
         self.tested = Detection(tested, False, limit=c.limit_images)
         if c.batch_size % self.ranks.ranks:
@@ -1150,7 +1147,7 @@ def detect(model, views, ranks, workers=0):
         boxes, labels, scores = (out[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
         found.append((views.index[j], boxes, labels - 1, scores, masks))
         if ranks.rank == 0:
-            progress.update(j + 1)
+            progress.update(min(j + ranks.ranks, len(views)))  # the other ranks are about as far
     if ranks.ranks > 1:
         everyone = [None] * ranks.ranks if ranks.rank == 0 else None
         dist.gather_object(found, everyone)
@@ -1201,10 +1198,10 @@ def average_precision(overlap, best, neither, ignored, threshold):
         return math.nan
     over = overlap > threshold
     on_ignored = over & np.append(ignored, False)[best]
-    candidates = np.flatnonzero(over & ~on_ignored)
-    _, first = np.unique(best[candidates], return_index=True)  # of each object
+    counted = np.flatnonzero(over & ~on_ignored)
+    _, first = np.unique(best[counted], return_index=True)  # of each object
     hit = np.zeros(len(over), bool)
-    hit[candidates[first]] = True
+    hit[counted[first]] = True
     right, wrong = np.cumsum(hit), np.cumsum(~hit & ~on_ignored & ~neither)
     recall, precision = right / (~ignored).sum(), right / np.maximum(right + wrong, 1)
     return float(np.mean([precision[recall >= t].max(initial=0.0) for t in np.arange(0, 1.1, 0.1)]))
@@ -1291,7 +1288,7 @@ def default_out(task, ckpt):
 
 
 def fine_tune(args, ranks, workers):
-    """Results of a fine-tuning (OUT/results.json), None if it was stopped."""
+    """(results of a fine-tuning, where to write them), (None, None) if it was stopped."""
     network, arch = load_from(args, args.ckpt[0])
     c = transfer_config(args, arch)
     run = FineTuning(c, network, ranks, args.out or default_out(c.task, c.ckpt), args.resume, workers)
@@ -1306,7 +1303,7 @@ def fine_tune(args, ranks, workers):
 
 
 def test_again(args, ranks, workers):
-    """Results of a detector.pth, at the size and on the classes of its training."""
+    """(results of a detector.pth, --json), at the size and on the classes of its training."""
     path = args.ckpt[0]
     model, settings, categories = load_detector(path)
     if settings["task"] != args.transfer:
@@ -1485,6 +1482,8 @@ def add_checkpoint_arguments(parser):
 
 def load_from(args, entry):
     """load_backbone of one --ckpt, FILE, FILE:PREFIX or FILE:teacher, by the arguments above."""
+    if entry == "colour":
+        raise UserError("--ckpt colour is no network: name a checkpoint file or random")
     path, teacher, prefix = split_selector(entry, args.teacher, args.prefix)
     return load_backbone(path, args.arch, teacher, prefix, seed=args.seed)
 
@@ -1564,16 +1563,16 @@ def summarise(answered, images, areas):
 
 def columns(means, errors):
     """{measure: mean, measure_se: error} of MEASURES, as plain numbers; None for an error that cannot be told."""
-    named = {name: mean for name, mean in zip(MEASURES, means.tolist())}
-    return {**named, **{f"{name}_se": None if math.isnan(error) else error
-                        for name, error in zip(MEASURES, errors.tolist())}}
+    named = dict(zip(MEASURES, means.tolist()))
+    for name, error in zip(MEASURES, errors.tolist()):
+        named[f"{name}_se"] = error if math.isfinite(error) else None
+    return named
 
 
 def size_classes(labelled, rows):
     """COCO's small, medium and large, by the box's area in pixels of the photograph (COCO's own are of the mask): under
     32 x 32, under 96 x 96, more. {name: (Q,) bool}."""
-    boxes = torch.from_numpy(labelled.boxes)[rows]
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    area = torchvision.ops.box_area(torch.from_numpy(labelled.boxes)[rows])
     return {"small": area < 32**2, "medium": (area >= 32**2) & (area < 96**2), "large": area >= 96**2}
 
 
@@ -1640,6 +1639,7 @@ def main():
         return print(f"wrote {args.export[1]}: {arch} of {args.ckpt[0]} for {args.export[0]}")
     arms = open_arms(args)
     stored, asked = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
+    same_classes(asked.categories, stored.categories, f"the train split of {args.data}", "the val split")
     bank = Objects(stored, args.size, args.objects, args.limit_images, args.seed)
     queries = Objects(asked, args.size, None, args.limit_images, args.seed)
     if args.k > bank.count:

@@ -105,7 +105,8 @@ def cut_out(image, box, mask, side):
     pixels, inside = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
     pixels[top:top + height, left:left + width] = resize(crop, width, height)
     shape = resize(mask[y1:y2, x1:x2].astype(np.uint8) * 255, width, height)
-    inside[top:top + height, left:left + width] = shape > 127
+    covered = shape > 127  # by half or more; of an object that is thinner than that everywhere, all it touches
+    inside[top:top + height, left:left + width] = covered if covered.any() else shape > 0
     return pixels, inside
 
 
@@ -325,27 +326,33 @@ def columns(measures):
 
 def compare(arms, inputs, clean, device, **options):
     """Probe every network of the arms (evaluate.open_arms). Returns the arms' and the files' results for JSON."""
-    probed, files, results = {}, [], []
+    probed, files = [], []
     for arm in arms:
-        found = []
+        estimates = defaultdict(list)  # {measure: an Estimate a network}
         for row in arm.rows:
             what = row.path if row.seed is None else f"{row.path}, seed {row.seed}"
-            found.append(probe(row.load(clean).to(device), inputs, what, bins=row.bins, **options))
-            measured = columns({name: (one.value, one.error) for name, one in found[-1].items()})
+            found = probe(row.load(clean).to(device), inputs, what, bins=row.bins, **options)
+            measured = columns({name: (one.value, one.error) for name, one in found.items()})
             files.append({"arm": arm.name, **asdict(row), **measured})
-        probed[arm.name, arm.images] = found
-        result = {"arm": arm.name, "images": arm.images, "files": len(found),
-                  **columns({name: over_networks([one[name] for one in found]) for name in MEASURES})}
-        first = reference(arm, arms)
-        if first is not arm:
-            seeds, first_seeds = ([row.seed for row in some.rows] for some in (arm, first))
-            theirs = probed[first.name, first.images]
-            paired = {name: difference([one[name] for one in found], seeds, [one[name] for one in theirs], first_seeds)
-                      for name in MEASURES}
-            result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired["rc"][2],
-                                    **columns({name: values[:2] for name, values in paired.items()})}
-        results.append(result)
-    return results, files
+            for name, one in found.items():
+                estimates[name].append(one)
+        probed.append(estimates)
+    return [summarise(arm, arms, probed) for arm in arms], files
+
+
+def summarise(arm, arms, probed):
+    """An arm's means and errors and, where it is not the first, its difference from that, for JSON. probed: for each of
+    `arms` {measure: an Estimate a network}."""
+    mine, first = probed[arms.index(arm)], reference(arm, arms)
+    result = {"arm": arm.name, "images": arm.images, "files": len(arm.rows),
+              **columns({name: over_networks(estimates) for name, estimates in mine.items()})}
+    if first is not arm:
+        theirs = probed[arms.index(first)]
+        seeds, first_seeds = ([row.seed for row in some.rows] for some in (arm, first))
+        paired = {name: difference(mine[name], seeds, theirs[name], first_seeds) for name in MEASURES}
+        result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired["rc"][2],
+                                **columns({name: values[:2] for name, values in paired.items()})}
+    return result
 
 
 def print_tables(results):
@@ -395,9 +402,11 @@ def plot(results, path):
             if n < 6:
                 axis.errorbar(LAYERS, means[-1], errors[-1], label=arm, **style)
                 continue
+            seen = [i for i, number in enumerate(images) if number]  # a logarithmic axis has no place for 0
             for layer, dashes in ((LAYERS.index("res4"), "-"), (LAYERS.index("roi"), "--")):
-                if images[-1]:
-                    axis.errorbar(images, means[:, layer], errors[:, layer], linestyle=dashes, **style)
+                if seen:
+                    axis.errorbar([images[i] for i in seen], means[seen, layer], errors[seen, layer],
+                                  linestyle=dashes, **style)
                 else:
                     axis.axhline(means[-1, layer], color=inks[arm], linewidth=1, linestyle=dashes)
         if n >= 6:

@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -594,8 +595,14 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
         assert got.shape == pixels.shape and got.dtype == np.uint8, name
         assert np.abs(got.astype(int) - pixels).mean() < tolerance.get(name, 3), name
     (tmp_path / "empty.jpg").write_bytes(b"")
-    with pytest.raises(OSError):
-        data.read_image(tmp_path / "empty.jpg")
+    header = struct.pack("<IHHIIiiHHIIiiII", 154, 0, 0, 54, 40, 2_000_000, 10, 1, 24, 0, 0, 0, 0, 0, 0)
+    (tmp_path / "wide.bmp").write_bytes(b"BM" + header + bytes(100))  # wider than OpenCV reads
+    for name in ("empty.jpg", "wide.bmp"):
+        with pytest.raises(OSError):
+            data.read_image(tmp_path / name)
+    os.rename(tmp_path / "deep.png", os.fsencode(tmp_path) + b"/caf\xe9.png")  # a name that is not UTF-8
+    images = data.open_images("folder", tmp_path)
+    assert images.read([images.name(i).startswith("caf") for i in range(len(images))].index(True)).shape == rgb.shape
 
 
 def test_scenes_are_deterministic_and_their_boxes_fit_their_masks():
@@ -2606,6 +2613,11 @@ ERRORS = {
     "size": (["--ckpt", "random", "--size", "100"], "--size 100: a multiple of 16"),
     "format": (["--ckpt", "random", "--export", "onnx", "x"], "detectron2 or torchvision"),
     "option": (["--ckpt", "random", "--what"], "unrecognized arguments: --what"),
+    "colour": (["--ckpt", "colour", "--export", "torchvision", "x"], "--ckpt colour is no network: name a checkpoint"),
+    "classes": (["--ckpt", "colour", "--data", "coco", "--root", "{tmp}/other", "--k", "1"],
+                "the train split of coco has other classes (2) than the val split (2), as bird, cat"),
+    "under a file": (["--ckpt", "colour", "--data", "coco", "--root", "{tmp}/tiny", "--k", "1",
+                      "--json", "{tmp}/file/o"], "cannot write {tmp}/file/o"),
     "torchrun": (["--ckpt", "random"], "is one process: start it with python, without torchrun"),
 }
 
@@ -2615,18 +2627,23 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
     arguments, message = ERRORS[case]
     write_coco(tmp_path / "empty", [])
     for split in ("train", "val"):
-        write_coco(tmp_path / "tiny", [(i, [8, 12, 16, 24], 3) for i in range(3)], split=split)
+        for root in ("tiny", "other"):
+            write_coco(tmp_path / root, [(i, [8, 12, 16, 24], 3) for i in range(3)], split=split)
+    names = tmp_path / "other" / "annotations" / "instances_val2017.json"
+    names.write_text(names.read_text().replace('"cat"', '"bird"'))
+    (tmp_path / "file").touch()
     monkeypatch.setenv("WORLD_SIZE", "2" if case == "torchrun" else "1")
     code = here("evaluate.py", *(a.format(tmp=tmp_path) for a in arguments))
     lines = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and len(lines) == 1 and message in lines[0], lines
+    assert code == 2 and len(lines) == 1 and message.format(tmp=tmp_path) in lines[0], lines
 
 
 @pytest.mark.bench
 def test_the_default_run_learns(tmp_path):
     """The README's loop over three seeds, the default run each, against the same networks before step 1, with
-    statistics too. A mean over three seeds of a correct build misses a bound less than once in 10,000 times (it lies
-    four standard errors away or more, of the runs that README reports); --lr 0 misses all four. Over 20 minutes."""
+    statistics too. The seeds are fixed, so a correct build varies by rounding alone: bf16 and float32 differed by 5 to
+    9 points of reid a seed, some 3.2 of the mean, and gave 66 and 70 where the bound is 54; --lr 0 gives the untrained
+    network's 39. The loss fell by 13.7 and 13.8 %. Over 20 minutes."""
     runs, found = tmp_path / "runs", {}
     for seed in (3, 4, 5):
         command("d3ssl.py", "--root", tmp_path / "root", "--out", runs / f"seed-{seed}", "--seed", seed, "--snapshots")
@@ -2640,7 +2657,7 @@ def test_the_default_run_learns(tmp_path):
                    for low in (0, 384))
     neighbours = [arm["reid_neighbours"][probes.LAYERS.index("res4")] for arm in (probed, unprobed)]
     print(f"loss {first} -> {last}, neighbours {neighbours}")
-    assert np.mean(last) < 0.9 * np.mean(first) and neighbours[0] > neighbours[1] + 14
+    assert np.mean(last) < 0.9 * np.mean(first) and neighbours[0] > 1.4 * neighbours[1]
     assert all(trained[name] > untrained[name] for name in ("oknn_top1", "disturbed_top1"))
 
 
@@ -2828,6 +2845,8 @@ def test_cut_out():
     pixels, inside = probes.cut_out(image, np.float32([10, 5, 58, 29]), mask, 96)  # 96 x 48, in the middle
     assert inside[24:72, :46].all() and not inside[:24].any() and not inside[72:].any() and not inside[:, 50:].any()
     assert (pixels[inside][:, 0] <= 150).all()
+    thin = np.eye(300, dtype=bool)  # no square of the crop is covered by half
+    assert probes.cut_out(np.zeros((300, 300, 3), np.uint8), np.float32([0, 0, 300, 300]), thin, 64)[1].any()
 
 
 def test_probes_command(tmp_path, monkeypatch, capsys):
@@ -2862,6 +2881,12 @@ def test_probes_command(tmp_path, monkeypatch, capsys):
     assert f"{saved['arms'][1]['rc'][2]:.4f}" in out and "random clean" in out
     for kind in ("plot", "picture"):
         assert Image.open(tmp_path / kind).size[0] > 1000
+    late = [f"{name}={tmp_path}/{file}.pth" for name, file in (
+        ("ours", "s0/backbone-32"), ("theirs", "s1/backbone-64"), ("ours", "s0/backbone-64"))]
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--pairs", "2", f"--json={tmp_path / 'json'}", "--ckpt", *late])
+    probes.main()  # an arm may be compared with one that is named after it
+    differences = [arm.get("difference") for arm in json.loads((tmp_path / "json").read_text())["arms"]]
+    assert [found and (found["to"], found["to_images"]) for found in differences] == [None, ("ours", 64), None]
     monkeypatch.setattr(sys, "argv", ["probes.py", "--ckpt", "colour"])
     with pytest.raises(UserError, match="no layers to probe"):
         probes.main()
@@ -3224,6 +3249,9 @@ def test_an_absent_image_is_an_error_where_it_has_to_be(tmp_path):
         assert len(data.open_labelled(kind, tmp_path / kind, "train").labels)
         with pytest.raises(data.UserError, match=f"listed but absent from .*: 1 in .*{name}.*download them again"):
             data.open_labelled(kind, tmp_path / kind, "train", strict=True)
+    (voc(tmp_path / "xml", 2007, {"train": ["1", "2"]}) / "Annotations" / "1.xml").unlink()
+    with pytest.raises(data.UserError, match="missing or not VOC's XML: 1 .*download them again"):
+        data.open_labelled("voc", tmp_path / "xml", "train", strict=True)
 
 
 def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
@@ -3596,7 +3624,7 @@ def test_detector_fits_what_it_saw(tmp_path, few_proposals):
                       test_on="train")
     assert run.train()
     after = run.test()
-    assert after["box"]["AP50"] > 50 and after["mask"]["AP50"] > 20
+    assert after["box"]["AP50"] > 60 and after["mask"]["AP50"] > 25
 
 
 @pytest.mark.usefixtures("few_proposals")
