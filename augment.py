@@ -4,7 +4,7 @@
 
 It stands on torch alone, to be lifted into other projects; the contact sheet and the command line import the rest.
 Everything is batched and runs on the device of its inputs, without a loop over images and without reading a value
-back. Images are (B, 3, H, W), normalised, so that 0 is the data set's mean colour; boxes (B, K, 4) float32 xyxy in
+back. Images are (B, 3, H, W), normalised, so that 0 is ImageNet's mean colour; boxes (B, K, 4) float32 xyxy in
 pixels of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visible: an augmented view is image * mask.
 `size` is (H, W) everywhere. Every random function draws from the `generator` it is given.
 """
@@ -61,9 +61,9 @@ def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generat
     """PRC, section 4.1: cut a part out of every proposal, from the largest proposal to the smallest.
 
     R_i are the whole pixels of box i, c the share of them that is hidden already. If c > threshold, R_i is recovered
-    (made visible) and c = 0. Then s ~ U(share), an area share; if s > c, a rectangle of area (s - c)|R_i| with R_i's
-    aspect ratio is hidden, placed uniformly inside R_i. The subtraction is not in the paper: from the authors'
-    follow-up (ICLR 2024).
+    (made visible) and c = 0. Then s ~ U(share); if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect ratio is
+    hidden, placed uniformly inside R_i. Not in the paper: the value of `threshold`, that `share` is one of areas, and
+    the subtraction of c (from the authors' follow-up at ICLR 2024, "Mind Your Augmentation").
 
     Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one stays."""
     size, dtype = mask.shape[-2:], mask.dtype
@@ -93,7 +93,7 @@ def proposal_random_mask(boxes, size, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3), re
     Each box has one rectangle of area s|R_i|, s ~ U(scale), aspect (width / height) log-uniform in `ratio`, centred on
     the border of R_i in a uniformly random direction from its centre. reading="reveal" (the literal one: "add partial
     background information"): visible are the boxes and the rectangles. reading="hide": visible is all but those
-    rectangles outside the boxes.
+    rectangles outside the boxes. Not in the paper: one rectangle a box, on the border, log-uniform in its aspect.
 
     Args: boxes (B, K, 4); size (H, W). Returns the mask (B, 1, H, W), 1 = visible."""
     if reading not in ("reveal", "hide"):
@@ -114,8 +114,9 @@ def proposal_random_mask(boxes, size, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3), re
 
 
 def restricted_box_jitter(boxes, size, generator=None):
-    """RBJ, section 4.1: jittered boxes (B, K, 4) that are never larger than the original: width and height x U(0.8, 1),
-    centre shifted by U(-0.1, 0.1) of the side, clipped to the view `size` (H, W)."""
+    """RBJ, section 4.1: jittered boxes (B, K, 4) that are never larger than the original, though 75 % of them cross one
+    of its edges. Ours are the ranges: width and height x U(0.8, 1), centre shifted by U(-0.1, 0.1) of the side, clipped
+    to the view `size` (H, W)."""
     low, high = constant((0.8, 0.8, -0.1, -0.1), boxes.device), constant((1.0, 1.0, 0.1, 0.1), boxes.device)
     return scale_and_move(boxes, size, uniform(boxes.shape, low, high, boxes, generator))
 
@@ -308,11 +309,11 @@ def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, gene
 def de_position(x2, boxes, generator=None):
     """Eqs. 6-8 for boxes (B, k, 4) of x2 (B, 3, H, W), on view 2 of the next image of the batch as background.
     Returns m^ (B, 1, H, W), x3 (B, 3, H, W) and b^ (B, k, 4)."""
-    size = x2.shape[2:]
+    size, backgrounds = x2.shape[2:], x2.roll(-1, 0)                                                   # x_b
     m = boxes_mask(boxes, size)                                                                        # Eq. 6
     moved, offset = shift_boxes(boxes, size, generator)
     m_hat = proposal_random_cutout(shift_pixels(m, offset), moved, generator=generator)                # Eq. 7
-    return m_hat, composite(x2, m, x2.roll(-1, 0), m_hat, offset), moved                               # Eq. 8
+    return m_hat, composite(x2, m, backgrounds, m_hat, offset), moved                                  # Eq. 8
 
 
 def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):

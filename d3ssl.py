@@ -88,7 +88,7 @@ COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="la
 FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots"}
 
 
-# ---------------------------------------------------------------------------------------- the encoder f (Eqs. 1 and 3)
+# ------------------------------------------------------------------------------------------------ the encoder f (Eq. 1)
 
 class Encoder(nn.Module):
     """f: z = H(RoIAlign(E(x), b)), Eq. 1. E is a ResNet up to C4; H is C5, average pooling and the projector.
@@ -161,7 +161,7 @@ def interpolation(low, high, scale, bins, cells, ratio):
     return (hat * inside[..., None]).unflatten(-2, (bins, ratio)).mean(-2)
 
 
-# ------------------------------------------------------------------------------------- queue and losses (Eqs. 3 to 10)
+# ----------------------------------------------------------------------------- queue and losses (Eqs. 3-5 and 8-10)
 
 class Queue(nn.Module):
     """The memory bank of Eq. 5: the last `size` teacher features (size, D), first in, first out. `Run.fill_queue` fills
@@ -194,9 +194,9 @@ def gather(z):
 class Query(NamedTuple):
     """Student features beside the negatives of the queue; the products with them are made once for all positives."""
     z: torch.Tensor          # (N, D), L2-normalised
-    negatives: torch.Tensor  # (N,) log of the sum of exp(z.zj / T) over the queue
-    hardest: torch.Tensor    # (N,) the largest z.zj / T
-    temperature: float
+    negatives: torch.Tensor  # (N,) log of the sum of exp(z.zj / tau) over the queue
+    hardest: torch.Tensor    # (N,) the largest z.zj / tau
+    temperature: float       # tau
 
 
 def make_query(z, queue, temperature):
@@ -206,7 +206,7 @@ def make_query(z, queue, temperature):
 
 
 def info_nce(query, z_pos):
-    """Eq. 5, mean over rows: -log exp(z.z+ / T) / sum over {z+} and the queue of exp(z.zj / T); z_pos (N, D)."""
+    """Eq. 5, mean over rows: -log exp(z.z+ / tau) / sum over {z+} and the queue of exp(z.zj / tau); z_pos (N, D)."""
     positive = (query.z * z_pos).sum(1) / query.temperature
     return (torch.logaddexp(positive, query.negatives) - positive).mean()
 
@@ -260,7 +260,7 @@ class D3SSL(nn.Module):
 
     def forward(self, views):
         """views: augment.Views. Returns Losses; enqueue its `keys` after the backward pass."""
-        nce = info_nce if self.config.objective == "nce" else cosine_loss
+        nce = info_nce if self.config.objective == "nce" else cosine_loss                      # Eq. 5, or SoCo's
         with self.autocast(views.x2):
             zs1 = self.student(views.x1_hat, views.rois1, self.predictor)                      # Eq. 3
             zs2 = self.student(views.x2s_hat, views.rois2 / 2, self.predictor)
@@ -511,7 +511,8 @@ class Run:
         seed = np.random.SeedSequence((self.config.seed, step, self.ranks.rank)).generate_state(2, np.uint32)
         generator = torch.Generator(self.ranks.device).manual_seed(int(seed[0]) << 31 | int(seed[1]) >> 1)
         batch = [tensor.to(self.ranks.device, non_blocking=True) for tensor in batch]
-        return make_views(batch, self.config.augs, self.config.prm, self.config.dp * self.config.dp_boxes, generator)
+        moved = self.config.dp_boxes if self.config.dp else 0
+        return make_views(batch, self.config.augs, self.config.prm, moved, generator)
 
     def fill_queue(self):
         """Fill the queue with teacher features before step 1. Random unit vectors, MoCo's start, are trivial negatives:

@@ -80,6 +80,8 @@ def whole_number(text, least=0):
 def error_exit(main):
     """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2. So does the death of a
     loading process, which torch raises wherever `main` is at that moment."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 must not end what prints it
     try:
         return main()
     except UserError as error:

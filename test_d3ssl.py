@@ -605,6 +605,12 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
     assert images.read([images.name(i).startswith("caf") for i in range(len(images))].index(True)).shape == rgb.shape
 
 
+def test_a_path_that_is_not_utf8_can_be_printed(tmp_path):
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    done = command("data.py", "scenes", "--out", out, "--n", 2, env={"PYTHONIOENCODING": "utf-8:strict"})
+    assert r"caf\udce9" in done.stdout and os.path.isdir(out)
+
+
 def test_scenes_are_deterministic_and_their_boxes_fit_their_masks():
     for split in ("train", "val"):
         one, two, other = Scenes(split), Scenes(split, number=8), Scenes(split, seed=1)
