@@ -21,7 +21,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in ev
 
 @lru_cache(maxsize=None)
 def constant(values, device):
-    """A tuple of numbers, or of rows, as a float32 tensor on `device`: copied there once, as a copy makes it wait."""
+    """A tuple of numbers, or of rows, as a float32 tensor on `device`: copied there once, as each copy makes the host
+    wait for the device."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -29,7 +30,7 @@ def constant(values, device):
 # --------------------------------------------------------------------------------------------------- rectangles, masks
 
 def uniform(shape, low, high, like, generator=None):
-    """U(low, high) of `shape` on the device of `like`, float32."""
+    """U(low, high) of `shape` on the device of `like`, float32; low and high: numbers, or tensors that broadcast."""
     return low + (high - low) * torch.rand(shape, generator=generator, device=like.device)
 
 
@@ -62,7 +63,8 @@ def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generat
 
     R_i are the whole pixels of box i, c the share of them that is hidden already. If c > threshold, R_i is recovered
     (made visible) and c = 0. Then s ~ U(share); if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect ratio is
-    hidden, placed uniformly inside R_i. Not in the paper: the value of `threshold`, that `share` is one of areas, and
+    hidden, placed uniformly inside R_i. s is thus the most that a cut hides: it may fall on what is hidden already, and
+    a smaller box may recover part of it. Not in the paper: the value of `threshold`, that `share` is one of areas, and
     the subtraction of c (from the authors' follow-up at ICLR 2024, "Mind Your Augmentation").
 
     Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one stays."""
@@ -177,7 +179,7 @@ def shift_pixels(images, offset):
 
 def composite(images, mask, backgrounds, shifted_mask, offset):
     """Eq. 8: x3 = C(x2, m, x_b, m^): the foreground of `images` under `mask`, moved by t, pasted on `backgrounds` where
-    `shifted_mask` is 1; an exact pixel copy.
+    `shifted_mask` is 1; an exact pixel copy. m^ of Eq. 7 lies inside the moved m; for any other the two are multiplied.
 
     Args: images, backgrounds (B, 3, H, W); mask, shifted_mask (B, 1, H, W); offset (B, 2) integer dx, dy."""
     pasted = (shift_pixels(mask, offset) * shifted_mask) > 0.5
@@ -285,17 +287,18 @@ AUGS = ("prc", "prm", "rbj", "cutout", "jitter")
 JITTERS = {"rbj": restricted_box_jitter, "jitter": box_jitter}  # those of AUGS that change what RoIAlign reads
 
 
-def make_views(batch, augs=("prc", "prm", "rbj"), prm="reveal", dp_boxes=1, generator=None, colour=Colour()):
+def make_views(batch, augs=("prc", "prm", "rbj"), reading="reveal", dp_boxes=1, generator=None, colour=Colour()):
     """Section 4: from what the loader brings to what the encoders see, on the batch's device.
 
-    Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); augs: any of AUGS; prm: reveal | hide;
-    dp_boxes: how many of the K boxes de-positioning moves, 0: without it. Returns Views."""
+    Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); augs: any of AUGS; reading: PRM's;
+    dp_boxes: how many of the K boxes de-positioning moves, the first ones (the loader's order is random), 0: without
+    it. Returns Views."""
     view1, view2, boxes1, boxes2 = batch
     size = view1.shape[1:3]
     x1, x2 = (normalise(colour_augment(to_float(view), colour, generator)) for view in (view1, view2))
     x2s = F.avg_pool2d(x2, 2)
-    x1_hat = x1 * region_mask(boxes1, size, augs, prm, generator)                                      # Eq. 2
-    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, prm, generator, second=True)
+    x1_hat = x1 * region_mask(boxes1, size, augs, reading, generator)                                  # Eq. 2
+    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, reading, generator, is_view2=True)
     m_hat = x3 = boxes3 = rois3 = None
     if dp_boxes:
         m_hat, x3, boxes3 = de_position(x2, boxes2[:, :dp_boxes], generator)
@@ -316,16 +319,16 @@ def de_position(x2, boxes, generator=None):
     return m_hat, composite(x2, m, backgrounds, m_hat, offset), moved                                  # Eq. 8
 
 
-def region_mask(boxes, size, augs, prm="reveal", generator=None, second=False):
-    """The mask (B, 1, H, W) of Eq. 2 for one view: the product of PRC's and PRM's, as far as `augs` names them. SoCo's
-    cutout acts on the second view only."""
+def region_mask(boxes, size, augs, reading="reveal", generator=None, is_view2=False):
+    """The mask (B, 1, H, W) of Eq. 2 for one view, size (H, W), with boxes (B, K, 4) in its pixels: the product of
+    PRC's and PRM's, as far as `augs` names them. SoCo's cutout acts on view 2 alone, as in SoCo."""
     mask = boxes.new_ones((len(boxes), 1, *size))
     if "prc" in augs:
         mask = proposal_random_cutout(mask, boxes, generator=generator)
-    if "cutout" in augs and second:
+    if "cutout" in augs and is_view2:
         mask = random_cutout(mask, boxes, generator=generator)
     if "prm" in augs:
-        mask = mask * proposal_random_mask(boxes, size, reading=prm, generator=generator)
+        mask = mask * proposal_random_mask(boxes, size, reading=reading, generator=generator)
     return mask
 
 
@@ -355,24 +358,30 @@ COLOURS = ("#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f", "#ff8c1a", "#b18cff", "#f
 
 
 def contact_sheet(views, tile=224):
-    """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^, x3, the boxes drawn and numbered."""
+    """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^, x3, the boxes drawn and numbered; in
+    what the student reads (x1^, x2s^, x3) thin lines are the jittered boxes of RoIAlign."""
     from PIL import ImageDraw
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import draw_bounding_boxes, make_grid
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    columns = [("x1", views.x1, views.boxes1), ("x2", views.x2, views.boxes2),
-               ("x1^ (Eq. 2)", views.x1_hat, views.boxes1), ("x2s^ (Eq. 2)", views.x2s_hat, views.boxes2 / 2)]
+    columns = [("x1", views.x1, views.boxes1, None), ("x2", views.x2, views.boxes2, None),
+               ("x1^ (Eq. 2)", views.x1_hat, views.boxes1, views.rois1),
+               ("x2s^ (Eq. 2)", views.x2s_hat, views.boxes2 / 2, views.rois2 / 2)]
     if views.x3 is not None:
-        columns += [("m^ (Eq. 7)", views.m_hat, views.boxes3), ("x3 (Eq. 8)", views.x3, views.boxes3)]
+        columns += [("m^ (Eq. 7)", views.m_hat, views.boxes3, None),
+                    ("x3 (Eq. 8)", views.x3, views.boxes3, views.rois3)]
     tiles, gap = [], 4
     for row in range(len(views.x1)):
-        for _, images, boxes in columns:
+        for _, images, boxes, rois in columns:
             image = images[row].expand(3, -1, -1) if images.shape[1] == 1 else images[row] * std + mean
             image = F.interpolate(image.clamp(0, 1)[None], size=(tile, tile), mode="nearest")[0]
             numbers = [str(k + 1) for k in range(boxes.shape[1])]
             colours = [COLOURS[k % len(COLOURS)] for k in range(boxes.shape[1])]
-            pixels = (image * 255).round().byte()
-            tiles.append(draw_bounding_boxes(pixels, boxes[row] * tile / images.shape[-1], numbers, colours, width=2))
+            pixels, scale = (image * 255).round().byte(), tile / images.shape[-1]
+            pixels = draw_bounding_boxes(pixels, boxes[row] * scale, numbers, colours, width=2)
+            if rois is not None and not torch.equal(rois, boxes):
+                pixels = draw_bounding_boxes(pixels, rois[row] * scale, colors=colours, width=1)
+            tiles.append(pixels)
     sheet = to_pil_image(make_grid(tiles, nrow=len(columns), padding=gap, pad_value=48))
     draw = ImageDraw.Draw(sheet)
     for column, (title, *_) in enumerate(columns):

@@ -1,6 +1,6 @@
 """De-coupling and De-positioning Dense Self-supervised Learning: the encoder, the queue, the losses, the training loop.
 
-    python d3ssl.py                                                  ten minutes on a laptop: the embedded scenes
+    python d3ssl.py                                                  some ten minutes on a CPU: the embedded scenes
     python d3ssl.py --data coco --root data/coco                     COCO, one process, GPU if there is one
     torchrun --nproc_per_node 8 d3ssl.py --data coco                 COCO, eight GPUs
     python d3ssl.py --data folder --root DIR                         your own images
@@ -66,7 +66,7 @@ class Config:
     batch_size: int = setting(256, "of all ranks together; of DenseCL")
     optimizer: str = setting("sgd", "of DenseCL; lars: SoCo's", ("sgd", "adamw", "lars"))
     lr: float = setting(0.3, "for 256 images, scaled with the batch, adamw's as it is; of DenseCL's COCO recipe")
-    warmup: int = setting(10, "epochs; of SoCo: DenseCL weights its two terms by 0.5 and has none, Eq. 10 sums four")
+    warmup: int = setting(10, "epochs, at most a quarter of all; of SoCo: Eq. 10 sums four terms at DenseCL's rate")
     momentum: float = setting(0.9, "of DenseCL")
     weight_decay: float = setting(1e-4, "of DenseCL")
     amp: str = setting("auto", "autocast; auto: bf16 where that is faster", ("auto", "bf16", "off"))
@@ -94,7 +94,10 @@ class Encoder(nn.Module):
     """f: z = H(RoIAlign(E(x), b)), Eq. 1. E is a ResNet up to C4; H is C5, average pooling and the projector.
 
     `backbone` is torchvision's ResNet without its classifier, so its keys are torchvision's. With grid=True C5 runs
-    on the whole map and a 1x1 RoIAlign after it reads one vector a box (the paper's point-level baseline)."""
+    on the whole map and a 1x1 RoIAlign after it reads one vector a box (the paper's point-level baseline).
+
+    Args: hidden: width of the projector, None: C5's; dim: of z; roi: side of RoIAlign's output; norm: batch norm in
+    the projector."""
 
     def __init__(self, arch="resnet50", hidden=None, dim=128, roi=14, norm=False, grid=False):
         super().__init__()
@@ -134,19 +137,20 @@ def perceptron(width, hidden, dim, norm=False):
 
 def roi_align(maps, boxes, bins, scale, ratio=2):
     """RoIAlign (He et al. 2017) with aligned=True and a fixed sampling ratio, as two matrix products a box: its
-    interpolation is separable. Equal to torchvision.ops.roi_align; on a CPU its backward is over ten times faster, on a
-    GPU it is deterministic. Boxes get no gradient.
+    interpolation is separable. Equal to torchvision.ops.roi_align to 1e-5; on a CPU its backward is over ten times
+    faster, on a GPU it is deterministic. Boxes get no gradient.
 
-    Args: maps (B, C, H, W); boxes (B, K, 4) in pixels of the view; bins: output side; scale: map cells a pixel.
-    Returns (B * K, C, bins, bins), channels_last."""
+    Args: maps (B, C, H, W); boxes (B, K, 4) in pixels of the view; bins: output side; scale: map cells a pixel; ratio:
+    samples a bin along each axis. Returns (B * K, C, bins, bins), channels_last."""
     batch, channels, height, width = maps.shape
     k = boxes.shape[1]
     with torch.no_grad():
         rows = interpolation(boxes[..., 1], boxes[..., 3], scale, bins, height, ratio).to(maps.dtype)
         columns = interpolation(boxes[..., 0], boxes[..., 2], scale, bins, width, ratio).to(maps.dtype)
-    maps = maps.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
-    maps = (rows.flatten(1, 2) @ maps).view(batch, k, bins, width, channels)
-    return (columns[:, :, None] @ maps).flatten(0, 1).permute(0, 3, 1, 2)
+    lines = maps.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+    bands = (rows.flatten(1, 2) @ lines).view(batch, k, bins, width, channels)  # (B, K * bins, H) @ (B, H, W * C)
+    regions = columns[:, :, None] @ bands                    # (B, K, 1, bins, W) @ (B, K, bins, W, C), bins x bins x C
+    return regions.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def interpolation(low, high, scale, bins, cells, ratio):
@@ -154,10 +158,10 @@ def interpolation(low, high, scale, bins, cells, ratio):
     [low, high) (...), given in pixels, over a map of `cells` cells."""
     start, step = low * scale - 0.5, (high - low) * scale / (bins * ratio)
     sample = torch.arange(bins * ratio, device=low.device) + 0.5
-    point = start[..., None] + step[..., None] * sample
+    point = start[..., None] + step[..., None] * sample  # (..., bins * ratio)
     inside = (point >= -1) & (point <= cells)  # as the library: farther out a sample counts as zero, else it is clamped
     distance = point.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=low.device)
-    hat = (1 - distance.abs()).clamp(min=0)
+    hat = (1 - distance.abs()).clamp(min=0)              # (..., bins * ratio, cells)
     return (hat * inside[..., None]).unflatten(-2, (bins, ratio)).mean(-2)
 
 
@@ -260,27 +264,31 @@ class D3SSL(nn.Module):
 
     def forward(self, views):
         """views: augment.Views. Returns Losses; enqueue its `keys` after the backward pass."""
-        nce = info_nce if self.config.objective == "nce" else cosine_loss                      # Eq. 5, or SoCo's
+        nce = info_nce if self.config.objective == "nce" else cosine_loss              # Eq. 5; cosine_loss: SoCo's
         with self.autocast(views.x2):
-            zs1 = self.student(views.x1_hat, views.rois1, self.predictor)                      # Eq. 3
+            zs1 = self.student(views.x1_hat, views.rois1, self.predictor)              # Eq. 3
             zs2 = self.student(views.x2s_hat, views.rois2 / 2, self.predictor)
-            zs3 = self.student(views.x3, views.rois3, self.predictor) if self.config.dp else None  # Eq. 8
+            if self.config.dp:
+                zs3 = self.student(views.x3, views.rois3, self.predictor)              # Eq. 8
         zt1, zt2 = self.teach(views)
-        zs1, zs2 = self.query(zs1), self.query(zs2)
-        loss_dc = nce(zs1, zt2) + nce(zs2, zt1)                                                # Eq. 4
+        q1, q2 = self.query(zs1), self.query(zs2)
+        loss_dc = nce(q1, zt2) + nce(q2, zt1)                                          # Eq. 4
         loss_dp = torch.zeros_like(loss_dc)
-        hits = [top1(zs1, zt2), top1(zs2, zt1)]
+        hits = [top1(q1, zt2), top1(q2, zt1)]
         if self.config.dp:
-            zs3, zt1_moved, zt2_moved = self.query(zs3), self.moved(zt1, views), self.moved(zt2, views)
-            loss_dp = nce(zs3, zt2_moved) + nce(zs3, zt1_moved)                                # Eq. 9
-            hits += [top1(zs3, zt2_moved), top1(zs3, zt1_moved)]
-        loss = loss_dp + loss_dc                                                               # Eq. 10
+            q3 = self.query(zs3)
+            zt1_moved, zt2_moved = self.of_moved_boxes(zt1, views), self.of_moved_boxes(zt2, views)
+            loss_dp = nce(q3, zt2_moved) + nce(q3, zt1_moved)                          # Eq. 9
+            hits += [top1(q3, zt2_moved), top1(q3, zt1_moved)]
+        loss = loss_dp + loss_dc                                                       # Eq. 10, though L_dp is a mean
+        # over the moved boxes alone, so that each of them counts K / dp_boxes times what it does in the paper.
         return Losses(loss, loss_dc, loss_dp, torch.cat(hits).mean(), torch.cat([zt1, zt2]))
 
     def query(self, z):
+        """The Query of student features z (N, D); with the cosine objective the queue serves top-1 alone."""
         return make_query(z, self.queue.features, self.config.temperature)
 
-    def moved(self, z, views):
+    def of_moved_boxes(self, z, views):
         """Of features z (B * K, D) those of the boxes that de-positioning moved: (B * dp_boxes, D)."""
         batch, number = views.rois3.shape[:2]
         return z.unflatten(0, (batch, -1))[:, :number].flatten(0, 1)
@@ -321,7 +329,8 @@ def make_optimizer(config, model):
 
 
 def learning_rate(config, step, total):
-    """At `step` of `total`: linear scaling with the batch (not AdamW's), linear warm-up, cosine to 0."""
+    """At `step` of `total`: linear scaling with the batch (not AdamW's), linear warm-up over at most a quarter of the
+    epochs, cosine to 0."""
     peak = config.lr * (1 if config.optimizer == "adamw" else config.batch_size / 256)
     warmup = min(config.warmup, config.epochs / 4) * total / config.epochs
     if step < warmup:
@@ -399,10 +408,10 @@ def amp_dtype(amp, device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     vectors = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if tiles or (vectors and "AMD" in cpu_vendor()) else None
+    return torch.bfloat16 if tiles or (vectors and "AMD" in cpu_description()) else None
 
 
-def cpu_vendor():
+def cpu_description():
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:  # no Linux
@@ -890,10 +899,10 @@ def parse_config(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for setting in fields(Config):
         kind, choices = setting.type, setting.metadata["choices"]
-        default = "" if setting.default is None else f" (COCO's default: {setting.default})"
-        options = dict(help=setting.metadata["help"] + default, default=None)
+        options = dict(help=setting.metadata["help"] + defaults(setting), default=None)
         if setting.name == "data":
-            options.update(choices=list(PRESETS), default="scenes")
+            about = setting.metadata["help"] + " (default: scenes)"
+            options.update(choices=list(PRESETS), default="scenes", help=about)
         elif kind is bool:
             options.update(action=argparse.BooleanOptionalAction)
         elif choices:
@@ -907,6 +916,15 @@ def parse_config(arguments=None):
     args = parser.parse_args(arguments)
     names = [setting.name for setting in fields(Config)]
     return configure({key: value for key, value in vars(args).items() if value is not None and key in names}), args
+
+
+def defaults(setting):
+    """COCO's default of a setting, and the scenes' where it differs, as --help shows them."""
+    if setting.default is None:
+        return ""
+    coco = ",".join(setting.default) if setting.type is tuple else setting.default
+    scenes = f"; scenes: {QUICK[setting.name]}" if setting.name in QUICK else ""
+    return f" (default: {coco}{scenes})"
 
 
 def configure(given):

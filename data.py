@@ -881,13 +881,14 @@ def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
     does chunks i, i + n, ..., so disjoint parts may run on several machines that share the folder. With wait=True they
     are the ranks of one run, of which each returns when the proposals are whole. Raises UserError if the folder cannot
     be written, no image can be read, a process dies or, with wait=True, for PATIENCE seconds no rank writes a chunk."""
-    state, talk = proposals_state(images, folder), part[0] == 0 or not wait
+    state, (rank, parts) = proposals_state(images, folder), part
+    talk = rank == 0 or not wait
     if state == "ready":
         return
     if state != "missing" and talk:
         print(f"proposals in {folder} are made again: {state}", flush=True)
     making = Making(images, folder)
-    mine = [chunk for chunk in making.missing() if chunk % part[1] == part[0]]
+    mine = [chunk for chunk in making.missing() if chunk % parts == rank]
     workers = max(1, min(workers or usable_cores(), len(mine)))
     if talk:
         print(f"selective search: {len(images):,} images, {len(mine):,} of {len(making.chunks):,} chunks to do here, "
@@ -895,7 +896,7 @@ def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
     try:
         search_chunks(making, mine, workers, talk)
         if wait:
-            making.wait(first=part[0] == 0)
+            making.wait(first=rank == 0)
         elif making.missing() and proposals_state(images, folder) != "ready":  # ready: another run joined them
             print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
         else:
@@ -1074,8 +1075,9 @@ class TwoViews(torch.utils.data.Dataset):
 
     Item (epoch, index) -> view1, view2 (size, size, 3) uint8 RGB, boxes1, boxes2 (K, 4) float32 in pixels of each.
     View 1 is the whole image, view 2 a random resized crop; each is flipped with p 0.5. From the boxes with at least
-    half of their area inside the crop, K are drawn, with replacement if there are fewer; if there is none another crop
-    is drawn, and after ten crops it is the whole image.
+    half of their area inside the crop, K are drawn in random order, with replacement if there are fewer; if there is
+    none another crop is drawn, and after ten crops it is the whole image. Both views have the same K boxes, view 2 what
+    is inside the crop of each.
 
     Args: images: Images; proposals: Proposals, or None for regions image | grid; size: pixels; boxes: K;
     regions: proposals | image | grid (section 3's baselines; grid: K cells of 7 x 7); seed. Raises UserError if no
@@ -1108,12 +1110,11 @@ class TwoViews(torch.utils.data.Dataset):
         height, width = image.shape[:2]
         boxes = self._regions(index, height, width)
         whole = np.float32([0, 0, width, height])
+        least = 0 if self.regions == "image" else 0.5  # its one box is the whole image: any crop will do
         for attempt in range(11):
             crop = random_crop(random, height, width) if attempt < 10 else whole
             cut, inside = clip_boxes(boxes, crop)
-            usable = np.flatnonzero(inside >= 0.5)
-            if self.regions == "image":
-                cut, usable = crop[None], np.array([0])
+            usable = np.flatnonzero(inside >= least)
             if len(usable):
                 break
         if not len(usable):

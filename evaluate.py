@@ -12,8 +12,8 @@ a query, and its k nearest in the bank vote for their categories with weight exp
 outside the boxes of these objects is replaced by another image of the split, in bank and queries.
 
 --head map: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins: the paper's
-words, and the default. --head roi: C5 on RoIs of C4, as region-level methods train. It is the default for scenes: at
-their 112 pixels a C5 map has only 4 x 4 cells.
+words, and the default for photographs. --head roi: C5 on RoIs of C4, as region-level methods train, the default for
+scenes: at their 112 pixels a C5 map has only 4 x 4 cells.
 
 --statistics: a fresh network's running mean 0 and variance 1 normalise nothing, so `random` is always evaluated with
 batch-norm statistics of 256 clean train images; with "clean" every network is. A row is a mean over its files with its
@@ -68,6 +68,7 @@ from data import (SCENES, SEARCH, Parser, Progress, Schedule, UserError, atomic,
 SIZE = {"scenes": 112, "scenes-biased": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
 TEMPERATURE = 0.07  # of a vote; not in the paper: instance discrimination's and DINO's
 BATCH = 32
+ROUNDING, MOST_SLACK = 4e-6, 6144  # of `nearest`: of a cosine in float32; candidates beyond k at the last try
 VERSIONS = {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}
 
 
@@ -379,10 +380,7 @@ def open_arms(args):
     entries = [parse_entry(entry, args) for entry in args.ckpt]
     files = [row for _, rows in entries for row in rows if row.path not in ("random", "colour")]
     for row in files:
-        run = run_of(row.path)
-        row.seed, row.images, row.bins = run.get("seed"), run.get("images"), args.roi or run.get("roi")
-        row.statistics = "clean" if args.statistics == "clean" else run.get("statistics", "saved")
-        row.load(lambda network, row: None)
+        describe(row, args)
     # What random has of the others, and bins for files that do not know theirs: detectron2's C4 head has 14, the
     # scenes' preset, for 112 pixels, 6 (d3ssl.py). probes.py has no --size.
     default_bins = 6 if (getattr(args, "size", None) or SIZE[args.data]) <= 112 else 14
@@ -401,6 +399,14 @@ def open_arms(args):
                 raise UserError(f"--ckpt {name}: {row.path} is its second of seed {row.seed}: name two arms, A=... B=")
             arm.rows.append(row)
     return list(arms.values())
+
+
+def describe(row, args):
+    """Enter into `row` what is known of its file and run. Raises UserError for what load_backbone refuses."""
+    run = run_of(row.path)
+    row.seed, row.images, row.bins = run.get("seed"), run.get("images"), args.roi or run.get("roi")
+    row.statistics = "clean" if args.statistics == "clean" else run.get("statistics", "saved")
+    row.load(clean=lambda network, row: None)
 
 
 def parse_entry(entry, args):
@@ -632,7 +638,7 @@ def extract(features, objects, what="objects", workers=0, device="cpu"):
 def nearest(queries, bank, k, device="cpu", slack=12, rows=4096, columns=16384):
     """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine; ties to the lower
     index. k + slack candidates are found in float32 and scored again in float64, so that rounding decides nothing;
-    queries with more near-ties than the slack go again with eight times as many (up to 6,144).
+    queries with more near-ties than the slack go again with eight times as many (up to MOST_SLACK).
 
     Returns cosines (Q, k) float64, descending, and indices (Q, k). Raises UserError if k > M."""
     if k > len(bank):
@@ -643,7 +649,7 @@ def nearest(queries, bank, k, device="cpu", slack=12, rows=4096, columns=16384):
     exact = torch.cat([(some.double()[:, None] * bank[i].double()).sum(2) for some, i in zip(*parts)])
     exact, order = exact.sort(dim=1, descending=True, stable=True)
     exact, index = exact[:, :k].contiguous(), index.gather(1, order)[:, :k]
-    if unclear.any() and slack < 6000:
+    if unclear.any() and slack < MOST_SLACK:
         exact[unclear], index[unclear] = nearest(queries[unclear], bank, k, device, 8 * slack, rows, columns)
     return exact, index
 
@@ -662,7 +668,8 @@ def candidates(queries, bank, k, number, device, rows, columns):
             best, order = torch.cat([best, value], 1).sort(1, descending=True)
             best, index = best[:, :number], torch.cat([index, place + start], 1).gather(1, order)[:, :number]
         found.append(index.sort(1).values.cpu())
-        unclear.append((best[:, -1] > best[:, k - 1] - 4e-6).cpu() & (number < len(bank)))
+        least, kth = best[:, -1], best[:, k - 1]
+        unclear.append((least > kth - ROUNDING).cpu() & (number < len(bank)))
     return torch.cat(found), torch.cat(unclear)
 
 
@@ -1474,7 +1481,7 @@ def add_checkpoint_arguments(parser):
     add("--data", choices=tuple(SIZE), default="scenes")
     add("--root", help="the data set's folder (default data/DATA)")
     add("--seed", type=whole_number, default=0, help="of random's weights and of what is drawn")
-    workers = "loading processes; changes nothing but speed"
+    workers = "loading processes (default: the cores, at most 8); changes nothing but speed"
     add("--workers", type=whole_number, default=min(8, usable_cores()), help=workers)
     add("--json", help="write the results there")
     add("--picture", help="write a PNG of the inputs there")
@@ -1492,10 +1499,11 @@ def parse_arguments(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_arguments(parser)
     add = parser.add_argument
-    add("--size", type=positive, help="side of the input, a multiple of 16 pixels (default: scenes 112, voc 224, 448)")
-    add("--head", choices=("map", "roi"), help="RoIAlign on C5 of the image, or C5 on RoIs of C4 (default: scenes roi)")
-    add("--k", type=positive, default=20, help="neighbours that vote")
-    add("--objects", type=positive, default=3, help="N, objects of a train image in the bank")
+    add("--size", type=positive, help="side of the input, a multiple of 16 (default: scenes 112, voc 224, else 448)")
+    add("--head", choices=("map", "roi"), help="RoIAlign on C5 of the image, or C5 on RoIs of C4 (default: scenes "
+        "roi, else map)")
+    add("--k", type=positive, default=20, help="neighbours that vote (default: 20)")
+    add("--objects", type=positive, default=3, help="N, objects of a train image in the bank (default: 3)")
     add("--limit-images", type=positive, help="only the first so many images of each split")
     add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
     add("--plot", metavar="FILE", type=plot_file, help="write a PNG of every arm over images seen (needs matplotlib)")

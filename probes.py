@@ -1,6 +1,6 @@
 """How coupled, how position-biased are a checkpoint's features? The paper's sections 3.1 and 3.2, Figures 3 and 4.
 
-    python probes.py --ckpt runs/scenes/last.pt random --arch resnet18 --plot curves.png --picture probe.png
+    python probes.py --ckpt runs/scenes/last.pt random --plot curves.png --picture probe.png
     python probes.py --ckpt A.pth.tar B.pth --data coco --root data/coco --plot curves.png --json curves.json
 
 Objects of the val split are cut out and placed on black as squares; a feature is the mean of the cells of its
@@ -165,20 +165,24 @@ def features(network, size, placed, read=None, bins=6, fill="black", seen=None):
     for start in range(0, len(placed[0][1].masks), BATCH):
         part = [(place, squares.take(slice(start, start + BATCH), device)) for place, squares in placed]
         images = normalise(to_float(compose(size, part, fill))).contiguous(memory_format=torch.channels_last)
-        maps, by_layer = stages(network, images), [[] for _ in LAYERS]
-        for (x, y), squares in part[:read]:
-            side = squares.masks.shape[1]
-            for found, cells in zip(by_layer, maps):
-                stride = size[1] // cells.shape[3]
-                window = cells[:, :, y // stride:(y + side) // stride, x // stride:(x + side) // stride]
-                found.append(object_mean(window, squares.masks))
-            box = images.new_tensor([x, y, x + side, y + side]).expand(len(images), 1, 4)
-            regions = network.layer4(roi_align(maps[2], box, bins, 1 / 16))
-            by_layer[-1].append(object_mean(regions, squares.masks))
-        batches.append([torch.stack(found, 1) for found in by_layer])
+        maps = stages(network, images)
+        squares = [read_square(network, maps, place, masks, size[1], bins) for place, (_, masks) in part[:read]]
+        batches.append([torch.stack(layer, 1) for layer in zip(*squares)])
         if seen:
             seen(len(images))
     return [torch.cat(parts) for parts in zip(*batches)]
+
+
+def read_square(network, maps, place, masks, width, bins):
+    """An object's features, a list by LAYERS of (N, C) float64, from the maps of images of `width` pixels; its square
+    is at `place`, masks (N, side, side)."""
+    (x, y), side = place, masks.shape[1]
+    strides = [width // cells.shape[3] for cells in maps]
+    windows = [cells[:, :, y // stride:(y + side) // stride, x // stride:(x + side) // stride]
+               for cells, stride in zip(maps, strides)]
+    box = maps[2].new_tensor([x, y, x + side, y + side]).expand(len(masks), 1, 4)
+    regions = network.layer4(roi_align(maps[2], box, bins, 1 / 16))
+    return [object_mean(cells, masks) for cells in (*windows, regions)]
 
 
 def stages(network, images):
@@ -447,7 +451,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_arguments(parser)
     add = parser.add_argument
-    add("--pairs", type=positive, default=100, help="pairs of objects for CR, MCS, rc and rp, at least 2")
+    add("--pairs", type=positive, default=100, help="of objects for CR, MCS, rc and rp, at least 2 (default: 100)")
     add("--cut", choices=("box", "mask"), default="box", help="box: a crop fills its square, as the paper places "
         "images; mask: an object is cut along its mask, its feature the mean of its own cells")
     add("--alone", action="store_true", help="MCS and rp of one object alone at nine places, not of nine at once")

@@ -1430,7 +1430,7 @@ def test_autocast_is_a_function_of_the_hardware(monkeypatch):
                                            (False, True, amd, faster), (False, False, amd, None)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: vectors, raising=False)
-        monkeypatch.setattr(d3ssl, "cpu_vendor", lambda: vendor)
+        monkeypatch.setattr(d3ssl, "cpu_description", lambda: vendor)
         assert d3ssl.amp_dtype("auto", torch.device("cpu")) == wanted
         assert d3ssl.amp_dtype("bf16", torch.device("cpu")) == torch.bfloat16
         assert d3ssl.amp_dtype("off", torch.device("cpu")) is None
