@@ -478,7 +478,9 @@ class Objects(torch.utils.data.Dataset):
     index of the image).
 
     Args: labelled: data.Labelled; size: pixels; number: objects an image, None: all; limit: only the first so many
-    images. Raises UserError if there is no object, or no other image to disturb with."""
+    images. Raises UserError if there is no object, or no other image to disturb with.
+    Attributes: n: images; rows: of each image its selected objects; filled: the images that have some; count: objects
+    of all images; k: the most of one."""
 
     def __init__(self, labelled, size, number=None, limit=None, seed=0):
         self.labelled, self.size, self.seed = labelled, size, seed
