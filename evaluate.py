@@ -1401,7 +1401,14 @@ def object_tile(objects, row, which, colour, name=None, side=104, below=17):
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
-CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",  # Okabe and Ito's
+                 "#7f3c8d", "#8b5a2b", "#8a8a8a")
+
+
+def curve_styles(names):
+    """{name: its colour and marker}; the markers change where the colours begin again."""
+    styles = [dict(color=colour, marker=marker) for marker in "osD^" for colour in CURVE_COLOURS]
+    return dict(zip(names, styles * len(names)))
 
 
 def new_figure(rows, columns, width, height):
@@ -1441,13 +1448,14 @@ def draw_curves(panels, path):
     panels: a list of (title, curves, levels); curves {arm: (images, means, errors)}, lists of one length, drawn as a
     line in a band of one error to both sides; levels {name: value}: horizontal lines."""
     names = list(dict.fromkeys(name for _, curves, _ in panels for name in curves))
-    inks = {name: CURVE_COLOURS[n % len(CURVE_COLOURS)] for n, name in enumerate(names)}
+    styles = curve_styles(names)
     figure, axes = new_figure(1, len(panels), 4.6 * len(panels), 4.4)
     for axis, (title, curves, levels) in zip(axes[0], panels):
         for name, (images, means, errors) in curves.items():
             means, errors = np.array(means), np.nan_to_num(errors)
-            axis.plot(images, means, color=inks[name], marker="o", markersize=4, linewidth=2, label=name, zorder=3)
-            axis.fill_between(images, means - errors, means + errors, color=inks[name], alpha=0.18, linewidth=0)
+            axis.plot(images, means, markersize=4, linewidth=2, label=name, zorder=3, **styles[name])
+            band = dict(color=styles[name]["color"], alpha=0.18, linewidth=0)
+            axis.fill_between(images, means - errors, means + errors, **band)
         for name, value in levels.items():
             above = name == max(levels, key=levels.get)  # the others have their names below: two may lie close together
             axis.axhline(value, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=1)

@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw
 from augment import normalise, to_float
 from d3ssl import roi_align
 from data import Parser, Progress, UserError, error_exit, open_images, open_labelled, positive, resize, rng
-from evaluate import (CURVE_COLOURS, SIZE, VERSIONS, Clean, add_checkpoint_arguments, images_seen, new_figure,
+from evaluate import (SIZE, VERSIONS, Clean, add_checkpoint_arguments, curve_styles, images_seen, new_figure,
                       open_arms, plot_file, reference, save, save_figure)
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
@@ -390,7 +390,7 @@ def plot(results, path):
     arms = defaultdict(list)
     for result in results:
         arms[result["arm"]].append(result)
-    inks = dict(zip(arms, CURVE_COLOURS * len(arms)))
+    styles = curve_styles(arms)
     learning = any(len(some) > 1 for some in arms.values())
     figure, axes = new_figure(4 if learning else 2, 3, width=13, height=14 if learning else 7.5)
     for n, axis in enumerate(axes.flat):
@@ -402,7 +402,7 @@ def plot(results, path):
         for arm, some in arms.items():
             means, errors = (np.array([result[key] for result in some], float) for key in (name, f"{name}_se"))
             images = [result["images"] for result in some]
-            style = dict(color=inks[arm], marker="o", markersize=4, capsize=3)
+            style = dict(styles[arm], markersize=4, capsize=3)
             if n < 6:
                 axis.errorbar(LAYERS, means[-1], errors[-1], label=arm, **style)
                 continue
@@ -412,7 +412,7 @@ def plot(results, path):
                     axis.errorbar([images[i] for i in seen], means[seen, layer], errors[seen, layer],
                                   linestyle=dashes, **style)
                 else:
-                    axis.axhline(means[-1, layer], color=inks[arm], linewidth=1, linestyle=dashes)
+                    axis.axhline(means[-1, layer], color=styles[arm]["color"], linewidth=1, linestyle=dashes)
         if n >= 6:
             images_seen(axis)
     save_figure(figure, path, dpi=110)
