@@ -2415,6 +2415,12 @@ def test_errors_are_those_of_a_bootstrap_over_images():
         assert error > 1.5 * values.std() / len(values) ** 0.5
 
 
+def test_arms_of_one_figure_can_be_told_apart():
+    styles = evaluate.curve_styles([f"arm {n}" for n in range(25)])
+    assert len({tuple(style.values()) for style in styles.values()}) == len(styles) == 25
+    assert len(evaluate.curve_styles(range(100))) == 100
+
+
 def test_an_arm_is_the_mean_of_its_files_and_differences_are_paired_by_seed():
     """Seeds move both arms together: paired, the error is that of the differences alone."""
     random = np.random.default_rng(1)
