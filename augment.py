@@ -177,13 +177,12 @@ def shift_pixels(images, offset):
     return moved.view(images.shape) * inside[:, None]
 
 
-def composite(images, mask, backgrounds, shifted_mask, offset):
-    """Eq. 8: x3 = C(x2, m, x_b, m^): the foreground of `images` under `mask`, moved by t, pasted on `backgrounds` where
-    `shifted_mask` is 1; an exact pixel copy. m^ of Eq. 7 lies inside the moved m; for any other the two are multiplied.
+def composite(images, backgrounds, shifted_mask, offset):
+    """Eq. 8: x3 = C(x2, m, x_b, m^): `images` moved by t, pasted on `backgrounds` where `shifted_mask` is 1; an exact
+    pixel copy. m is not needed: m^ of Eq. 7 lies inside the moved m.
 
-    Args: images, backgrounds (B, 3, H, W); mask, shifted_mask (B, 1, H, W); offset (B, 2) integer dx, dy."""
-    pasted = (shift_pixels(mask, offset) * shifted_mask) > 0.5
-    return torch.where(pasted, shift_pixels(images, offset), backgrounds)
+    Args: images, backgrounds (B, 3, H, W); shifted_mask (B, 1, H, W); offset (B, 2) integer dx, dy."""
+    return torch.where(shifted_mask > 0.5, shift_pixels(images, offset), backgrounds)
 
 
 # -------------------------------------------------------------------------------------------------------------- colour
@@ -316,12 +315,12 @@ def de_position(x2, boxes, generator=None):
     m = boxes_mask(boxes, size)                                                                        # Eq. 6
     moved, offset = shift_boxes(boxes, size, generator)
     m_hat = proposal_random_cutout(shift_pixels(m, offset), moved, generator=generator)                # Eq. 7
-    return m_hat, composite(x2, m, backgrounds, m_hat, offset), moved                                  # Eq. 8
+    return m_hat, composite(x2, backgrounds, m_hat, offset), moved                                     # Eq. 8
 
 
 def region_mask(boxes, size, augs, reading="reveal", generator=None, is_view2=False):
     """The mask (B, 1, H, W) of Eq. 2 for one view, size (H, W), with boxes (B, K, 4) in its pixels: the product of
-    PRC's and PRM's, as far as `augs` names them. SoCo's cutout acts on view 2 alone, as in SoCo."""
+    PRC's and PRM's, as far as `augs` names them. SoCo's cutout acts on view 2 alone."""
     mask = boxes.new_ones((len(boxes), 1, *size))
     if "prc" in augs:
         mask = proposal_random_cutout(mask, boxes, generator=generator)

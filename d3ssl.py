@@ -165,7 +165,7 @@ def interpolation(low, high, scale, bins, cells, ratio):
     return (hat * inside[..., None]).unflatten(-2, (bins, ratio)).mean(-2)
 
 
-# ----------------------------------------------------------------------------- queue and losses (Eqs. 3-5 and 8-10)
+# --------------------------------------------------------------------------------- queue and losses (Eqs. 3-5 and 8-10)
 
 class Queue(nn.Module):
     """The memory bank of Eq. 5: the last `size` teacher features (size, D), first in, first out. `Run.fill_queue` fills

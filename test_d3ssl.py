@@ -280,18 +280,28 @@ def test_composite_copies_pixels_exactly():
     images, backgrounds = torch.randn(6, 3, *size, generator=seeded(0)), torch.randn(6, 3, *size, generator=seeded(1))
     boxes = random_boxes(6, 2, size, low=8).round()
     shifted, offset = augment.shift_boxes(boxes, size, generator=seeded(2))
-    m, m_hat = torch.zeros(6, 1, *size), torch.zeros(6, 1, *size)
+    m_hat = torch.zeros(6, 1, *size)
     for i in range(6):
-        for (x1, y1, x2, y2), (u1, v1, u2, v2) in zip(boxes[i].int().tolist(), shifted[i].int().tolist()):
-            m[i, :, y1:y2, x1:x2], m_hat[i, :, v1:v2, u1:u2] = 1, 1
+        for u1, v1, u2, v2 in shifted[i].int().tolist():
+            m_hat[i, :, v1:v2, u1:u2] = 1
         m_hat[i, :, 10:20, 10:20] = 0
-    x3 = augment.composite(images, m, backgrounds, m_hat, offset)
+    x3 = augment.composite(images, backgrounds, m_hat, offset)
     for i in range(6):
         dx, dy = offset[i].tolist()
         for y in range(size[0]):
             for x in range(size[1]):
                 wanted = images[i, :, y - dy, x - dx] if m_hat[i, 0, y, x] else backgrounds[i, :, y, x]
                 assert torch.equal(x3[i, :, y, x], wanted)
+
+
+def test_what_is_pasted_lies_inside_the_moved_foreground():
+    """m^ of Eq. 7 inside m of Eq. 6, moved: the composite needs m^ alone, though PRC recovers parts of boxes."""
+    size = (40, 52)
+    boxes = random_boxes(40, 4, size, low=8)
+    m_hat, _, moved = augment.de_position(torch.zeros(40, 3, *size), boxes, seeded(2))
+    offset = (moved - boxes)[:, 0, :2].round().long()
+    moved_m = augment.shift_pixels(augment.boxes_mask(boxes, size), offset)
+    assert (m_hat <= moved_m).all() and 0.3 < float(m_hat.sum() / moved_m.sum()) < 0.95
 
 
 def test_colour_transform_is_the_sequence_of_torchvisions_operations():
