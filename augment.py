@@ -10,7 +10,7 @@ pixels of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visibl
 """
 import argparse
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in every checkpoint that we compare with
 
 
-@lru_cache(maxsize=None)
+@cache
 def constant(values, device):
     """A tuple of numbers, or of rows, as a float32 tensor on `device`: copied there once, as each copy makes the host
     wait for the device."""
@@ -44,7 +44,6 @@ def whole_pixels(boxes, size):
 
 def rectangle_mask(rectangles, size):
     """(..., H, W) bool: the pixels of each whole-pixel rectangle (..., 4)."""
-    height, width = size
     y, x = (torch.arange(n, device=rectangles.device) for n in size)
     x1, y1, x2, y2 = rectangles[..., None].unbind(-2)
     rows, columns = (y >= y1) & (y < y2), (x >= x1) & (x < x2)
@@ -405,6 +404,7 @@ def main():
     parser.add_argument("--rows", type=positive, default=6, help="images to show")
     parser.add_argument("--boxes", type=positive, default=4, help="K, boxes an image")
     parser.add_argument("--dp-boxes", type=whole_number, default=1, help="how many of them de-positioning moves")
+    parser.add_argument("--window", action="store_true", help="draw the boxes from a random window of view 2")
     parser.add_argument("--augs", type=parse_augs, default=("prc", "prm", "rbj"), help="as in d3ssl.py")
     parser.add_argument("--prm", choices=("reveal", "hide"), default="reveal")
     parser.add_argument("--seed", type=whole_number, default=0)
@@ -420,7 +420,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.proposals is None:
             compute_proposals(some, folder, workers=2)
-        views = TwoViews(some, Proposals(args.proposals or folder), some.size, args.boxes, seed=args.seed)
+        proposals = Proposals(args.proposals or folder)
+        views = TwoViews(some, proposals, some.size, args.boxes, seed=args.seed, window=args.window)
         batch = next(iter(make_loader(views, [[(0, i) for i in range(len(views))]], workers=0)))
     generator = torch.Generator().manual_seed(args.seed)
     sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator))

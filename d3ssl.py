@@ -54,6 +54,8 @@ class Config:
     prm: str = setting("reveal", "section 4.1, two readings; reveal: the literal one", ("reveal", "hide"))
     dp: bool = setting(True, "L_dp, the de-positioning loss (section 4.2)")
     dp_boxes: int = setting(1, "how many of the K boxes it moves; ours: the union of four leaves no room (README)")
+    window: bool = setting(False, "draw the K boxes from a random window of view 2, half to three quarters of its "
+                           "side; ours: the other way to room for --dp-boxes 4 (README)")
     roi: int = setting(14, "side of RoIAlign's output on C4; of detectron2's C4 head")
     objective: str = setting("nce", "Eq. 5; cosine: SoCo's, for Table 6", ("nce", "cosine"))
     hidden: int = setting(None, "width of the projector (default: C5's); of MoCo v2")
@@ -711,7 +713,7 @@ def open_views(config, ranks):
         proposals = Proposals(folder)
     if config.data in SCENES:
         images.keep()
-    views = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
+    views = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed, config.window)
     ensure_enough(images.root, len(views), "images with proposals", config)
     if len(views) < len(images):
         ranks.print(f"{len(images) - len(views):,} of {len(images):,} images have no proposals and are left out")
@@ -937,6 +939,8 @@ def configure(given):
             raise UserError(f"--augs needs proposals: --regions {given['regions']} implies --augs none --no-dp")
         if given.get("dp"):
             raise UserError(f"--dp needs proposals: --regions {given['regions']} implies --augs none --no-dp")
+        if given.get("window"):
+            raise UserError(f"--window needs proposals: leave it out, or --regions {given['regions']}")
         config = replace(config, augs=(), dp=False, boxes=1 if given["regions"] == "image" else config.boxes)
     config = replace(config, **given)
     if config.size % 2 or config.size < 64:

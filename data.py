@@ -1070,6 +1070,14 @@ def clip_boxes(boxes, window):
     return cut, (cut[:, 2:] - cut[:, :2]).prod(1) / np.maximum(area, 1e-6)
 
 
+def in_random_window(random, boxes, view):
+    """(n,) bool: which of boxes (n, 4) lie inside a window of `view` [x1, y1, x2, y2], each of its sides half to three
+    quarters of the view's, anywhere in it. Not in the paper: boxes of one window can move all together."""
+    sides = random.uniform(0.5, 0.75) * (view[2:] - view[:2])
+    corner = view[:2] + random.random(2) * (view[2:] - view[:2] - sides)
+    return clip_boxes(boxes, np.float32([*corner, *(corner + sides)]))[1] > 0.999
+
+
 class TwoViews(torch.utils.data.Dataset):
     """Views 1 and 2 of an image with the same K boxes in each (paper, section 4, "Views construction").
 
@@ -1077,15 +1085,16 @@ class TwoViews(torch.utils.data.Dataset):
     View 1 is the whole image, view 2 a random resized crop; each is flipped with p 0.5. From the boxes with at least
     half of their area inside the crop, K are drawn in random order, with replacement if there are fewer; if there is
     none another crop is drawn, and after ten crops it is the whole image. Both views have the same K boxes, view 2 what
-    is inside the crop of each.
+    is inside the crop of each. With a window the K boxes lie inside a random one of view 2; a crop whose window holds
+    no box is drawn anew as well, and if the eleventh holds none, any boxes do.
 
     Args: images: Images; proposals: Proposals, or None for regions image | grid; size: pixels; boxes: K;
-    regions: proposals | image | grid (section 3's baselines; grid: K cells of 7 x 7); seed. Raises UserError if no
-    image has a proposal, or no box of an image lies inside it."""
+    regions: proposals | image | grid (section 3's baselines; grid: K cells of 7 x 7); seed; window: see above. Raises
+    UserError if no image has a proposal, or no box of an image lies inside it."""
 
-    def __init__(self, images, proposals, size, boxes, regions="proposals", seed=0):
+    def __init__(self, images, proposals, size, boxes, regions="proposals", seed=0, window=False):
         self.images, self.proposals = images, proposals
-        self.size, self.k, self.regions, self.seed = size, boxes, regions, seed
+        self.size, self.k, self.regions, self.seed, self.window = size, boxes, regions, seed, window
         self.pairs = None  # (n, 2): index of the image, row of its proposals
         if regions == "proposals":
             row = {name: i for i, name in enumerate(proposals.names.tolist())}
@@ -1115,12 +1124,14 @@ class TwoViews(torch.utils.data.Dataset):
             crop = random_crop(random, height, width) if attempt < 10 else whole
             cut, inside = clip_boxes(boxes, crop)
             usable = np.flatnonzero(inside >= least)
-            if len(usable):
+            among = usable[in_random_window(random, cut[usable], crop)] if self.window else usable
+            if len(among):
                 break
         if not len(usable):
             raise UserError(f"{self.proposals.folder}: no box of {self.images.name(self.pairs[index, 0])} lies inside "
                             "the image; boxes are [x1, y1, x2, y2] in its pixels")
-        chosen = random.choice(usable, self.k, replace=len(usable) < self.k)
+        among = among if len(among) else usable
+        chosen = random.choice(among, self.k, replace=len(among) < self.k)
         view1, boxes1 = self._view(random, image, whole, boxes[chosen])
         view2, boxes2 = self._view(random, image, crop, cut[chosen])
         return view1, view2, boxes1, boxes2

@@ -242,13 +242,16 @@ def offsets_of(views, number, dp_boxes):
 
 @needs_coco
 def test_depositioning_moves_cocos_objects_by_a_tenth_of_the_side_and_more(tmp_path):
-    """On average, along each axis. By default: 0.18; with all four boxes, whose union leaves no room: 0.04."""
+    """On average, along each axis. By default: 0.18; with all four boxes, whose union leaves no room: 0.04; with four
+    from a window: 0.16."""
     names = data.list_images(COCO / "train2017")[:24]
     images = data.Images(COCO / "train2017", names)
     data.compute_proposals(images, tmp_path, workers=data.usable_cores())
     views = data.TwoViews(images, data.Proposals(tmp_path), 224, 4)
     assert offsets_of(views, 24, d3ssl.Config.dp_boxes).mean(0).min() > 0.1
     assert offsets_of(views, 24, 4).mean(0).max() < 0.1
+    views.window = True
+    assert offsets_of(views, 24, 4).mean(0).min() > 0.1
 
 
 @pytest.mark.parametrize("dp_boxes", [1, 3])
@@ -892,6 +895,27 @@ def test_views_carry_the_same_regions():
         assert all(np.array_equal(one, two) for one, two in pairs)  # a function of the item
 
 
+def test_a_windows_boxes_are_close_together():
+    """Their union is at most three quarters of view 2 wide and high, and lies anywhere in it; boxes that are larger are
+    used all the same."""
+    class Blank(data.Images):
+        def read(self, i):
+            return np.zeros((200, 250, 3), np.uint8)
+
+    def centres_and_sides(boxes, number=60):
+        """Of the union of the boxes in view 2, as shares of its side, (number, 2) each."""
+        proposals = SimpleNamespace(names=np.array([b"a"]), offsets=np.array([0, len(boxes)]))
+        views = data.TwoViews(Blank(".", ["a"]), proposals, 128, 4, window=True)
+        views.proposals = [np.float32(boxes)]
+        drawn = np.stack([views[epoch, 0][3] for epoch in range(number)]) / 128
+        low, high = drawn[..., :2].min(1), drawn[..., 2:].max(1)
+        return (low + high) / 2, high - low
+    small = [[x, y, x + 30, y + 30] for x in range(0, 220, 20) for y in range(0, 170, 20)]
+    centres, sides = centres_and_sides(small)
+    assert sides.max() <= 0.75 + 1e-3 and centres.min() < 0.35 and centres.max() > 0.65
+    assert (centres_and_sides([[5, 5, 245, 195]])[1] > 0.75).any()
+
+
 def test_of_two_runs_that_make_the_same_proposals_the_slower_uses_the_other_s(tmp_path, monkeypatch):
     """The faster run is played by calls from inside the slower one: it joins all chunks while the slower still writes
     one, then, after the proposals were deleted, while the slower joins them itself. Whoever is late must neither die
@@ -1258,7 +1282,7 @@ def test_training_reads_no_annotation(tmp_path):
     words = ["--data", "coco", "--arch", "resnet18", "--size", 64, "--roi", 4, "--batch-size", 4, "--epochs", 2,
              "--proposals", tmp_path / "proposals", "--workers", 0, "--root"]
     variants = {"image": ["--regions", "image"], "grid": ["--regions", "grid"],
-                "hide": ["--prm", "hide", "--dp-boxes", 4],
+                "hide": ["--prm", "hide", "--dp-boxes", 4, "--window"],
                 "soco": ["--objective", "cosine", "--no-dp", "--augs", "cutout,jitter"]}
     mains([*words, root, "--out", tmp_path / "a", "--snapshots"], [*words, bare, "--out", tmp_path / "b"],
           *([*words, bare, "--out", tmp_path / name, *more] for name, more in variants.items()))
@@ -1282,10 +1306,12 @@ def test_scenes_objects_suit_the_methods_filter(scenes_run):
 
 
 def test_depositioning_moves_scenes_by_a_tenth_of_the_side_and_more(scenes_run):
-    """As on photographs: 0.19 by default, with all four boxes 0.07."""
+    """As on photographs: 0.19 by default, with all four boxes 0.07, from a window 0.16."""
     views = data.TwoViews(Scenes(), data.Proposals(scenes_run.root / ".proposals" / "train"), 112, 4)
     assert offsets_of(views, 300, d3ssl.Config.dp_boxes).mean(0).min() > 0.1
     assert offsets_of(views, 300, 4).mean(0).max() < 0.1
+    views.window = True
+    assert offsets_of(views, 300, 4).mean(0).min() > 0.1
 
 
 def test_the_default_run_finds_positives_among_negatives(scenes_run):
@@ -1316,6 +1342,7 @@ def test_mistakes_are_one_line_that_names_the_cure(scenes_run, pictures, tmp_pat
              (["--data", "folder", "--root", empty], "no image"),
              (["--augs", "prc,foo"], "foo"), (["--augs", "rbj,jitter"], "jitter"), (["--arch", "vgg"], "vgg"),
              (["--regions", "grid", "--augs", "prc"], "--augs"), (["--dp-boxes", 5], "--dp-boxes"),
+             (["--regions", "image", "--window"], "--window"),
              (["--boxes", 0], "--boxes"), (["--epochs", "many"], "--epochs"), (["--seed", -1], "--seed"),
              (["--size", 31], "--size"), (["--wat"], "--wat"),
              (["--batch-size", 1, *scenes, tmp_path / "x"], "--batch-size"),
