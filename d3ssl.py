@@ -480,7 +480,7 @@ class Run:
     def clean(self, number=256, batch_size=64):
         """{"student": ..., "teacher": ...}: the statistics of clean view-1 images and their boxes, by torchvision's
         names; every rank estimates the same ones, from the same images."""
-        chosen = rng(self.config.seed).permutation(len(self.views))[:number].tolist()
+        chosen = rng("clean", self.config.seed).permutation(len(self.views))[:number].tolist()
         batches = [[(0, i) for i in chosen[start:start + batch_size]] for start in range(0, len(chosen), batch_size)]
         loaded, found = [self.clean_view(batch) for batch in make_loader(self.views, batches, self.workers())], {}
         for name in ("student", "teacher"):
@@ -519,8 +519,8 @@ class Run:
 
     def prepare(self, batch, step):
         """Views of a loaded batch, on the device; their randomness is a function of (seed, step, rank)."""
-        seed = np.random.SeedSequence((self.config.seed, step, self.ranks.rank)).generate_state(2, np.uint32)
-        generator = torch.Generator(self.ranks.device).manual_seed(int(seed[0]) << 31 | int(seed[1]) >> 1)
+        seed = int(rng("augment", self.config.seed, step, self.ranks.rank).integers(2**63))
+        generator = torch.Generator(self.ranks.device).manual_seed(seed)
         batch = [tensor.to(self.ranks.device, non_blocking=True) for tensor in batch]
         moved = self.config.dp_boxes if self.config.dp else 0
         return make_views(batch, self.config.augs, self.config.prm, moved, generator)

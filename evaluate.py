@@ -517,7 +517,7 @@ class Objects(torch.utils.data.Dataset):
 
     def background(self, i):
         """Another image than i, by (seed, i); the next one if it cannot be read. Raises OSError if none can be."""
-        first = int(rng(self.seed, i).integers(self.n - 1))
+        first = int(rng("background", self.seed, i).integers(self.n - 1))
         for step in range(self.n - 1):
             try:
                 return self.labelled.images.read((i + 1 + (first + step) % (self.n - 1)) % self.n)
@@ -565,7 +565,7 @@ class Clean:
 
     def __init__(self, images, size, head="map", number=256, seed=0, device="cpu"):
         self.images, self.size, self.head, self.seed, self.device = images, size, head, seed, device
-        self.chosen = rng(seed).choice(len(images), min(number, len(images)), replace=False)
+        self.chosen = rng("clean", seed).choice(len(images), min(number, len(images)), replace=False)
 
     def __call__(self, network, row):
         """Replace the statistics of a ResNet by the mean over equal batches of about 32 images; row: an arm's Row."""
@@ -587,7 +587,7 @@ class Clean:
 
     def boxes(self, i, number=4):
         """(4, 4) float32, by (seed, i), of aspects between 1/2 and 2."""
-        random = rng(self.seed, i)
+        random = rng("clean boxes", self.seed, i)
         side = random.uniform(*SEARCH["share"], (number, 1)) * self.size
         stretch = 2 ** random.uniform(-0.5, 0.5, (number, 1))
         sides = np.concatenate([side * stretch, side / stretch], 1).clip(max=self.size)
@@ -950,7 +950,7 @@ class Detection(torch.utils.data.Dataset):
         if self.train:
             height, width = image.shape[:2]
             target = self.target(j, height, width)
-            if rng(self.seed, epoch, i).random() < 0.5:
+            if rng("flip", self.seed, epoch, i).random() < 0.5:
                 image = image[:, ::-1].copy()
                 target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
                 if self.masks:
@@ -1065,7 +1065,7 @@ class FineTuning:
         c, ranks = self.config, self.ranks
         schedule = Schedule(len(self.trained), c.batch_size, c.seed, first, last, ranks.rank, ranks.ranks)
         for step, batch in enumerate(self.trained.batches(schedule, self.workers, ranks.device), first):
-            torch.manual_seed(int(rng(c.seed, step, ranks.rank).integers(2**62)))
+            torch.manual_seed(int(rng("sampling", c.seed, step, ranks.rank).integers(2**63)))
             yield [image for _, image, _ in batch], [target for _, _, target in batch]
 
     def learning_rate(self):
@@ -1372,7 +1372,8 @@ def as_picture(tiles, columns):
 def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
     """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query in white,
     then its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
-    chosen = sorted(rng(seed).choice(len(answers.rows), min(number, len(answers.rows)), replace=False).tolist())
+    number = min(number, len(answers.rows))
+    chosen = sorted(rng("neighbours", seed).choice(len(answers.rows), number, replace=False).tolist())
     neighbours, lines = min(neighbours, len(answers.bank_rows)), {}
     for which in (0, 1):
         index = nearest(answers.asked[which][chosen], answers.bank[which], neighbours)[1]

@@ -104,7 +104,7 @@ def cut_out(image, box, mask, side):
     top, left = (side - height) // 2, (side - width) // 2
     pixels, inside = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
     pixels[top:top + height, left:left + width] = resize(crop, width, height)
-    shape = resize(mask[y1:y2, x1:x2].astype(np.uint8) * 255, width, height)
+    shape = resize(mask[y1:y2, x1:x2, None].astype(np.uint8) * 255, width, height)[..., 0]
     covered = shape > 127  # by half or more; of an object that is thinner than that everywhere, all it touches
     inside[top:top + height, left:left + width] = covered if covered.any() else shape > 0
     return pixels, inside
@@ -116,13 +116,13 @@ def open_inputs(labelled, pairs=150, seed=0, cut="box", workers=1):
 
     Args: cut: box | mask; workers: threads. Raises UserError if there are too few objects, or no masks to cut along."""
     sides = (labelled.boxes[:, 2:] - labelled.boxes[:, :2]).min(1)
-    rows, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng(seed, 0)
+    rows, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng("pairs", seed)
     if len(rows) < 5 or len(np.unique(labelled.labels[rows])) < 2:
         raise UserError(f"{labelled.images.root} has no five objects of two categories with sides of at least "
                         f"{SMALLEST} pixels: name another data set")
     a = random.choice(rows, pairs)
     b = [random.choice(rows[labelled.labels[rows] != labelled.labels[row]]) for row in a]
-    bank = rng(seed, 1).permutation(rows)[:OBJECTS]  # the same for any number of pairs
+    bank = rng("bank", seed).permutation(rows)[:OBJECTS]  # the same for any number of pairs
 
     def cut_all(rows, side):
         with ThreadPoolExecutor(max(1, workers)) as threads:
@@ -224,7 +224,7 @@ def ratio_of_means(numerator, denominator=None):
     above = torch.stack(numerator, 1).cpu().numpy()
     below = np.ones_like(above) if denominator is None else torch.stack(denominator, 1).cpu().numpy()
     n = len(above)
-    counts = np.concatenate([np.ones((1, n)), rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)])
+    counts = np.concatenate([np.ones((1, n)), rng("bootstrap").multinomial(n, np.full(n, 1 / n), RESAMPLES)])
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = (counts @ above) / (counts @ below)
     return Estimate(ratios[0], ratios[1:])

@@ -1249,7 +1249,7 @@ def test_a_runs_clean_statistics_are_those_of_clean_views(pictures, tmp_path):
     """The first layer's against a convolution of the pictures: the mean over batches of mean and variance."""
     run = small_run(pictures, tmp_path)
     found = run.clean(number=12, batch_size=4)
-    chosen = np.random.default_rng((run.config.seed,)).permutation(16)[:12]
+    chosen = data.rng("clean", run.config.seed).permutation(16)[:12]
     x = np.stack([run.views[0, i][0] for i in chosen.tolist()]).transpose(0, 3, 1, 2) / 255
     x = torch.tensor((x - np.reshape(augment.MEAN, (3, 1, 1))) / np.reshape(augment.STD, (3, 1, 1)))
     for name, network in (("student", run.model.student), ("teacher", run.model.teacher)):
