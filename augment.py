@@ -394,10 +394,10 @@ def main():
 
     import numpy as np
 
-    from data import (SCENES, Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals,
+    from data import (Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals,
                       make_loader, open_images, positive, whole_number)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=(*SCENES, "coco", "voc", "openimages-mini", "folder"), default="scenes")
+    parser.add_argument("--data", choices=("scenes", "coco", "voc", "openimages-mini", "folder"), default="scenes")
     parser.add_argument("--root", help="the data set's folder (default data/DATA)")
     parser.add_argument("--proposals", help="a folder of proposals (default: search in the images that are shown)")
     parser.add_argument("--out", default="views.png")
@@ -412,8 +412,8 @@ def main():
     if args.dp_boxes > args.boxes:
         raise UserError(f"--dp-boxes {args.dp_boxes}: at most --boxes {args.boxes}")
     images = open_images(args.data, args.root)
-    if args.data in SCENES:
-        some = Scenes(number=args.rows, **SCENES[args.data])
+    if args.data == "scenes":
+        some = Scenes(number=args.rows)
     else:
         chosen = np.random.default_rng(args.seed).permutation(len(images))[:args.rows]
         some = Images(images.root, images.names[chosen])
@@ -421,7 +421,7 @@ def main():
         if args.proposals is None:
             compute_proposals(some, folder, workers=2)
         proposals = Proposals(args.proposals or folder)
-        views = TwoViews(some, proposals, some.size, args.boxes, seed=args.seed, window=args.window)
+        views = TwoViews(some, proposals, some.size, args.boxes, seed=args.seed)
         batch = next(iter(make_loader(views, [[(0, i) for i in range(len(views))]], workers=0)))
     generator = torch.Generator().manual_seed(args.seed)
     sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator))

@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import make_views, normalise, parse_augs, to_float
-from data import (SCENES, Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration,
+from data import (Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration,
                   error_exit, listing, make_loader, open_images, positive, proposals_folder, rng, usable_cores,
                   whole_number)
 
@@ -82,7 +82,7 @@ class Config:
 # within 8,192 images; SGD does not. A faster teacher (0.95) outruns the queue: positives are then told by their age.
 QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.99, epochs=8,
              batch_size=16, optimizer="adamw", lr=1e-3, warmup=1, workers=2)
-PRESETS = {"coco": {}, "folder": {}, "voc": {}, "openimages-mini": {}, **dict.fromkeys(SCENES, QUICK)}
+PRESETS = {"coco": {}, "folder": {}, "voc": {}, "openimages-mini": {}, "scenes": QUICK}
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
 COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5,
               warmup=10)
@@ -708,12 +708,11 @@ def open_views(config, ranks):
     ensure_enough(images.root, len(images), "images", config)
     if config.regions == "proposals":
         folder = config.proposals or proposals_folder(config.data, config.root)
-        workers = max(1, usable_cores() // ranks.on_machine)
-        compute_proposals(images, folder, workers, (ranks.rank, ranks.ranks), wait=True)
+        compute_proposals(images, folder, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
         proposals = Proposals(folder)
-    if config.data in SCENES:
+    if config.data == "scenes":
         images.keep()
-    views = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed, config.window)
+    views = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
     ensure_enough(images.root, len(views), "images with proposals", config)
     if len(views) < len(images):
         ranks.print(f"{len(images) - len(views):,} of {len(images):,} images have no proposals and are left out")

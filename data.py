@@ -3,15 +3,16 @@
     python data.py scenes --out DIR --n 800                      the embedded data set as files, in COCO's layout
     python data.py proposals --data coco --root data/coco        selective search, parallel and resumable
     python data.py openimages-mini --annotations DIR --coco instances_train2017.json --out openimages-mini.txt
-    python data.py stats --data coco --root data/coco            Table 2's row and what the proposals look like
+    python data.py stats --data coco --root data/coco            Table 2's row, and the number of proposals
 
 Proposals on disk are a folder that any other source of boxes can write as well:
 
-    names.txt      one image a line, relative to the folder of images, UTF-8
+    names.txt      one image per line, relative to the folder of images, UTF-8
     offsets.npy    (N + 1,) int64: image i owns rows offsets[i] to offsets[i + 1] of boxes.npy
     boxes.npy      (M, 4) float32, xyxy in pixels of the image as a viewer shows it, x2 and y2 exclusive
-    settings.json  {"method": NAME}; a NAME that is not ours is trained on as it is, ours is recomputed if a setting
-                   differs, never mixed
+    sizes.npy      optional: (N, 2) int32, width and height of each image when its boxes were made
+    settings.json  {"method": NAME}; proposals of another method are trained on as they are, ours are made again if a
+                   setting differs
 
 Boxes are (K, 4) float32 xyxy in pixels, x2/y2 exclusive, here as everywhere in this project. The randomness of a
 sample is a function of (seed, epoch, image index), so it does not depend on workers, ranks or an interruption.
@@ -24,13 +25,15 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
+import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -50,13 +53,15 @@ from PIL import Image, ImageOps
 cv2.setNumThreads(1)  # processes are our parallelism, and OpenCV's own threads do not survive a fork
 multiprocessing.set_forkserver_preload(["cv2", "torch"])  # Python 3.14's way: loaded once, not by every process
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+# What OpenCV or PIL reads.
+SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .avif .tif .tiff .gif .jp2 .j2k .ppm .pgm .pbm .pnm "
+               ".tga".split())
 
 
 # ------------------------------------------------------------------------------------------- errors, files, progress
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line that names the thing and the cure."""
+    """Invalid input. The message is one line that names the thing and the cure."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,12 +85,16 @@ def whole_number(text, least=0):
 
 
 def error_exit(main):
-    """Run a command line `main()`; a UserError becomes one line on stderr and exit code 2. So does the death of a
-    loading process, which torch raises wherever `main` is at that moment."""
+    """Run a command line `main()`. A UserError becomes one line on stderr and exit code 2; so does the death of a
+    loading process, which torch raises wherever `main` is at that moment. Ctrl-C: one line and 130."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 must not end what prints it
+    code = 2
     try:
         return main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        message, code = "interrupted: run the same command again to resume", 128 + signal.SIGINT
     except UserError as error:
         # One from a loading process comes with its traceback and a line break.
         message = str(error).rpartition("UserError: ")[2].rstrip()
@@ -94,23 +103,29 @@ def error_exit(main):
         if "shared memory(shm)" in message or "Bus error" in message:
             message = "/dev/shm is too small for the loading processes: docker run --shm-size 8g, or fewer --workers"
         elif "DataLoader worker (pid" in message:
-            message = "a loading process died (is memory short?): the same command goes on, try it with fewer --workers"
+            message = ("a loading process died (is memory short?): run the same command again to resume, "
+                       "with fewer --workers if it happens again")
         else:
             raise
-    if int(os.environ.get("RANK", 0)):  # every rank fails alike: let the first one speak, torchrun ends the others
+    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if rank.isdecimal() and int(rank):  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for what is killed here
     for process in multiprocessing.active_children():  # the loaders': some would stay for half a minute
         process.kill()
-    sys.exit(2)
+    if world_size.isdecimal() and int(world_size) > 1:  # an orderly exit waits for collectives of the other ranks
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager
-def atomic(path, mode="wb", tmp=None):
-    """Open a file that appears at `path` whole or not at all: written beside it, flushed to disk, renamed."""
+def atomic(path, mode="wb"):
+    """Open a file that appears at `path` complete or not at all: written beside it under a name of this process alone,
+    flushed to disk, renamed. Raises UserError if it cannot be written."""
     path = Path(path)
-    tmp = Path(tmp or f"{path}.tmp")
+    tmp = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
@@ -119,7 +134,11 @@ def atomic(path, mode="wb", tmp=None):
             os.fsync(file.fileno())
         os.replace(tmp, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise UserError(f"cannot write {path}: torch.save failed; No space left on device?") from None
     finally:
         with suppress(OSError):
             tmp.unlink()
@@ -136,25 +155,23 @@ def duration(seconds):
 
 
 class Progress:
-    """Prints 'what: done/total, rate, time left': one line that renews itself on a terminal, else every 10 s."""
+    """Prints 'what: done/total images, rate, time left': one line that renews itself on a terminal, else every 10 s."""
 
-    def __init__(self, what, total, unit="images", done=0):  # done: before it began
-        self.what, self.total, self.unit, self.first = what, total, unit, done
+    def __init__(self, what, total):
+        self.what, self.total = what, total
         self.start = self.shown = time.monotonic()
         self.terminal = sys.stdout.isatty()
 
     def update(self, done):
-        now, over = time.monotonic(), done >= self.total
-        if not over and now - self.shown < (0.5 if self.terminal else 10):
+        now, finished = time.monotonic(), done >= self.total
+        if not finished and now - self.shown < (0.5 if self.terminal else 10):
             return
-        self.shown, seconds = now, now - self.start
-        rate = (done - self.first) / max(seconds, 1e-9)
-        said = f"{self.what}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s"
-        if over:
-            said += f", done in {duration(seconds)}"
-        elif rate:
-            said += f", {duration((self.total - done) / rate)} left"
-        print(said + "   ", end="\r" if self.terminal and not over else "\n", flush=True)
+        self.shown, seconds = now, max(now - self.start, 1e-9)
+        time_left = f"done in {duration(seconds)}"
+        if not finished:
+            time_left = f"{duration((self.total - done) * seconds / max(done, 1))} left"
+        print(f"{self.what}: {done:,}/{self.total:,} images, {done / seconds:,.1f} images/s, {time_left}   ",
+              end="\r" if self.terminal and not finished else "\n", flush=True)
 
 
 def usable_cores():
@@ -173,13 +190,19 @@ def rng(use, *key):
 
 def read_image(path):
     """(H, W, 3) uint8 RGB as a viewer shows the file: EXIF rotation applied; grey, CMYK and 16-bit converted.
-    Raises OSError if it cannot be read."""
-    data, image = np.fromfile(path, np.uint8), None
+    Raises OSError if it cannot be read, or its numbers are floats, whose black and white nobody knows."""
+    content, image = np.fromfile(path, np.uint8), None
     with suppress(cv2.error):  # no bytes, or a size that OpenCV refuses
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+        if content[:4].tobytes() in (b"II*\0", b"MM\0*"):  # TIFF
+            stored = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+            if stored is not None and stored.dtype not in (np.uint8, np.uint16):
+                raise OSError(f"{path}: {stored.dtype} pixels: convert it to 8 bits")
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
     if image is None:  # GIF, exotic TIFF and the like: slower, but reads more
         try:
             with Image.open(path) as picture:
+                if picture.mode in ("F", "I") or ";16" in picture.mode:  # PIL would cut them at 255
+                    raise OSError(f"{picture.mode} pixels: convert it to 8 bits")
                 image = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         except Exception as error:  # PIL raises a different class per format
             raise OSError(f"{path}: {error}") from None
@@ -208,27 +231,64 @@ class Images:
 
 
 def list_images(root):
-    """Sorted paths of the images below `root`, relative to it; hidden files and folders are passed over."""
-    found = []
-    for here, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [os.path.relpath(os.path.join(here, f), root) for f in files
-                  if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
-    if not found:
-        raise UserError(f"{root} holds no image: name a folder of images with --root")
-    return sorted(found)
+    """Sorted paths of the images below `root`, relative to it. Links are followed, each folder once; hidden files and
+    folders and what a run wrote (curves.png beside metrics.jsonl) are passed over. What else is left out is said in a
+    line on stderr. Raises UserError if there is no image."""
+    images, others, seen, folders = [], {}, set(), deque([""])  # others: reason -> paths
+    while folders:
+        folder = folders.popleft()
+        path = os.path.join(root, folder)
+        real = os.path.realpath(path)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = {entry.name: entry for entry in os.scandir(path) if not entry.name.startswith(".")}
+        except OSError as error:
+            others.setdefault(f"folders that cannot be read ({error.strerror})", []).append(path)
+            continue
+        if "metrics.jsonl" in entries:
+            if folder:
+                continue
+            entries.pop("curves.png", None)
+        for name, entry in entries.items():
+            suffix, below = os.path.splitext(name)[1].lower(), os.path.join(folder, name)
+            if entry.is_dir():  # links last: a folder that is reached in two ways goes by its own name
+                (folders.append if entry.is_symlink() else folders.appendleft)(below)
+            elif suffix in SUFFIXES and entry.is_file():
+                images.append(below)
+            else:
+                kind = f"files called *{suffix}" if suffix else "files without a suffix"
+                others.setdefault("no regular files" if suffix in SUFFIXES else kind, []).append(below)
+    left_out = [f"{len(paths):,} {kind}, the first: {paths[0]}" for kind, paths in others.items()
+                if not kind.startswith("files") or is_image(os.path.join(root, paths[0]))]
+    said = f"left out below {root}: {'; '.join(left_out)}" if left_out else ""
+    if not images:
+        raise UserError(f"{root} contains no image: " + (said or "name a folder of images with --root"))
+    if said:
+        print(said, file=sys.stderr, flush=True)
+    return sorted(images)
+
+
+def is_image(path):
+    """Whether a regular file's first bytes are an image's."""
+    with suppress(Exception):  # PIL raises a different class per format
+        if os.path.isfile(path):
+            Image.open(path).close()
+            return True
+    return False
 
 
 def open_images(data, root=None, split=None, strict=False):
     """The images of a data set; never reads an annotation.
 
-    Args: data: scenes | scenes-biased | coco | voc | openimages | openimages-mini | folder; root: its folder (default
+    Args: data: scenes | coco | voc | openimages | openimages-mini | folder; root: its folder (default
     data/DATA); split: coco: train2017 | val2017, scenes and voc: train | val, openimages: train | validation
     (openimages-mini's train is its list, its validation OpenImages'); strict: as open_labelled's. Raises UserError if
     the folder is missing or empty."""
     root = Path(root or Path("data") / data)
-    if data in SCENES:
-        return Scenes(split or "train", root, **SCENES[data])
+    if data == "scenes":
+        return Scenes(split or "train", root)
     if data == "voc":
         return voc_images(root, split or "train", strict)
     if data == "openimages-mini" and split in (None, "train"):
@@ -245,7 +305,6 @@ def open_images(data, root=None, split=None, strict=False):
 
 SHAPES = ("disc", "square", "triangle", "star", "cross")
 TEXTURES = ("plain", "striped", "checked")
-SCENES = {"scenes": {}, "scenes-biased": dict(context=True, place=True)}  # --data NAME: options of Scenes
 SCENE_CATEGORIES = [f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES]
 
 
@@ -256,22 +315,19 @@ class Scenes(Images):
     and texture. Labels and masks are there for evaluation (`render`); `read` returns the picture alone, all that
     training sees.
 
-    Args: split: train | val; root: where its proposals are kept; number: pictures; seed;
-    context: in train categories come in pairs: with p 0.8 an object is followed by its category's partner;
-    place: in train a category prefers, with p 0.8, a quadrant. In val neither holds, so a feature that learned the
-    neighbour or the place is misled: the two biases that the paper is about."""
+    Args: split: train | val; root: where its proposals are kept; number: pictures; seed. Raises UserError for another
+    split."""
 
     SIDE = 112
     NUMBER = {"train": 1024, "val": 200}
     VERSION = 2  # of the renderer: proposals of another version's pictures are computed again
 
-    def __init__(self, split="train", root=None, number=None, seed=0, context=False, place=False):
+    def __init__(self, split="train", root=None, number=None, seed=0):
         if split not in self.NUMBER:
             raise UserError(f"scenes has no split {split}: use train or val")
         super().__init__(root or "data/scenes", [f"{split}-{i:06d}" for i in range(number or self.NUMBER[split])], 112)
         self.split, self.seed, self.kept = split, seed, None
-        self.context, self.place = context and split == "train", place and split == "train"
-        self.version = f"{self.VERSION} seed {seed}" + " context" * self.context + " place" * self.place
+        self.version = f"{self.VERSION} seed {seed}"
 
     def keep(self):
         """Render every picture now and keep it (38 MB for the train split): a loader's workers then only read."""
@@ -285,8 +341,8 @@ class Scenes(Images):
         random = np.random.default_rng((self.seed, list(self.NUMBER).index(self.split), i))
         canvas, number = _background(random, self.SIDE), random.integers(2, 5)
         sides = np.sort(random.uniform(46, 72 - 4 * number, number))[::-1]
-        labels = self._labels(random, number)
-        centres = self._layout(random, labels, sides)
+        labels = random.integers(len(SCENE_CATEGORIES), size=number)
+        centres = self._layout(random, sides)
         masks = []
         for label, (x, y), side in zip(labels, centres, sides):
             where, coverage, paint = _object(random, label, x, y, side)
@@ -297,26 +353,15 @@ class Scenes(Images):
         boxes = np.float32([mask_box(mask) for mask in masks])
         return canvas.clip(0, 255).astype(np.uint8), boxes, labels[:len(masks)], np.stack(masks)
 
-    def _labels(self, random, number):
-        """(number,) int64 categories of a picture's objects."""
-        labels = random.integers(len(SCENE_CATEGORIES), size=number)
-        for i in range(1, number):
-            if self.context and random.random() < 0.8:  # partners are 0 and 1, 2 and 3, ...; the last one is its own
-                labels[i] = min(labels[i - 1] ^ 1, len(SCENE_CATEGORIES) - 1)
-        return labels
-
-    def _layout(self, random, labels, sides, tries=300):
+    def _layout(self, random, sides, tries=300):
         """Centres (n, 2), x and y, of objects that lie inside the picture and hide little of each other: the first of
         `tries` random layouts that does, without the smallest object if there is none."""
         low, high = np.stack([sides / 2] * 2, 1), np.stack([self.SIDE - sides / 2] * 2, 1)
-        if self.place:
-            chosen, far = random.random((len(labels), 1)) < 0.8, np.stack([labels % 2, labels // 2 % 2], 1) == 1
-            low, high = np.where(chosen & far, self.SIDE / 2, low), np.where(chosen & ~far, self.SIDE / 2, high)
         layouts = random.uniform(low, high, (tries, *low.shape))
         one, two = np.triu_indices(len(sides), 1)
         apart = np.linalg.norm(layouts[:, one] - layouts[:, two], axis=-1) > 0.42 * (sides[one] + sides[two])
         good = np.flatnonzero(apart.all(1))
-        return layouts[good[0]] if len(good) else self._layout(random, labels[:-1], sides[:-1], tries)
+        return layouts[good[0]] if len(good) else self._layout(random, sides[:-1], tries)
 
 
 def mask_box(mask):
@@ -407,15 +452,33 @@ class Labelled(NamedTuple):
     boxes: np.ndarray        # (M, 4) float32, inside their image, never empty
     labels: np.ndarray       # (M,) int64
     crowd: np.ndarray        # (M,) bool: COCO's crowds, VOC's difficult, OpenImages' groups
-    mask: Callable = None    # mask(row) -> (H, W) bool of box `row`, or None where the annotations have none
+    mask: Callable = None    # mask(row) -> (H, W) bool of box `row`, or None if it has none; None if no box has one
+    sizes: np.ndarray = None  # (N, 2) int64: width and height as annotated, None if they are the files' own
+
+    def read(self, i):
+        """(H, W, 3) uint8 RGB of image i, to which its boxes belong. Raises OSError if it cannot be read and UserError
+        if it has another size than its annotations."""
+        image = self.images.read(i)
+        if self.sizes is not None:
+            check_size(self.images, i, image, self.sizes[i], "in its annotations: was it resized, or is it turned by "
+                                                             "EXIF? Annotate the images as they are")
+        return image
+
+
+def check_size(images, i, image, size, where):
+    """Raises UserError if image i (H, W, 3) has not the size (width, height)."""
+    height, width = image.shape[:2]
+    if (width, height) != tuple(size):
+        raise UserError(f"{images.root / images.name(i)} is {width} x {height} pixels, but {size[0]} x {size[1]} "
+                        f"{where}")
 
 
 def open_labelled(data, root=None, split="val", strict=False):
     """Labelled boxes of `split` (train | val) of a data set (scenes | coco | voc | openimages | openimages-mini),
-    sorted by image name. All of it can be pickled. Raises UserError if the annotations are missing or unsound; single
-    broken ones are named, counted and left out. strict: an image that is listed and absent is a UserError too."""
+    sorted by image name. All of it can be pickled. Raises UserError if the annotations are missing or unreadable;
+    single broken ones are left out and counted. strict: an image that is listed and absent is a UserError too."""
     root = Path(root or Path("data") / data)
-    if data in SCENES:
+    if data == "scenes":
         return read_scenes(open_images(data, root, split))
     if data == "coco":
         return read_coco(root, split, strict)
@@ -431,45 +494,46 @@ def folder_of(data, split):
     return f"{split}2017" if data == "coco" else "validation" if "openimages" in data and split == "val" else split
 
 
-# What an image lacks as a whole: an error where a table is of all images.
-ABSENT, UNREADABLE = "image listed but absent from", "annotation file missing or not VOC's XML"
-
-
 class Faults:
-    """Broken annotations of the file `path`: each kind is named with its first places, then counted; `check` says so,
-    or gives up if nothing sound is left or, if it is strict, an image is absent."""
+    """Counts what is left out of the file `path`, by kind; `report` says so, one line per kind with its first place."""
 
-    def __init__(self, path, strict=False):
-        self.path, self.strict, self.count, self.places = path, strict, Counter(), {}
+    def __init__(self, path):
+        self.path, self.count, self.first = path, Counter(), {}
 
-    def add(self, kind, place):
+    def add(self, kind, place, strict=False):
+        """strict: the tables are of all images. Raises UserError."""
+        if strict:
+            raise UserError(f"{self.path}: {kind}: {place}: tables are of all images, download it again")
         self.count[kind] += 1
-        if self.count[kind] <= 3:
-            self.places.setdefault(kind, []).append(str(place))
+        self.first.setdefault(kind, place)
 
-    def check(self, sound, what="box"):
+    def report(self, valid, what="box"):
+        """Raises UserError if nothing `valid` is left."""
         for kind, count in self.count.items():
-            dots = ", ...)" if count > 3 else ")"
-            said = f"{kind}: {count:,} in {self.path} (" + ", ".join(self.places[kind]) + dots
-            if self.strict and kind.startswith((ABSENT, UNREADABLE)):
-                raise UserError(f"{said}: the tables are of all images, download them again")
-            print(f"left out, {said}", file=sys.stderr, flush=True)
-        if not sound:
-            raise UserError(f"{self.path} holds no sound {what}" + (": " + ", ".join(self.count) if self.count else ""))
+            print(f"left out, {kind}: {count:,} in {self.path}, the first: {self.first[kind]}", file=sys.stderr,
+                  flush=True)
+        if not valid:
+            raise UserError(f"{self.path} contains no valid {what}: " + (", ".join(self.count) or "it is empty"))
 
 
-def labelled(images, categories, index, boxes, labels, crowd, mask=None):
+EMPTY_BOX = "box empty or outside its image"
+
+
+def sort_by_image(images, categories, index, boxes, labels, crowd, mask=None, sizes=None):
     """A Labelled from boxes in any order, with masks in that of their images; index (M,) is the image of each box."""
     order = np.argsort(index, kind="stable")
     offsets = np.searchsorted(np.asarray(index)[order], np.arange(len(images) + 1))
     boxes = np.float32(boxes).reshape(-1, 4)[order]
-    return Labelled(images, categories, offsets, boxes, np.int64(labels)[order], np.asarray(crowd, bool)[order], mask)
+    labels, crowd = np.int64(labels)[order], np.asarray(crowd, bool)[order]
+    return Labelled(images, categories, offsets, boxes, labels, crowd, mask, sizes)
 
 
-def cut_to_image(x1, y1, x2, y2, width, height):
-    """A box cut to its image, None if nothing is left of it."""
+def clip_box(x1, y1, x2, y2, width, height):
+    """A box clipped to its image; None if it is not finite or nothing is left of it: a side below a millionth of the
+    image's could be empty in float32."""
     box = [max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)]
-    return box if box[2] > box[0] and box[3] > box[1] else None  # so written, nothing is left of a NaN
+    large = box[2] - box[0] > 1e-6 * width and box[3] - box[1] > 1e-6 * height  # so written, false for a NaN
+    return box if large and math.isfinite(x2 - x1 + y2 - y1) else None
 
 
 def read_scenes(scenes):
@@ -479,60 +543,88 @@ def read_scenes(scenes):
     index = np.repeat(np.arange(len(scenes)), [len(some) for some in labels])
     boxes, labels, masks = np.concatenate(boxes), np.concatenate(labels), np.concatenate(masks)
     # A method of an array can be pickled; a lambda cannot.
-    return labelled(scenes, SCENE_CATEGORIES, index, boxes, labels, np.zeros(len(index), bool), masks.__getitem__)
+    return sort_by_image(scenes, SCENE_CATEGORIES, index, boxes, labels, np.zeros(len(index), bool), masks.__getitem__)
 
 
 def read_coco(root, split, strict=False):
     """COCO's layout: ROOT/{split}2017 and ROOT/annotations/instances_{split}2017.json; masks where they are annotated.
     The whole file is in memory while it is read."""
     path, folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
-    found, faults = read_json(path, "annotations", "images", "categories"), Faults(path, strict)
-    try:
-        listed = sorted((im["file_name"], im["id"], im["width"], im["height"]) for im in found["images"])
-        categories = sorted((c["id"], c["name"]) for c in found["categories"])
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: an image needs file_name, id, width and height, a category id and name") from None
+    content, faults = read_json(path, "annotations", "images", "categories"), Faults(path)
+    listed = read_entries(path, content, "images", id=(int, str), file_name=str, width=(int, float), height=(int, float))
+    categories = sorted(read_entries(path, content, "categories", id=(int, str), name=str), key=lambda c: str(c[0]))
+    if all(isinstance(number, int) for number, _ in categories):
+        categories.sort()
     here = set(list_images(folder)) if folder.is_dir() else set()
-    for name, *_ in listed:
-        if name not in here:
-            faults.add(f"{ABSENT} {folder}", name)
-    present = [entry for entry in listed if entry[0] in here]
-    place = {number: i for i, (_, number, _, _) in enumerate(present)}
-    sizes = [(width, height) for _, _, width, height in present]
-    absent = {number for _, number, _, _ in listed} - place.keys()
+    place, names, sizes, absent = {}, [], [], set()
+    for number, name, width, height in sorted(listed, key=itemgetter(1)):
+        if name in here:
+            place[number] = len(names)
+            names.append(name)
+            sizes.append((int(width), int(height)))
+        else:
+            absent.add(number)
+            faults.add(f"image listed but absent from {folder}", name, strict)
     label = {number: i for i, (number, _) in enumerate(categories)}
-    rows = sorted(coco_rows(found["annotations"], place, sizes, absent, label, faults), key=itemgetter(0))
-    faults.check(rows)
+    rows = sorted(coco_rows(content["annotations"], place, sizes, absent, label, faults), key=itemgetter(0))
+    faults.report(rows)
     index, boxes, labels, crowd, shapes = zip(*rows)
-    masks = Masks(shapes, [sizes[i] for i in index])
-    names = [name for _, name in categories]
-    return labelled(Images(folder, [entry[0] for entry in present]), names, index, boxes, labels, crowd, masks)
+    masks = Masks(shapes, [sizes[i] for i in index]) if any(shapes) else None
+    return sort_by_image(Images(folder, names), [name for _, name in categories], index, boxes, labels, crowd, masks,
+                         np.int64(sizes))
+
+
+def read_entries(path, content, kind, **types):
+    """A list of a COCO file, its images or categories, as tuples of the values of `types`, {key: type}. Raises UserError
+    if a value is missing or of another type, a side is below one pixel, or two entries share an id or a file."""
+    rows, seen = [], set()
+    for n, entry in enumerate(content[kind]):
+        for key, type_ in types.items():
+            value = entry.get(key) if isinstance(entry, dict) else None
+            if not isinstance(value, type_) or (key in ("width", "height") and not 1 <= value < 1e6):
+                name = entry.get("file_name", "") if isinstance(entry, dict) else ""
+                raise UserError(f"{path}: {kind}[{n}] {name}: {key} is {value!r}: each needs {', '.join(types)}")
+            if key in ("id", "file_name"):
+                if (key, value) in seen:
+                    raise UserError(f"{path}: {kind}[{n}]: {key} {value!r} occurs twice: give each its own")
+                seen.add((key, value))
+        rows.append(tuple(map(entry.get, types)))
+    return rows
 
 
 def coco_rows(annotations, place, sizes, absent, label, faults):
-    """The sound ones of COCO's annotations, as (image, box, label, crowd, segmentation); the others go to `faults`.
+    """The valid ones of COCO's annotations, as (image, box, label, crowd, segmentation); the others go to `faults`.
 
     Args: place: {image id: index into `sizes`, (width, height) each}; absent: ids of images whose annotations are
     passed over; label: {category id: label}."""
     for n, a in enumerate(annotations):
+        where = f"annotations[{n}]"
         try:
-            where, number, kind = f"annotation {a['id']}", a["image_id"], a["category_id"]
-            x, y, w, h = map(float, a["bbox"])
-        except (KeyError, TypeError, ValueError):
-            faults.add("no id, image_id, category_id or bbox of four numbers", f"annotation number {n}")
+            image, category, (x, y, w, h) = a["image_id"], a["category_id"], a["bbox"]
+            x2, y2, crowd = x + w, y + h, a.get("iscrowd", 0)
+            if image in absent:
+                continue
+            if image not in place:
+                faults.add("image id unknown", f"{where}: {image}")
+                continue
+            size, known = sizes[place[image]], category in label
+            box = clip_box(x, y, x2, y2, *size)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            faults.add("no image_id, category_id or bbox of four numbers", where)
             continue
-        if number in absent:
-            continue
-        if number not in place:
-            faults.add("image id unknown", f"{where}: {number}")
-            continue
-        box = cut_to_image(x, y, x + w, y + h, *sizes[place[number]])
-        if kind not in label:
-            faults.add("category id unknown", f"{where}: {kind}")
+        if not known:
+            faults.add("category id unknown", f"{where}: {category}")
         elif box is None:
-            faults.add("box empty or outside its image", where)
+            faults.add(EMPTY_BOX, where)
+        elif crowd not in (0, 1):
+            faults.add("iscrowd is not 0 or 1", f"{where}: {crowd!r}")
         else:
-            yield place[number], box, label[kind], a.get("iscrowd", 0), a.get("segmentation")
+            try:
+                shape = check_segmentation(a.get("segmentation"), *size)
+            except (KeyError, TypeError, ValueError, OverflowError):
+                faults.add("segmentation neither polygons [[x, y, ...], ...] nor run lengths of its image", where)
+                continue
+            yield place[image], box, label[category], crowd, shape
 
 
 class Masks:
@@ -552,18 +644,39 @@ class Masks:
         return draw_segmentation(shape, height, width) if shape else None
 
 
+def check_segmentation(shape, width, height):
+    """What can be drawn of COCO's segmentation: polygons of at least three corners or run lengths; None without any.
+    Raises ValueError, KeyError, TypeError or OverflowError if it is neither."""
+    if not shape:
+        return None
+    if isinstance(shape, list):
+        for part in shape:
+            if not isinstance(part, list) or len(part) % 2 or not set(map(type, part)) <= {int, float}:
+                raise ValueError
+            if part and not (math.isfinite(sum(part)) and max(part) < 1e6 and min(part) > -1e6):
+                raise ValueError
+        return [part for part in shape if len(part) >= 6] or None
+    counts = shape["counts"]
+    if shape["size"] != [height, width] or not counts:
+        raise ValueError
+    if isinstance(counts, list):
+        if not set(map(type, counts)) == {int} or min(counts) < 0 or sum(counts) != height * width:
+            raise ValueError
+    else:
+        with suppress(UserError):  # without pycocotools; then nothing is drawn either
+            draw_segmentation(shape, height, width)
+    return shape
+
+
 def draw_segmentation(shape, height, width):
     """(height, width) bool of COCO's segmentation, as pycocotools draws it: polygons whose parts join, or run lengths,
-    compressed or not. None if no polygon has three corners."""
+    compressed or not."""
     coder = mask_coder()
     if isinstance(shape, list):
-        parts = [part for part in shape if len(part) >= 6]
-        code = coder.merge(coder.frPyObjects(parts, height, width)) if parts else None
+        shape = coder.merge(coder.frPyObjects(shape, height, width))
     elif isinstance(shape["counts"], list):
-        code = coder.frPyObjects(shape, height, width)
-    else:
-        code = shape
-    return None if code is None else coder.decode(code).astype(bool)
+        shape = coder.frPyObjects(shape, height, width)
+    return coder.decode(shape).astype(bool)
 
 
 def mask_coder():
@@ -576,19 +689,19 @@ def mask_coder():
 
 
 def read_json(path, *keys, hook=None):
-    """A JSON object that has `keys`; `hook` replaces every object in it. Raises UserError that names file and line."""
+    """A JSON object that has lists under `keys`; `hook` replaces every object in it. Raises UserError that names file
+    and line."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_hook=hook)
+        text = path.read_bytes()
+        content = json.loads(text, object_hook=hook)  # of UTF-8, 16 or 32, with or without a byte-order mark
     except OSError as error:
         raise UserError(f"annotations are missing: {path}: {error.strerror} (README, section Data)") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8; download the file again") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); download the file again") from None
-    if not isinstance(found, dict) or not all(key in found for key in keys):
-        raise UserError(f"{path} is not a COCO annotation file: it needs {', '.join(keys)}")
-    return found
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        line = getattr(error, "lineno", text.count(b"\n", 0, getattr(error, "start", None)) + 1)
+        raise UserError(f"{path}, line {line}: not JSON in UTF-8 ({error}); download the file again") from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
+        raise UserError(f"{path} is not a COCO annotation file: it needs lists called {', '.join(keys)}")
+    return content
 
 
 def read_list(path, pattern, form, root, strict=False):
@@ -596,18 +709,18 @@ def read_list(path, pattern, form, root, strict=False):
     exists below `root`; other lines are named and counted. Raises UserError if the list is missing or none is left, or,
     if it is strict, one is absent."""
     try:
-        lines = path.read_bytes().decode("utf-8", "replace").splitlines()  # a broken byte then matches no pattern
+        lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()  # a broken byte then matches no pattern
     except OSError as error:
         raise UserError(f"the list of images {path}: {error.strerror} (README, section Data)") from None
-    names, faults = set(), Faults(path, strict)
+    names, faults = set(), Faults(path)
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(pattern, line.strip())
-        if match and os.path.exists(root / form.format(match[1])):
+        if match and os.path.isfile(root / form.format(match[1])):
             names.add(form.format(match[1]))
         elif line.strip():
-            kind = f"{ABSENT} {root}" if match else "not an image's name"
-            faults.add(kind, f"line {number}: {line[:40]}")
-    faults.check(names, "image")
+            kind = f"image listed but absent from {root}" if match else "not an image's name"
+            faults.add(kind, f"line {number}: {line[:40]}", strict and match)
+    faults.report(names, "image")
     return sorted(names)
 
 
@@ -634,31 +747,33 @@ def voc_images(root, split, strict=False):
 def read_voc(images, strict=False):
     """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included.
     (torchvision's VOCDetection reads one year, as text, and stops at the first broken file.)"""
-    faults, rows = Faults(images.root, strict), []
+    faults, rows, sizes = Faults(images.root), [], np.zeros((len(images), 2), np.int64)
     for i in range(len(images)):
         path = Path(images.name(i).replace("JPEGImages", "Annotations")).with_suffix(".xml")
         try:
-            text = (images.root / path).read_bytes()
-            tree = ElementTree.fromstring(text)
+            tree = ElementTree.fromstring((images.root / path).read_bytes())
             width, height = (float(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-        except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
-            faults.add(UNREADABLE, f"{path} line {getattr(error, 'position', [1])[0]}")
+            if not (1 <= width < 1e6 and 1 <= height < 1e6):
+                raise ValueError
+        except (OSError, ElementTree.ParseError, LookupError, TypeError, ValueError):
+            faults.add("annotation file missing or not VOC's XML with a size", path, strict)
             continue
-        lines = [text.count(b"\n", 0, match.start()) + 1 for match in re.finditer(rb"<object\b", text)]
-        for thing, line in zip(tree.findall("object"), lines):
+        sizes[i] = width, height
+        for n, element in enumerate(tree.findall("object"), 1):
+            name = element.findtext("name", "").strip()
             try:
-                label = VOC_CATEGORIES.index(thing.findtext("name"))
-                x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+                label = VOC_CATEGORIES.index(name)
+                x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
             except (TypeError, ValueError):
-                faults.add("category unknown or no corners", f"{path} line {line}: {thing.findtext('name')}")
+                faults.add("category unknown or no corners", f"{path} object {n} {name!r}")
                 continue
-            box = cut_to_image(x1 - 1, y1 - 1, x2, y2, width, height)
+            box = clip_box(x1 - 1, y1 - 1, x2, y2, width, height)
             if box:
-                rows.append((i, box, label, thing.findtext("difficult", "0").strip() == "1"))
+                rows.append((i, box, label, element.findtext("difficult", "0").strip() == "1"))
             else:
-                faults.add("box empty or outside its image", f"{path} line {line}")
-    faults.check(rows)
-    return labelled(images, VOC_CATEGORIES, *zip(*rows))
+                faults.add(EMPTY_BOX, f"{path} object {n}")
+    faults.report(rows)
+    return sort_by_image(images, VOC_CATEGORIES, *zip(*rows), sizes=sizes)
 
 
 def read_classes(root):
@@ -668,14 +783,14 @@ def read_classes(root):
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
     faults = Faults(path)
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         label, comma, name = line.decode("utf-8", "replace").partition(",")
         if "\ufffd" in label + name or not comma:
             faults.add("not a label id and a name in UTF-8", f"line {number}")
         elif label != "LabelName":  # some versions have a header
             index[label] = len(names)
             names.append(name.strip() or label)
-    faults.check(names, "class")
+    faults.report(names, "class")
     return index, names
 
 
@@ -686,17 +801,17 @@ def stream_boxes(path, classes, faults):
     """OpenImages' box CSV in blocks of BLOCK rows, so that 14.6 million take no memory: images (n,) uint64 (the 16 hex
     digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of the
     sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if it is missing, no box CSV or cut short."""
-    rows = sound_rows(path, classes, faults)
+    rows = valid_rows(path, classes, faults)
     while block := list(islice(rows, BLOCK)):
         image, label, box, group = zip(*block)
         yield np.uint64(image), np.int16(label), np.float32(box), np.array(group)
 
 
-def sound_rows(path, classes, faults):
-    """The sound rows of `stream_boxes`, one by one: image, label, box, group."""
+def valid_rows(path, classes, faults):
+    """The valid rows of `stream_boxes`, one by one: image, label, box, group."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
         header = file.readline().strip().split(",")
         try:
             columns = [header.index(name) for name in "ImageID LabelName XMin YMin XMax YMax IsGroupOf".split()]
@@ -714,11 +829,11 @@ def sound_rows(path, classes, faults):
                     raise UserError(f"{path}, line {number}: the file is cut short here; download it again") from None
                 faults.add("line cannot be read", f"line {number}")
                 continue
-            box = cut_to_image(*sides, 1, 1)
+            box = clip_box(*sides, 1, 1)
             if name not in classes:
                 faults.add("category id unknown", f"line {number}: {name}")
             elif box is None:
-                faults.add("box empty or outside its image", f"line {number}")
+                faults.add(EMPTY_BOX, f"line {number}")
             else:
                 yield image, classes[name], box, group == "1"
 
@@ -728,7 +843,7 @@ def read_openimages(root, split, images, listed=False, strict=False):
     IsGroupOf. Sizes come from the images' headers. Rows of other images are left out, and counted unless `listed`."""
     path = root / f"{split}-annotations-bbox.csv"
     classes, categories = read_classes(root)
-    faults, blocks, absent = Faults(path, strict), [], []
+    faults, blocks, absent = Faults(path), [], []
     images = Images(images.root, [name for name in images.names.tolist() if re.fullmatch(rb"[0-9a-f]{16}\.\w+", name)])
     ids = np.array([int(name[:16], 16) for name in images.names.tolist()] or [0], np.uint64)
     for image, label, box, group in stream_boxes(path, classes, faults):
@@ -737,8 +852,8 @@ def read_openimages(root, split, images, listed=False, strict=False):
         blocks.append((index[here], box[here], label[here], group[here]))
         absent.append(np.unique(image[~here]))
     for image in np.unique(np.concatenate(absent)) if absent and not listed else []:
-        faults.add(f"{ABSENT} {images.root}", f"{image:016x}")
-    faults.check(any(len(block[0]) for block in blocks))
+        faults.add(f"image listed but absent from {images.root}", f"{image:016x}", strict)
+    faults.report(any(len(block[0]) for block in blocks))
     index, boxes, labels, group = map(np.concatenate, zip(*blocks))
     sizes, faults = np.zeros((len(images), 2), np.float32), Faults(images.root)
     for i in np.unique(index):
@@ -747,9 +862,9 @@ def read_openimages(root, split, images, listed=False, strict=False):
         except Exception:  # PIL raises a different class per format
             faults.add("image cannot be read", images.name(i))
     kept = sizes[index].any(1)
-    faults.check(kept.any(), "image")
+    faults.report(kept.any(), "image")
     boxes *= np.tile(sizes[index], 2)
-    return labelled(images, categories, index[kept], boxes[kept], labels[kept], group[kept])
+    return sort_by_image(images, categories, index[kept], boxes[kept], labels[kept], group[kept])
 
 
 def image_size(path):
@@ -763,18 +878,19 @@ def image_size(path):
 
 # Selective search (paper, section 4.1), its fast mode, on a reduced copy: README's "Speed" has what that costs in
 # recall. The filter is SoCo's: width/height in [1/aspect, aspect], sqrt(area share) in `share`, sides >= `side` pixels.
-SEARCH = {"method": "selective search", "long_side": 200, "aspect": 3.0, "share": [0.3, 0.8], "side": 32}
-RELAXED = ("by the whole filter", "relaxed to aspect", "relaxed to sides", "the whole image")
+SEARCH = {"method": "selective search", "long_side": 200, "resize": "antialiased", "aspect": 3.0, "share": [0.3, 0.8],
+          "side": 32}
+RELAXED = ("by all of the filter", "relaxed to aspect", "relaxed to sides", "the whole image")
 CHUNK = 32  # images to one unit of work, the part that a kill can lose
-PATIENCE = 600  # seconds without a new chunk until a rank that waits for others gives up; a chunk takes some
+TIMEOUT = 600  # seconds without a new chunk until a rank that waits for them gives up; a chunk takes some
 
 
-def selective_search(image, long_side=SEARCH["long_side"]):
+def selective_search(image):
     """(P, 4) float32 boxes of selective search in its fast mode, in pixels of `image` (H, W, 3) uint8, sorted; the
-    search sees the image reduced to `long_side` pixels (0: as it is). Needs opencv-contrib-python."""
+    search sees the image reduced to SEARCH's long side. Needs opencv-contrib-python; raises UserError without it."""
     if not hasattr(cv2, "ximgproc"):
         raise UserError("this OpenCV has no ximgproc: pip install opencv-contrib-python, or bring --proposals")
-    scale = min(1.0, (long_side or math.inf) / max(image.shape[:2]))
+    scale = min(1.0, SEARCH["long_side"] / max(image.shape[:2]))
     small = resize(image, max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(small[..., ::-1]))
@@ -791,48 +907,31 @@ def filter_proposals(boxes, height, width):
     sides = np.minimum(w, h) >= SEARCH["side"]
     aspect = sides & (np.maximum(w, h) <= SEARCH["aspect"] * np.minimum(w, h))
     share = np.sqrt(w * h / (height * width))
-    whole = aspect & (SEARCH["share"][0] <= share) & (share <= SEARCH["share"][1])
-    for level, kept in enumerate((whole, aspect, sides)):
+    every = aspect & (SEARCH["share"][0] <= share) & (share <= SEARCH["share"][1])
+    for level, kept in enumerate((every, aspect, sides)):
         if kept.any():
             return boxes[kept], level
     return np.float32([[0, 0, width, height]]), 3
 
 
-def met(truth, found):
-    """(T,) bool: which boxes of `truth` (T, 4) one of `found` (P, 4) meets with an IoU of at least 0.5."""
-    from torchvision.ops import box_iou
-    return (box_iou(torch.tensor(truth), torch.tensor(found)) >= 0.5).any(1).numpy()
-
-
-def compare_sizes(found):
-    """Print what selective search costs and finds at each long side (0: full size) on a Labelled: seconds an image on
-    this one core, boxes an image after the filter, recall of the ground truth that passes the filter."""
-    print(f"{'long side':>10}{'s/image':>10}{'boxes':>8}{'recall':>8}")
-    for size in (160, 200, 240, 320, 0):
-        seconds, number, hits, images = 0.0, 0, [], len(found.images)
-        for i in range(images):
-            image = found.images.read(i)
-            began = time.perf_counter()
-            boxes, _ = filter_proposals(selective_search(image, size), *image.shape[:2])
-            seconds += time.perf_counter() - began
-            truth, level = filter_proposals(found.boxes[found.offsets[i]:found.offsets[i + 1]], *image.shape[:2])
-            number += len(boxes)
-            hits += [] if level else met(truth, boxes).tolist()
-        print(f"{size or 'full':>10}{seconds / images:10.3f}{number / images:8.0f}{np.mean(hits):8.3f}", flush=True)
-
-
 class Proposals:
     """Boxes on disk, memory-mapped: opening 150,000 images takes milliseconds and every worker reads the same pages.
-    proposals[i] is a (P, 4) float32 array of image i of `names`. Raises UserError if a file is missing or unfit."""
+    proposals[i] is a (P, 4) float32 array of image i of `names`; sizes (N, 2): its width and height then, or None.
+    Raises UserError if a file is missing or the files do not fit each other."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.sizes = Path(folder), None
         try:
             self.boxes = np.load(self.folder / "boxes.npy", mmap_mode="r")
             self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
             self.names = np.array((self.folder / "names.txt").read_bytes().splitlines(), dtype="S")
-            if len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4):
-                raise ValueError(f"{len(self.names)} names, {len(self.offsets)} offsets, boxes {self.boxes.shape}")
+            if (self.folder / "sizes.npy").exists():
+                self.sizes = np.load(self.folder / "sizes.npy", mmap_mode="r")
+            sizes = (len(self.names), 2) if self.sizes is None else self.sizes.shape
+            if (len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4)
+                    or sizes != (len(self.names), 2)):
+                raise ValueError(f"{len(self.names)} names, {len(self.offsets)} offsets, boxes {self.boxes.shape}, "
+                                 f"sizes {sizes}")
         except (OSError, EOFError, ValueError) as error:  # EOFError: an empty file
             raise UserError(f"proposals in {folder} cannot be read, or do not fit each other ({error}): delete that "
                             "folder to have them made again") from None
@@ -845,24 +944,24 @@ class Proposals:
 
 
 def proposals_folder(data, root, split=None):
-    """Where a data set's proposals lie unless --proposals names a folder: under its root, one folder a split."""
+    """Where a data set's proposals lie unless --proposals names a folder: under its root, one folder per split."""
     return Path(root or Path("data") / data) / ".proposals" / (split or {"coco": "train2017"}.get(data, "train"))
 
 
 def proposals_state(images, folder):
     """'ready', 'missing' or, where they are of other settings, the reason to make them again."""
     try:
-        found = json.loads((Path(folder) / "settings.json").read_text())
+        settings = json.loads((Path(folder) / "settings.json").read_text())
     except OSError:
         return "missing"
     except ValueError:
         return "settings.json is not JSON"
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         return "settings.json is no JSON object"
-    if found.get("method") != SEARCH["method"]:
+    if settings.get("method") != SEARCH["method"]:
         return "ready"  # somebody else's boxes, as they are
-    wanted = _settings(images)
-    other = [f"{key} {found.get(key)}, now {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+    wanted = proposal_settings(images)
+    other = [f"{key} {settings.get(key)}, now {wanted[key]}" for key in wanted if settings.get(key) != wanted[key]]
     return "other settings: " + "; ".join(other) if other else "ready"
 
 
@@ -871,71 +970,74 @@ def listing(names):
     return hashlib.sha1(b"\n".join(names)).hexdigest()[:16]
 
 
-def _settings(images):
+def proposal_settings(images):
     """What proposals depend on: the search, its filter, the list of images and the version of what draws them."""
     drawn = {} if images.version is None else {"version": images.version}
     return {**SEARCH, "images": len(images), "listing": listing(images.names.tolist()), **drawn}
 
 
-def compute_proposals(images, folder, workers=None, part=(0, 1), wait=False):
-    """Selective search over `images` into `folder`, in parallel; resumable after a kill.
+def compute_proposals(images, folder, workers=None, local_rank=0):
+    """Selective search over `images` into `folder`, by `workers` processes; resumable after a kill.
 
-    Chunks of CHUNK images are files of their own until all are there; whoever finds all of them joins them. Part (i, n)
-    does chunks i, i + n, ..., so disjoint parts may run on several machines that share the folder. With wait=True they
-    are the ranks of one run, of which each returns when the proposals are whole. Raises UserError if the folder cannot
-    be written, no image can be read, a process dies or, with wait=True, for PATIENCE seconds no rank writes a chunk."""
-    state, (rank, parts) = proposals_state(images, folder), part
-    talk = rank == 0 or not wait
+    On each machine local rank 0 searches and the others wait until it has finished. Chunks of CHUNK images are files of
+    their own until all are there and are joined; machines or runs that share the folder use each other's chunks. Raises
+    UserError if the folder cannot be written, no image can be read, a process dies or, in a rank that waits, if there is
+    no new chunk for TIMEOUT seconds."""
+    state = proposals_state(images, folder)
     if state == "ready":
         return
-    if state != "missing" and talk:
+    writer = ProposalWriter(images, folder)
+    if local_rank:
+        return writer.wait()
+    if state != "missing":
         print(f"proposals in {folder} are made again: {state}", flush=True)
-    making = Making(images, folder)
-    mine = [chunk for chunk in making.missing() if chunk % parts == rank]
-    workers = max(1, min(workers or usable_cores(), len(mine)))
-    if talk:
-        print(f"selective search: {len(images):,} images, {len(mine):,} of {len(making.chunks):,} chunks to do here, "
-              f"{workers} processes, kept in {folder}", flush=True)
     try:
-        search_chunks(making, mine, workers, talk)
-        if wait:
-            making.wait(first=rank == 0)
-        elif making.missing() and proposals_state(images, folder) != "ready":  # ready: another run joined them
-            print(f"this part is done; {len(making.missing()):,} chunks of other parts are still to come", flush=True)
-        else:
-            making.join()
-    except (OSError, UserError):  # another run may have joined the same chunks, and taken them away, meanwhile
-        if proposals_state(images, folder) != "ready":
+        search_chunks(writer, workers)
+        writer.join()
+    except UserError:
+        if not writer.ready():  # else another run has joined the chunks, and removed them, meanwhile
             raise
+    shutil.rmtree(writer.chunks, ignore_errors=True)
 
 
-def search_chunks(making, chunks, workers, talk):
-    """Write `chunks` by several processes. Raises UserError if one of them dies."""
-    progress, done = Progress("selective search", sum(len(making.indices(chunk)) for chunk in chunks)), 0
-    executor = ProcessPoolExecutor(workers, initializer=_start_searcher, initargs=(making,))
+def search_chunks(writer, workers=None):
+    """Write the missing chunks by several processes, in random order: machines that share the folder share the work.
+    Raises UserError if one of the processes dies."""
+    missing, done = np.random.default_rng().permutation(writer.missing()).tolist(), 0
+    if not missing:
+        return
+    workers = max(1, min(workers or usable_cores(), len(missing)))
+    print(f"selective search: {len(writer.images):,} images, {len(missing):,} of {writer.number:,} chunks to do, "
+          f"{workers} processes, kept in {writer.folder}", flush=True)
+    progress = Progress("selective search", sum(len(writer.indices(chunk)) for chunk in missing))
+    others = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(workers, initializer=_start_searcher, initargs=(writer,))
     try:
-        for future in as_completed([executor.submit(_search, chunk) for chunk in chunks]):
-            chunk, unreadable = future.result()
-            for name in unreadable:
-                print(f"left out, cannot be read: {name}", flush=True)
-            done += len(making.indices(chunk))
-            if talk:
-                progress.update(done)
-    except BrokenProcessPool:
-        raise UserError("a process of the selective search was killed (is memory short?): the same command goes on "
-                        "where it stopped, try it with fewer --workers") from None
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the processes inherit it: Ctrl-C ends this one,
+        futures = [executor.submit(_search, chunk) for chunk in missing]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for future in as_completed(futures):
+            done += future.result()
+            progress.update(done)
+    except BaseException as error:
+        for process in set(multiprocessing.active_children()) - others:  # which ends them
+            process.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError("a process of the selective search was killed (is memory short?): run the same command "
+                            "again to resume, with fewer --workers if it happens again") from None
+        raise
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-_making = None  # what a process of search_chunks makes; sent once, for a large set's names are not small
+_writer = None  # of a process of search_chunks; sent once, for a large set's names are not small
 
 
-def _start_searcher(making):
-    global _making
-    _making = making
+def _start_searcher(writer):
+    global _writer
+    _writer = writer
     torch.set_num_threads(1)  # of `resize`: processes are our parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def leave_with_parent():  # a killed parent must not leave processes that wait for its chunks for ever
         multiprocessing.parent_process().join()
@@ -944,29 +1046,31 @@ def _start_searcher(making):
 
 
 def _search(chunk):
-    return chunk, _making.write(chunk)
+    """Write a chunk, unless another run or machine has; returns how many images it is of."""
+    if not _writer.file(chunk).exists() and not _writer.ready():
+        _writer.write(chunk)
+    return len(_writer.indices(chunk))
 
 
-class Making:
-    """Proposals of `images` on their way into `folder`: a file a chunk, in a hidden folder that belongs to the
-    settings, until all are joined. Raises UserError if it cannot be made."""
+class ProposalWriter:
+    """Writes the proposals of `images` into `folder`: one file per chunk, in a hidden folder that belongs to the
+    settings, until all are joined. Raises UserError if a name cannot be a line of names.txt."""
 
     def __init__(self, images, folder):
-        self.images, self.folder, self.settings, self.size = images, Path(folder), _settings(images), CHUNK
-        self.chunks = range(math.ceil(len(images) / self.size))
+        self.images, self.folder, self.settings, self.size = images, Path(folder), proposal_settings(images), CHUNK
+        self.number = math.ceil(len(images) / self.size)
         kind = hashlib.sha1(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
-        self.partial = self.folder / f".chunks-{kind}"
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {folder} ({error.strerror}): name another folder with --proposals") from None
+        self.chunks = self.folder / f".chunks-{kind}"
+        for name in images.names.tolist():
+            if len(name.splitlines()) != 1:
+                raise UserError(f"{images.root}: the name {os.fsdecode(name)!r} has a line break, which names.txt "
+                                "cannot hold: rename the file")
+
+    def ready(self):
+        return proposals_state(self.images, self.folder) == "ready"
 
     def file(self, chunk):
-        return self.partial / f"{chunk:06d}.npz"
-
-    def draft(self, name):
-        """Where this process, and no other one on any machine, writes a file before it gets its name."""
-        return self.partial / f"{name}-{os.uname().nodename}-{os.getpid()}"
+        return self.chunks / f"{chunk:06d}.npz"
 
     def indices(self, chunk):
         """The indices of a chunk's images."""
@@ -974,74 +1078,74 @@ class Making:
 
     def missing(self):
         """The chunks that nobody has written yet."""
-        there = set(self.partial.glob("*.npz"))
-        return [chunk for chunk in self.chunks if self.file(chunk) not in there]
+        written = set(self.chunks.glob("*.npz"))
+        return [chunk for chunk in range(self.number) if self.file(chunk) not in written]
 
     def write(self, chunk):
-        """Search the images of a chunk and keep their boxes as one file. Returns the names that could not be read."""
-        boxes, rows, unreadable = [np.empty((0, 4), np.float32)], [], []
+        """Search the images of a chunk and keep their boxes and sizes as one file; none of an unreadable image."""
+        boxes, rows = [np.empty((0, 4), np.float32)], []
         for i in self.indices(chunk):
             try:
                 image = self.images.read(i)
             except OSError:
-                unreadable.append(self.images.name(i))
                 continue
-            kept, level = filter_proposals(selective_search(image), *image.shape[:2])
+            height, width = image.shape[:2]
+            kept, level = filter_proposals(selective_search(image), height, width)
             boxes.append(kept)
-            rows.append((i, len(kept), level))
-        if not self.partial.is_dir():
-            raise UserError(f"{self.partial} was removed meanwhile: start the same command again")
-        with atomic(self.file(chunk), tmp=self.draft(f"{chunk:06d}")) as file:
-            np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 3))
-        return unreadable
+            rows.append((i, len(kept), level, width, height))
+        with atomic(self.file(chunk)) as file:
+            np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 5))
 
-    def wait(self, first):
-        """Return once the proposals are whole; the first rank joins them."""
-        number, since = len(self.missing()), time.monotonic()
-        progress = Progress("waiting for the other ranks", len(self.chunks), "chunks", len(self.chunks) - number)
-        while proposals_state(self.images, self.folder) != "ready":
-            missing = len(self.missing())
-            if first and not missing:
-                return self.join()
-            if first:
-                progress.update(len(self.chunks) - missing)
-            if missing != number:
-                number, since = missing, time.monotonic()
-            if time.monotonic() - since > PATIENCE:
-                raise UserError(f"no proposals came from the other ranks for {duration(PATIENCE)}: if they have ended, "
-                                "the same command goes on where it stopped")
-            time.sleep(0.3)
+    def wait(self):
+        """Return once another process has made the proposals. Raises UserError after TIMEOUT seconds without a new
+        chunk."""
+        missing, since = None, time.monotonic()
+        while not self.ready():
+            last, missing = missing, len(self.missing())
+            if missing != last:
+                since = time.monotonic()
+            if time.monotonic() - since > TIMEOUT:
+                raise UserError(f"local rank 0 has written no proposals to {self.folder} for {duration(TIMEOUT)}: run "
+                                "the same command again to resume")
+            time.sleep(0.5)
 
     def join(self):
-        """Make one folder for Proposals of the chunks' files. Raises UserError if no image could be read."""
+        """Make one folder for Proposals of the chunks' files. Raises UserError if a chunk or all images cannot be
+        read."""
         boxes, rows = [], []
-        for chunk in self.chunks:
-            with np.load(self.file(chunk)) as part:
-                boxes.append(part["boxes"])
-                rows.append(part["rows"])
-        boxes, (indices, counts, levels) = np.concatenate(boxes), np.concatenate(rows).T
+        for chunk in range(self.number):
+            try:
+                with np.load(self.file(chunk)) as part:
+                    boxes.append(part["boxes"])
+                    rows.append(part["rows"])
+            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+                with suppress(OSError):
+                    self.file(chunk).unlink()
+                raise UserError(f"{self.file(chunk)} cannot be read ({error}): run the same command again to search "
+                                "its images again") from None
+        boxes, rows = np.concatenate(boxes), np.concatenate(rows)
+        indices, counts, levels = rows.T[:3]
+        unreadable = np.setdiff1d(np.arange(len(self.images)), indices)
         if not len(indices):
             raise UserError(f"none of the {len(self.images):,} images in {self.images.root} can be read")
         relaxed = {name: int((levels == level).sum()) for level, name in enumerate(RELAXED)}
-        unreadable = len(self.images) - len(indices)
-        report = {**self.settings, "filtered": relaxed, "unreadable": unreadable, "boxes": len(boxes)}
-        names = b"".join(name + b"\n" for name in self.images.names[indices].tolist())
-        offsets = np.concatenate([[0], counts.cumsum()])
-        if proposals_state(self.images, self.folder) == "ready":  # another run, joining at the same moment, was first
+        report = {**self.settings, "filtered": relaxed, "unreadable": len(unreadable), "boxes": len(boxes)}
+        contents = {"boxes.npy": boxes, "offsets.npy": np.concatenate([[0], counts.cumsum()]),
+                    "sizes.npy": np.int32(rows[:, 3:]),
+                    "names.txt": b"".join(name + b"\n" for name in self.images.names[indices].tolist()),
+                    "settings.json": json.dumps(report, indent=1).encode()}
+        if self.ready():  # another run, joining at the same moment, was first
             return
-        (self.folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is whole
-        for name, write in (("boxes.npy", lambda file: np.save(file, boxes)),
-                            ("names.txt", lambda file: file.write(names)),
-                            ("offsets.npy", lambda file: np.save(file, offsets)),
-                            ("settings.json", lambda file: file.write(json.dumps(report, indent=1).encode()))):
-            with atomic(self.folder / name, tmp=self.draft(name)) as file:
-                write(file)
-        # At once for another run that still writes chunks: it must not take a half removed folder for its own.
-        shutil.rmtree(self.partial.rename(f"{self.partial}-joined"), ignore_errors=True)
+        (self.folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is complete
+        for name, content in contents.items():
+            with atomic(self.folder / name) as file:
+                file.write(content) if isinstance(content, bytes) else np.save(file, content)
+        if len(unreadable):
+            print(f"left out, cannot be read: {len(unreadable):,} images, the first: "
+                  f"{self.images.name(unreadable[0])}", file=sys.stderr, flush=True)
         levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
-        average = len(boxes) / len(indices)
-        print(f"proposals of {len(indices):,} images ({average:.1f} boxes an image; {levels}) in {self.folder}",
-              flush=True)
+        print(f"proposals of {len(indices):,} images ({len(boxes) / len(indices):.1f} boxes per image; {levels}) in "
+              f"{self.folder}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- the loaders
@@ -1072,14 +1176,6 @@ def clip_boxes(boxes, window):
     return cut, (cut[:, 2:] - cut[:, :2]).prod(1) / np.maximum(area, 1e-6)
 
 
-def in_random_window(random, boxes, view):
-    """(n,) bool: which of boxes (n, 4) lie inside a window of `view` [x1, y1, x2, y2], each of its sides half to three
-    quarters of the view's, anywhere in it. Not in the paper: boxes of one window can move all together."""
-    sides = random.uniform(0.5, 0.75) * (view[2:] - view[:2])
-    corner = view[:2] + random.random(2) * (view[2:] - view[:2] - sides)
-    return clip_boxes(boxes, np.float32([*corner, *(corner + sides)]))[1] > 0.999
-
-
 class TwoViews(torch.utils.data.Dataset):
     """Views 1 and 2 of an image with the same K boxes in each (paper, section 4, "Views construction").
 
@@ -1087,16 +1183,15 @@ class TwoViews(torch.utils.data.Dataset):
     View 1 is the whole image, view 2 a random resized crop; each is flipped with p 0.5. From the boxes with at least
     half of their area inside the crop, K are drawn in random order, with replacement if there are fewer; if there is
     none another crop is drawn, and after ten crops it is the whole image. Both views have the same K boxes, view 2 what
-    is inside the crop of each. With a window the K boxes lie inside a random one of view 2; a crop whose window holds
-    no box is drawn anew as well, and if the eleventh holds none, any boxes do.
+    is inside the crop of each.
 
     Args: images: Images; proposals: Proposals, or None for regions image | grid; size: pixels; boxes: K;
-    regions: proposals | image | grid (section 3's baselines; grid: K cells of 7 x 7); seed; window: see above. Raises
-    UserError if no image has a proposal, or no box of an image lies inside it."""
+    regions: proposals | image | grid (section 3's baselines; grid: K cells of 7 x 7); seed. Raises UserError if no
+    image has a proposal, no box of an image lies inside it, or it has another size than its proposals."""
 
-    def __init__(self, images, proposals, size, boxes, regions="proposals", seed=0, window=False):
+    def __init__(self, images, proposals, size, boxes, regions="proposals", seed=0):
         self.images, self.proposals = images, proposals
-        self.size, self.k, self.regions, self.seed, self.window = size, boxes, regions, seed, window
+        self.size, self.k, self.regions, self.seed = size, boxes, regions, seed
         self.pairs = None  # (n, 2): index of the image, row of its proposals
         if regions == "proposals":
             row = {name: i for i, name in enumerate(proposals.names.tolist())}
@@ -1119,6 +1214,10 @@ class TwoViews(torch.utils.data.Dataset):
         random = rng("views", self.seed, epoch, index)
         index, image = self._read(index)
         height, width = image.shape[:2]
+        if self.regions == "proposals" and getattr(self.proposals, "sizes", None) is not None:
+            i, row = self.pairs[index]
+            check_size(self.images, i, image, self.proposals.sizes[row],
+                       f"when its proposals were made: delete {self.proposals.folder} to have them made again")
         boxes = self._regions(index, height, width)
         whole = np.float32([0, 0, width, height])
         least = 0 if self.regions == "image" else 0.5  # its one box is the whole image: any crop will do
@@ -1126,14 +1225,12 @@ class TwoViews(torch.utils.data.Dataset):
             crop = random_crop(random, height, width) if attempt < 10 else whole
             cut, inside = clip_boxes(boxes, crop)
             usable = np.flatnonzero(inside >= least)
-            among = usable[in_random_window(random, cut[usable], crop)] if self.window else usable
-            if len(among):
+            if len(usable):
                 break
         if not len(usable):
             raise UserError(f"{self.proposals.folder}: no box of {self.images.name(self.pairs[index, 0])} lies inside "
                             "the image; boxes are [x1, y1, x2, y2] in its pixels")
-        among = among if len(among) else usable
-        chosen = random.choice(among, self.k, replace=len(among) < self.k)
+        chosen = random.choice(usable, self.k, replace=len(usable) < self.k)
         view1, boxes1 = self._view(random, image, whole, boxes[chosen])
         view2, boxes2 = self._view(random, image, crop, cut[chosen])
         return view1, view2, boxes1, boxes2
@@ -1172,9 +1269,9 @@ class Schedule:
     workers never restart and a resumed run starts in the middle of an epoch. Each epoch is a permutation by
     (seed, epoch); the incomplete last batch is dropped; rank r takes the r-th slice of each global batch."""
 
-    def __init__(self, length, batch_size, seed, first, last, rank=0, ranks=1):
+    def __init__(self, length, batch_size, seed, first, last, rank=0, world_size=1):
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.first, self.last, self.rank, self.share = first, last, rank, batch_size // ranks
+        self.first, self.last, self.rank, self.share = first, last, rank, batch_size // world_size
 
     def __iter__(self):
         per_epoch, order_of = self.length // self.batch_size, -1
@@ -1215,13 +1312,13 @@ def shared_names(names):
 
 
 def write_mini(annotations, coco, out, seed=0):
-    """Write OpenImage-MINI's list (paper, section 5.1) to `out`: a line train/<ImageID> an image, sorted.
+    """Write OpenImage-MINI's list (paper, section 5.1) to `out`: one line train/<ImageID> per image, sorted.
 
     An image needs an object of a shared category; no shared category gets more objects than COCO has; no other image
     could be added. The paper leaves open what an object and a shared category are. Here an object is a box of either
     file, a group of OpenImages and a crowd of COCO one each, and a category is shared if shared_names pairs it: boxes
     of its subclasses (Man, Woman for Person) count as categories of their own, without a cap, as do all others. The
-    choice is random by `seed`, whatever the order of the rows. Raises UserError if a file is missing or unsound."""
+    choice is random by `seed`, whatever the order of the rows. Raises UserError if a file is missing or unreadable."""
     caps = coco_counts(Path(coco))
     classes, names = read_classes(Path(annotations))
     path = Path(annotations) / "train-annotations-bbox.csv"
@@ -1229,7 +1326,7 @@ def write_mini(annotations, coco, out, seed=0):
     print(f"reading {path} (the published file takes about two minutes)", flush=True)
     for image, label, _, _ in stream_boxes(path, classes, faults):
         blocks.append((image, label))
-    faults.check(any(len(image) for image, _ in blocks))
+    faults.report(any(len(image) for image, _ in blocks))
     image, label = map(np.concatenate, zip(*blocks))
     ids, index = np.unique(image, return_inverse=True)
     cap = np.full(len(names), -1)
@@ -1252,16 +1349,14 @@ def write_mini(annotations, coco, out, seed=0):
 
 def coco_counts(path):
     """{category's name: boxes} of a COCO annotation file. Of an annotation only the category stays in memory."""
-    found = read_json(path, "annotations", "images", "categories", hook=lambda o: o.get("category_id", o))
-    faults, count = Faults(path), Counter(a if isinstance(a, int) else None for a in found["annotations"])
-    try:
-        name = {c["id"]: c["name"] for c in found["categories"]}
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: a category needs id and name") from None
-    for number in count.keys() - name.keys():
+    content = read_json(path, "annotations", "images", "categories", hook=lambda o: o.get("category_id", o))
+    names = dict(read_entries(path, content, "categories", id=(int, str), name=str))
+    faults = Faults(path)
+    count = Counter(a if isinstance(a, (int, str)) else None for a in content["annotations"])
+    for number in count.keys() - names.keys():
         faults.add("category id unknown", f"{count[number]:,} of id {number}")
-    faults.check(name, "category")
-    return {name[number]: count[number] for number in name}
+    faults.report(names, "category")
+    return {name: count[number] for number, name in names.items()}
 
 
 def choose_images(index, label, cap, seed):
@@ -1293,7 +1388,7 @@ def report_mini(index, label, everywhere, cap, names, shared, images):
               + ("" if there[c] else "   (the CSV has none)"))
 
 
-# The paper's Table 2: images, objects an image, categories an image, categories.
+# The paper's Table 2: images, objects per image, categories per image, categories.
 TABLE2 = {("coco", "train"): (118_000, 7.4, 2.95, 80), ("openimages-mini", "train"): (146_000, 9.1, 3.2, 569)}
 
 
@@ -1309,40 +1404,23 @@ def print_table2(images, index, label, paper=None):
 
 
 def print_stats(data, root, split, given=None):
-    """Print Table 2's row of a data set's split (train | val) and what its proposals (in `given`) look like: boxes an
-    image, the share of ground truth boxes (no crowds) that one of them meets at IoU 0.5, images without any."""
-    found = open_labelled(data, root, split)
-    sizes = np.diff(found.offsets)
-    print_table2(len(sizes), np.repeat(np.arange(len(sizes)), sizes), found.labels, TABLE2.get((data, split)))
+    """Print Table 2's row of a data set's split (train | val), and how many proposals (in `given`) it has per image."""
+    labelled = open_labelled(data, root, split)
+    number = len(labelled.images)
+    index = np.repeat(np.arange(number), np.diff(labelled.offsets))
+    print_table2(number, index, labelled.labels, TABLE2.get((data, split)))
     folder = Path(given or proposals_folder(data, root, folder_of(data, split)))
     if not (folder / "settings.json").exists():
-        options = [f"--data {data}", *([f"--root {root}"] if root else []), f"--split {folder_of(data, split)}",
-                   *([f"--proposals {given}"] if given else [])]
-        return print(f"no proposals in {folder}: python data.py proposals {' '.join(options)}")
-    proposals, boxes, without, hits = Proposals(folder), 0, 0, []
-    row = {name: i for i, name in enumerate(proposals.names.tolist())}
-    for i, name in enumerate(found.images.names.tolist()):
-        own = slice(found.offsets[i], found.offsets[i + 1])
-        some = proposals[row[name]] if name in row else np.empty((0, 4), np.float32)
-        boxes, without = boxes + len(some), without + (not len(some))
-        hits += met(found.boxes[own][~found.crowd[own]], some).tolist()
-    recall = sum(hits) / max(len(hits), 1)
-    print(f"proposals: {boxes / max(len(sizes), 1):.1f} boxes an image, recall at IoU 0.5 {recall:.1%} of "
-          f"{len(hits):,} objects, {without:,} images without any ({folder})")
+        root, given = ([flag, shlex.quote(str(x))] if x else [] for flag, x in (("--root", root), ("--proposals", given)))
+        words = ["--data", data, *root, "--split", folder_of(data, split), *given]
+        return print(f"no proposals in {folder}: python data.py proposals {' '.join(words)}")
+    proposals = Proposals(folder)
+    counts = dict(zip(proposals.names.tolist(), np.diff(proposals.offsets).tolist()))
+    own = [counts.get(name, 0) for name in labelled.images.names.tolist()]
+    print(f"proposals: {np.mean(own):.1f} boxes per image, {own.count(0):,} images without any ({folder})")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-
-def part_of(text):
-    """'i/n' -> (i, n) with 0 <= i < n."""
-    try:
-        i, n = (int(x) for x in text.split("/"))
-    except ValueError:
-        raise UserError(f"--part {text}: write i/n, as 0/4 to 3/4") from None
-    if not 0 <= i < n:
-        raise UserError(f"--part {text}: parts are numbered 0/{n} to {n - 1}/{n}")
-    return i, n
-
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1352,35 +1430,32 @@ def main():
     scenes.add_argument("--n", type=positive, default=800, help="train images; a quarter as many val images are added")
     scenes.add_argument("--seed", type=whole_number, default=0)
     search = commands.add_parser("proposals", help="selective search over a data set")
-    labelled_data = (*SCENES, "coco", "voc", "openimages", "openimages-mini")
+    labelled_data = ("scenes", "coco", "voc", "openimages", "openimages-mini")
     search.add_argument("--data", choices=(*labelled_data, "folder"), required=True)
-    search.add_argument("--root")
-    search.add_argument("--split")
+    search.add_argument("--root", help="the data set's folder (default data/DATA)")
+    search.add_argument("--split", help="the data set's own name of it (default: its train split)")
     search.add_argument("--workers", type=positive, help="processes (default: all cores)")
-    search.add_argument("--part", type=part_of, default=(0, 1), help="i/n: the i-th of n machines that share it")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
     mini = commands.add_parser("openimages-mini", help="choose the images of the paper's OpenImage-MINI")
     mini.add_argument("--annotations", required=True, help="folder of OpenImages' two CSVs (README, section Data)")
     mini.add_argument("--coco", required=True, help="COCO's instances_train2017.json")
     mini.add_argument("--out", default="openimages-mini.txt")
     mini.add_argument("--seed", type=whole_number, default=0)
-    stats = commands.add_parser("stats", help="Table 2's row of a data set, and its proposals")
+    stats = commands.add_parser("stats", help="Table 2's row of a data set, and the number of its proposals")
     stats.add_argument("--data", choices=labelled_data, required=True)
-    stats.add_argument("--root")
+    stats.add_argument("--root", help="the data set's folder (default data/DATA)")
     stats.add_argument("--split", choices=("train", "val"), default="train")
     stats.add_argument("--proposals", help="the folder they are kept in (default: under the root)")
-    stats.add_argument("--sizes", action="store_true", help="instead: selective search at several sizes, on one core")
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n, args.seed)
-        print(f"now: python d3ssl.py --data coco --root {args.out}")
+        batch = "" if args.n >= 256 else f" --batch-size {max(2, args.n)}"  # d3ssl.py's default is 256
+        print(f"next: python d3ssl.py --data coco --root {shlex.quote(args.out)}{batch}")
     elif args.command == "proposals":
         folder = args.proposals or proposals_folder(args.data, args.root, args.split)
-        compute_proposals(open_images(args.data, args.root, args.split), folder, args.workers, args.part)
+        compute_proposals(open_images(args.data, args.root, args.split), folder, args.workers)
     elif args.command == "openimages-mini":
         write_mini(args.annotations, args.coco, args.out, args.seed)
-    elif args.command == "stats" and args.sizes:
-        compare_sizes(open_labelled(args.data, args.root, args.split))
     elif args.command == "stats":
         print_stats(args.data, args.root, args.split, args.proposals)
 

@@ -61,11 +61,11 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from augment import COLOURS, MEAN, STD, normalise, to_float
 from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
                    out_of_memory, roi_align)
-from data import (SCENES, SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing,
+from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing,
                   make_loader, mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
 
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
-SIZE = {"scenes": 112, "scenes-biased": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
+SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
 TEMPERATURE = 0.07  # of a vote; not in the paper: instance discrimination's and DINO's
 BATCH = 32
 ROUNDING, MOST_SLACK = 4e-6, 6144  # of `nearest`: of a cosine in float32; candidates beyond k at the last try
@@ -503,7 +503,7 @@ class Objects(torch.utils.data.Dataset):
         images, own = self.labelled.images, self.rows[i]
         boxes, rows = np.zeros((self.k, 4), np.float32), np.full(self.k, -1)
         try:
-            image, background = images.read(i), self.background(i)
+            image, background = self.labelled.read(i), self.background(i)
         except OSError:
             print(f"left out, cannot be read: {images.name(i)}", flush=True)
             nothing = np.zeros((side, side, 3), np.uint8)
@@ -944,7 +944,7 @@ class Detection(torch.utils.data.Dataset):
         epoch, j = key
         i, target = self.index[j], None
         try:
-            image = self.found.images.read(i)
+            image = self.found.read(i)
         except OSError:
             return j, None, None
         if self.train:
@@ -1013,7 +1013,7 @@ class FineTuning:
         found, tested = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", c.test_on))
         same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}", "the train split")
         self.categories = found.categories
-        self.masks = c.task == "coco" and found.mask(0) is not None
+        self.masks = c.task == "coco" and found.mask is not None
         self.trained = Detection(found, True, c.task == "voc", self.masks, c.limit_images, c.seed)
         self.tested = Detection(tested, False, limit=c.limit_images)
         if c.batch_size % self.ranks.ranks:
@@ -1532,7 +1532,7 @@ def parse_arguments(arguments=None):
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
-    args.head = args.head or ("roi" if args.data in SCENES else "map")
+    args.head = args.head or ("roi" if args.data == "scenes" else "map")
     if args.size % 16:
         raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
     if args.transfer and len(args.ckpt) > 1:
@@ -1670,7 +1670,7 @@ def main():
     clean = Clean(stored.images, args.size, args.head, seed=args.seed, device=device)
     answered, files, rows = evaluate_arms(args, arms, bank, queries, clean, device)
     labels = torch.from_numpy(asked.labels)[rows]
-    results = summarise(answered, queries.image_of(rows), {} if args.data in SCENES else size_classes(asked, rows))
+    results = summarise(answered, queries.image_of(rows), {} if args.data == "scenes" else size_classes(asked, rows))
     if args.per_category:
         for result, (_, points) in zip(results, answered):
             print_categories(name_of(result), asked.categories, points, labels)

@@ -138,7 +138,7 @@ def cut_row(labelled, row, side, cut):
     if cut == "mask" and mask is None:
         raise UserError(f"{images.root / images.name(i)} has an object without a mask: --cut box")
     try:
-        return cut_out(images.read(i), labelled.boxes[row], mask, side)
+        return cut_out(labelled.read(i), labelled.boxes[row], mask, side)
     except OSError:
         raise UserError(f"{images.root / images.name(i)} cannot be read: download it again") from None
 
