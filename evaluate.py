@@ -23,19 +23,23 @@ Images are RGB with ImageNet's mean and deviation, as all these releases expect 
 want BGR, are not among them).
 """
 import argparse
+import functools
 import glob
 import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import pickle
 import re
 import signal
+import struct
 import sys
 import time
+import zipfile
 from collections import OrderedDict, defaultdict
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,35 +87,38 @@ MOMENTUM = re.compile(r"_k(ey)?(?![a-z])|teacher|target|momentum|(?<![a-z])ema(?
 
 def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
     """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those
-    of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code of a
-    pickle is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
+    of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code in a
+    file is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
 
     Args: path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum
-    encoder, not the other; prefix: settles which.
+    encoder, not the other; prefix: the one to take.
     Returns torchvision's ResNet with fc = Identity in eval mode, and its architecture's name. Raises UserError if there
     is no such file, if it is no checkpoint, holds no ResNet or several, or if one of its weights does not fit."""
     if path == "random":
         return build(arch or "resnet50", seed).eval(), arch or "resnet50"
     saved = read_checkpoint(path)
-    names = dict(flatten(saved))
-    found = backbones(names)
-    if not found:
-        simclr = any(re.search(r"(^|\.)net\.1\.blocks\.0\.net\.0\.weight", name) for name in names)
-        raise UserError(f"--ckpt {path} holds no ResNet: " + (
-            "it is SimCLR v2's, with other stems and shortcuts than torchvision's" if simclr else
-            "no layer1 to layer4 (detectron2's res2 to res5, Hugging Face's stages) under one prefix"))
-    prefix, weights = choose(path, found, teacher, prefix)
-    if "conv1.0.weight" in weights:
-        raise UserError(f"--ckpt {path}: {prefix}conv1 is a deep stem, of a ResNet-D (or C): torchvision has none")
-    blocks = [1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
-    arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *blocks))
-    if arch is None:
-        raise UserError(f"--ckpt {path}: stages of {blocks} blocks under {prefix!r} are none of {', '.join(RESNETS)}")
-    if "d3ssl" in saved and saved.get("clean"):
-        weights.update(saved["clean"]["teacher" if "teacher" in prefix else "student"])
-    network = build(arch, seed)
-    fill(network, weights, f"--ckpt {path}", prefix, arch)
+    with reading(path):
+        prefix, weights = choose(dict(flatten(saved)), teacher, prefix)
+        if "conv1.0.weight" in weights:
+            raise Refused(f"has a deep stem, {prefix}conv1, of a ResNet-D (or C): torchvision has none")
+        last = [max(int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
+        arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *(block + 1 for block in last)))
+        if arch is None:
+            raise Refused(f"has other numbers of blocks under {prefix!r} than {', '.join(RESNETS)}: the last are {last}")
+        if "d3ssl" in saved and saved.get("clean"):
+            weights.update(flatten(saved["clean"]["teacher" if "teacher" in prefix else "student"]))
+        network = build(arch, seed)
+        fill(network, weights, prefix, arch)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    if all(norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() for norm in norms):
+        warn(f"--ckpt {path}: batch norm's running means are 0 and variances 1, as new: add --statistics clean")
     return network.eval(), arch
+
+
+@functools.cache
+def warn(line):
+    """Print a line on stderr, once per process."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def build(arch, seed):
@@ -123,106 +130,233 @@ def build(arch, seed):
     return network
 
 
-def read_checkpoint(path):
-    """What a checkpoint holds, on the CPU: torch.save's file, a plain pickle (detectron2's) or safetensors. Raises
-    UserError."""
+class Refused(ValueError):
+    """Why a checkpoint is not read; `reading` puts its path in front."""
+
+
+@contextmanager
+def reading(path):
+    """Turn what reading a checkpoint raises into a UserError."""
     try:
-        file = open(path, "rb")
+        yield
     except OSError as error:
         raise UserError(f"--ckpt {path}: {error.strerror}; name a checkpoint file, random or colour") from None
-    with file:
-        safetensors = file.read(9)[8:] == b"{"
-        for read in (read_safetensors,) if safetensors else (read_torch, read_pickle):
-            file.seek(0)
-            try:
-                return read(file)
-            except Exception as error:  # of many classes, on a file that is cut or is something else
-                reason = type(error).__name__
-    raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({reason}): name what torch.save, detectron2 or "
-                    "safetensors wrote")
+    except Refused as error:
+        raise UserError(f"--ckpt {path} {error}") from None
+    except Exception as error:  # of many classes, on a file that is cut, damaged or something else
+        raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({type(error).__name__}): name what "
+                        "torch.save, detectron2 or safetensors wrote") from error
 
 
-def read_safetensors(file):
+def read_checkpoint(path):
+    """What a checkpoint holds: torch.save's file, a plain pickle (detectron2's) or safetensors. Nothing in it is run or
+    imported, and its tensors (flatten, as_tensor) stay in the mapped file. Raises UserError."""
+    with reading(path):
+        if Path(path).is_fifo():
+            raise Refused("is a pipe: name a file")
+        with open(path, "rb") as file:
+            file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants buffers that can be written
+        content = memoryview(file)
+        return read_safetensors(content) if content[8:9] == b"{" else read_torch(file, content)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+STORAGES = dict(zip("Double Float Half BFloat16 Long Int Short Char Byte Bool".split(), DTYPES.values()),
+                Untyped=torch.uint8, QInt8=torch.int8, QUInt8=torch.uint8, QInt32=torch.int32)
+MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER: begins the files from before torch 1.6
+MOST = 10_000_000  # bytes of a JSON header and steps of a pickle, each of which may take 100 bytes of memory
+
+
+def read_safetensors(content):
     """{name: tensor}: eight bytes of length, a JSON header, the numbers (huggingface/safetensors, "Format")."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    numbers, tensors = bytearray(file.read()), {}
-    for name, entry in header.items():
-        if name == "__metadata__" or entry["data_offsets"][0] == entry["data_offsets"][1]:
-            continue
-        (start, end), dtype = entry["data_offsets"], SAFETENSORS[entry["dtype"]]
-        if end > len(numbers):
-            raise EOFError
-        tensors[name] = torch.frombuffer(numbers, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
-        tensors[name] = tensors[name].reshape(entry["shape"])
+    length = int.from_bytes(content[:8], "little")
+    if length > MOST:
+        raise Refused(f"has a header of {length:,} bytes: it is damaged")
+    header, numbers, tensors, end = json.loads(bytes(content[8:8 + length])), content[8 + length:], {}, 0
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), dtype = entry["data_offsets"], DTYPES.get(entry["dtype"])
+        if start != end or stop < start or stop > len(numbers):
+            raise Refused(f"is cut short or damaged: the bytes of {name} are not between those of its neighbours")
+        if dtype and stop > start:
+            tensors[name] = torch.frombuffer(numbers[start:stop], dtype=dtype).reshape(entry["shape"])
+        end = stop
     return tensors
 
 
-def read_torch(file):
-    return torch.load(file, map_location="cpu", weights_only=False, pickle_module=SAFE_PICKLE, encoding="latin1")
+def read_torch(file, content):
+    """What torch.save wrote, as a zip archive or, before torch 1.6, as pickles with each storage's length and bytes
+    behind; or a plain pickle. file: open at its start; content: a view of its bytes."""
+    storages = {}
+    if content[:4] != b"PK\3\4":
+        first = Unpickler(file, storages).load()
+        if first != MAGIC:
+            return first
+        _version, _system, saved, keys = (Unpickler(file, storages).load() for _ in range(4))
+        for key in keys:
+            size = int.from_bytes(file.read(8), "little") * storages[key].itemsize
+            storages[key] = content[file.tell():file.tell() + size]
+            file.seek(size, os.SEEK_CUR)
+        return saved
+    for entry in zipfile.ZipFile(file).infolist():
+        name = entry.filename.partition("/")[2]
+        if name == "constants.pkl" or name.startswith("code/"):
+            raise Refused("is a TorchScript archive, whose code is not run: save model.state_dict() instead")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise Refused("is a compressed archive, which torch.save never writes: unpack it")
+        start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", content, entry.header_offset + 26))
+        storages[name.removeprefix("data/")] = content[start:start + entry.file_size]
+        if name == "data.pkl":
+            pickled = start
+    if storages.get("byteorder") == b"big":
+        raise Refused("was written on a big-endian machine: save it again on another")
+    file.seek(pickled)
+    return Unpickler(file, storages).load()
 
 
-def read_pickle(file, **options):  # options: what torch.load passes on; its encoding is always latin1
-    return SafeUnpickler(file, encoding="latin1").load()
-
-
-class SafeUnpickler(pickle.Unpickler):
-    """Knows what tensors and arrays are made of. Every other class or function of a pickle becomes a Stub: no code of
-    others runs, and a class that is not installed is not missed."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("torch.storage", "_load_from_bytes"):  # a tensor in a plain pickle is torch.save's bytes
-            return lambda data: read_torch(io.BytesIO(data))
-        if name in HARMLESS.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
-            return super().find_class(module, name)
-        return Stub
-
-
-class Stub(dict):
-    """In the place of an object whose class is not run: takes whatever it is given, and keeps a dictionary's entries
-    and an object's attributes, among which a module has its weights."""
+class StandIn(dict):
+    """In the place of a class or function of a pickle, or of what came of calling it: its name, the arguments and the
+    state; a dictionary's entries. Takes whatever a pickle does to it, and does nothing."""
+    __slots__ = ("name", "arguments", "state")
     __hash__ = object.__hash__
 
-    def __init__(self, *_, **__):
+    def __init__(self, name, arguments=()):
         super().__init__()
+        self.name, self.arguments, self.state = name, arguments, None
 
-    def __call__(self, *_, **__):
-        return Stub()
+    def __call__(self, *arguments, **_):
+        return StandIn(self.name, arguments)
 
     def __setstate__(self, state):
-        self.__dict__.update(state if isinstance(state, dict) else {})
+        self.state = state
 
     def append(self, _):
-        """Swallow what a pickle puts into a container of an unknown class."""
+        """Drop an element of a list or set of an unknown class."""
 
     extend = add = append
 
 
-SAFE_PICKLE = SimpleNamespace(__name__="safe", Unpickler=SafeUnpickler, load=read_pickle)  # as torch.load asks
-HARMLESS = {
-    "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"),
-    "torch": ("Size", "device", "UntypedStorage"), "torch.storage": ("UntypedStorage", "TypedStorage"),
-    "collections": ("OrderedDict",), "_codecs": ("encode",), "numpy": ("ndarray", "dtype")}
-for package in ("numpy.core", "numpy._core"):  # before and since numpy 2
-    HARMLESS.update({f"{package}.multiarray": ("_reconstruct", "scalar"), f"{package}.numeric": ("_frombuffer",)})
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-               "BOOL": torch.bool}
+class Tuple(list):
+    """A pickle's tuple. As a key it is hashed by identity: the hash of deeply nested tuples overflows C's stack."""
+    __hash__ = object.__hash__
 
 
-def flatten(tree, prefix="", above=()):
-    """(name, tensor) of every array in nested dictionaries and modules, names joined by dots in torchvision's words.
-    above: the dictionaries that `tree` lies in; one that lies in itself, as a trainer's model does, is read once."""
-    if isinstance(tree, dict) and not any(tree is one for one in above):
-        for key, value in [*tree.items(), *getattr(tree, "__dict__", {}).items()]:
-            inside = key in ("_modules", "_parameters", "_buffers")  # of a module that was saved whole
-            name = prefix if inside else f"{prefix}.{key}" if prefix else str(key)
-            yield from flatten(value, name, (*above, tree))
-    elif isinstance(tree, torch.Tensor) or (isinstance(tree, np.ndarray) and tree.dtype.kind in "fiub"):
-        yield torchvision_name(prefix), torch.as_tensor(tree)
+class Storage(NamedTuple):
+    """Where a tensor's numbers are: storages[key] is a view of the file."""
+    dtype: torch.dtype
+    key: str
+    storages: dict
 
 
-# In torchvision's words: Hugging Face's (transformers, modeling_resnet.py), then detectron2's (backbone/resnet.py).
+class Unpickler(pickle._Unpickler):  # the one in Python: C's fills memory for one large index
+    """Reads a pickle as dict, list, Tuple, numbers, text, Storage and StandIn, for whatever else it names. (torch.load
+    with weights_only=True refuses subclasses of dict, functools.partial and protocol 4, and allocates what it is told.)
+    storages: {key: view of the file}; keys that it lacks get their dtype."""
+    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch[pickle.NEWOBJ[0]] = dispatch[pickle.REDUCE[0]]
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # which allocates no more than there is
+
+    def __init__(self, file, storages):
+        super().__init__(file, encoding="latin1")
+        self.storages, self.steps = storages, 0
+
+    def find_class(self, module, name):
+        return StandIn(name)
+
+    def persistent_load(self, saved):
+        if saved[0] == "module":  # before torch 1.6: a class with its source
+            return saved[1]
+        if any(saved[5:]):
+            raise ValueError("a view of another storage")
+        dtype, key = STORAGES.get(saved[1].name.removesuffix("Storage")), saved[2]
+        self.storages.setdefault(key, dtype)
+        return Storage(dtype, key, self.storages)
+
+
+def limited(load):
+    """One step of a pickle; there are at most MOST, and no tuple is left."""
+    def step(self):
+        self.steps += 1
+        if self.steps > MOST:
+            raise Refused(f"has a pickle of more than {MOST:,} steps: save the state dict alone")
+        load(self)
+        if self.stack and type(self.stack[-1]) is tuple:
+            self.stack[-1] = Tuple(self.stack[-1])
+    return step
+
+
+Unpickler.dispatch.update({code: limited(load) for code, load in Unpickler.dispatch.items()})
+ARRAYS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state", "Parameter",
+          "_rebuild_from_type_v2", "_reconstruct", "_frombuffer")
+
+
+def flatten(tree, prefix="", seen=None):
+    """(name, tensor or StandIn of one) of every array in nested dictionaries and objects, each read once; names are
+    joined by dots, in torchvision's words."""
+    seen = set() if seen is None else seen
+    if isinstance(tree, torch.Tensor) or (isinstance(tree, StandIn) and tree.name in ARRAYS):
+        yield torchvision_name(prefix), tree
+    elif isinstance(tree, dict) and id(tree) not in seen and len(prefix) < 1000:
+        seen.add(id(tree))
+        entries = list(tree.items())
+        if isinstance(tree, StandIn):
+            entries += tree.state.items() if isinstance(tree.state, dict) else ()
+            for argument in tree.arguments:  # a wrapped module, or an OrderedDict's pairs (Python 2)
+                entries += argument if isinstance(argument, list) and tree.name == "OrderedDict" else [("", argument)]
+        for key, value in entries:
+            inside = key in ("", "_modules", "_parameters", "_buffers")  # of a module that was saved with its class
+            yield from flatten(value, prefix if inside else f"{prefix}.{key}" if prefix else str(key), seen)
+
+
+def as_tensor(leaf):
+    """The tensor of one of ARRAYS: torch's, a parameter, a subclass (DTensor), a numpy array. Raises ValueError if it
+    reaches outside of its bytes or is larger than they are; what is damaged otherwise raises other errors."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf
+    name, given = leaf.name, leaf.arguments
+    if name == "_reconstruct":
+        _, shape, dtype, fortran, content = leaf.state
+        return array(content, dtype, shape, "F" if fortran else "C")
+    if name == "_frombuffer":
+        return array(*given)
+    if name == "_rebuild_from_type_v2" and given[0].name == "_rebuild_wrapper_subclass":
+        state = given[3] if isinstance(given[3], dict) else given[3][0]
+        local = as_tensor(state["_local_tensor"])
+        if list(local.shape) != list(given[2][2]):
+            raise Refused("holds one rank's part of a DTensor: save full_tensor() of each")
+        return local
+    if name == "_rebuild_from_type_v2":
+        return as_tensor(given[0](*given[2]))
+    if name not in ("_rebuild_tensor", "_rebuild_tensor_v2"):  # a parameter
+        return as_tensor(given[0] if given else leaf.state[0])
+    storage, offset, size, stride = given[:4]
+    if not isinstance(storage, Storage):  # in a plain pickle: torch.storage._load_from_bytes(what torch.save wrote)
+        content = bytearray(as_bytes(storage.arguments[0]))
+        storage = read_torch(io.BytesIO(content), memoryview(content))
+    numbers = torch.frombuffer(storage.storages[storage.key], dtype=storage.dtype)
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if min(offset, *size, *stride) < 0 or max(last + 1, math.prod(size)) > len(numbers):
+        raise ValueError("a tensor outside of its storage")
+    return numbers.as_strided(size, stride, offset)
+
+
+def array(content, dtype, shape, order):
+    """A numpy array of floats, integers or bools as a tensor; dtype: the StandIn of numpy's."""
+    kind = re.fullmatch("[fiu][1248]|b1", dtype.arguments[0])[0]
+    values = np.frombuffer(as_bytes(content), (">" if dtype.state[1] == ">" else "<") + kind)
+    return torch.from_numpy(values.reshape(shape, order=order).astype(kind))
+
+
+def as_bytes(content):
+    """Bytes, which protocol 2 has as _codecs.encode(text, "latin1") and Python 2 as text."""
+    content = content.arguments[0] if isinstance(content, StandIn) else content
+    return content.encode("latin1") if isinstance(content, str) else content
+
+
+# In torchvision's words: wrappers' names are left out; Hugging Face's (transformers, modeling_resnet.py); detectron2's.
 SPELLINGS = [(re.compile(pattern), word) for pattern, word in (
+    (r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", ""), (r"^\.", ""),
     (r"(^|\.)embedder\.embedder\.convolution\.", r"\1conv1."),
     (r"(^|\.)embedder\.embedder\.normalization\.", r"\1bn1."),
     (r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) + 1}."),
@@ -252,78 +386,82 @@ STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.conv\d\.weight")
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-def backbones(weights):
-    """{prefix: {torchvision's name: tensor}} for each prefix under which all four stages of a ResNet lie, by name or as
+def backbones(names):
+    """{prefix: {torchvision's name: leaf}} for each prefix under which all four stages of a ResNet lie, by name or as
     numbered children; and for a C4 detector, whose fourth stage is in its head, that of the first three."""
     stages = defaultdict(set)  # {prefix: those of layer1 to layer4 that lie under it}
-    for match in filter(None, map(STAGE.fullmatch, weights)):
+    for match in filter(None, map(STAGE.fullmatch, names)):
         stages[match[1] or ""].add(CHILDREN.get(match[2], match[2]))
-    found = {prefix: under(prefix, weights) for prefix, present in stages.items() if len(present) == 4}
+    resnets = {prefix: under(prefix, names) for prefix, present in stages.items() if len(present) == 4}
     for momentum in (False, True):  # C4 detectors: one body and one head among the momentum encoders, or the others
         alike = [prefix for prefix in stages if bool(MOMENTUM.search(prefix)) == momentum]
         bodies = [prefix for prefix in alike if stages[prefix] == {"layer1", "layer2", "layer3"}]
         heads = [prefix for prefix in alike if stages[prefix] == {"layer4"}]
         if len(bodies) == len(heads) == 1:
-            body, head = bodies[0], heads[0]
-            found[body] = {**under(head, weights), **under(body, weights)}
-            norm = [key for key in weights if re.fullmatch(re.escape(head) + r"(res5\.)?norm\.\w+", key)]
+            resnets[bodies[0]] = {**under(heads[0], names), **under(bodies[0], names)}
+            norm = [name for name in names if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", name)]
             if norm:
-                print(f"left out, an extra norm after res5: {', '.join(norm)}", file=sys.stderr, flush=True)
-    return found
+                warn(f"left out, an extra norm after res5: {', '.join(norm)}")
+    return resnets
 
 
-def under(prefix, weights):
-    """{torchvision's name: tensor} of the stem and the stages under a prefix."""
+def under(prefix, names):
+    """{torchvision's name: leaf} of the stem and the stages under a prefix."""
     own = {}
-    for key, value in weights.items():
-        first, dot, rest = key[len(prefix):].partition(".")
+    for name, leaf in names.items():
+        first, dot, rest = name[len(prefix):].partition(".")
         first = CHILDREN.get(first, first)
-        if key.startswith(prefix) and re.fullmatch(r"conv1|bn1|layer\d+", first):
-            own[first + dot + rest] = value
+        if name.startswith(prefix) and re.fullmatch(r"conv1|bn1|layer\d+", first):
+            own[first + dot + rest] = leaf
     return own
 
 
-def choose(path, found, teacher, prefix):
-    """The one (prefix, weights) of `found` that is asked for. Raises UserError if there is none or more than one."""
-    listing = ", ".join(name or "''" for name in found)
-    if prefix is not None:
-        wanted = prefix and prefix.rstrip(".") + "."
-        left = {name: w for name, w in found.items() if name == wanted or (wanted and name.endswith("." + wanted))}
-        if len(left) != 1:
-            number = len(left) or "none"
-            raise UserError(f"--prefix {prefix} is {number} of the ResNets in {path}: name one of {listing}")
+def choose(names, teacher, prefix):
+    """The one (prefix, {torchvision's name: leaf}) that is asked for. Raises Refused if there is none or several."""
+    resnets, left = backbones(names), {}
+    listing = ", ".join(name or "''" for name in resnets)
+    if not resnets and any(re.search(r"(^|\.)net\.1\.blocks\.0\.net\.0\.weight", name) for name in names):
+        raise Refused("holds no ResNet of torchvision's: SimCLR v2's has other stems and shortcuts")
+    if not resnets:
+        raise Refused("holds no ResNet: no layer1 to layer4 (detectron2's res2 to res5, Hugging Face's stages) under "
+                      "one prefix")
+    for name, weights in resnets.items():
+        if prefix is not None:
+            wanted = prefix and prefix.rstrip(".") + "."
+            fits = name == wanted or bool(wanted) and name.endswith("." + wanted)
+        else:  # OpenSelfSup saves its backbone under two names: equal weights count once
+            fits = bool(MOMENTUM.search(name)) == teacher and not any(same(weights, one) for one in left.values())
+        if fits:
+            left[name] = weights
+    if len(left) == 1:
         return left.popitem()
-    left = {}
-    for name, weights in found.items():
-        if bool(MOMENTUM.search(name)) == teacher and not any(same(weights, other) for other in left.values()):
-            left[name] = weights  # OpenSelfSup saves its backbone under two names: equal weights count once
+    if prefix is not None:
+        raise Refused(f"holds {len(left) or 'no'} ResNets under --prefix {prefix}: name one of {listing}")
     if not left:
-        raise UserError(f"--ckpt {path} holds " + (
-            f"no momentum encoder ({listing}): leave out --teacher" if teacher else
-            f"only momentum encoders ({listing}): add --teacher, or name one, {path}:PREFIX"))
-    if len(left) > 1:
-        raise UserError(f"--ckpt {path} holds {len(left)} ResNets: name one with --prefix, of {', '.join(left)}")
-    return left.popitem()
+        raise Refused(f"holds no momentum encoder ({listing}): leave out --teacher" if teacher else
+                      f"holds only momentum encoders ({listing}): add --teacher, or name one, FILE:PREFIX")
+    raise Refused(f"holds {len(left)} ResNets: name one with --prefix, of {', '.join(left)}")
 
 
 def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+    return one.keys() == two.keys() and all(torch.equal(as_tensor(leaf), as_tensor(two[key])) for key, leaf in one.items())
 
 
-def fill(network, weights, where, prefix, arch):
-    """Copy `weights` into `network`: all must be there, fit and be finite, none may be left but num_batches_tracked."""
+def fill(network, weights, prefix, arch):
+    """Copy `weights` into `network`: all must be there, fit and be finite; num_batches_tracked does not matter."""
     own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     for key, value in own.items():
         if key not in weights:
-            raise UserError(f"{where} lacks {prefix}{key}, which a {arch} has: it is not whole, or of another network")
-        if weights[key].shape != value.shape:
-            raise UserError(f"{where}: {prefix}{key} is {tuple(weights[key].shape)}, a {arch} has {tuple(value.shape)}")
-        if not weights[key].isfinite().all():
-            raise UserError(f"{where}: {prefix}{key} is not finite: the run diverged, take an earlier checkpoint")
-        value.copy_(weights[key])
+            raise Refused(f"has a missing key, {prefix}{key} of a {arch}: it is cut short, or of another network")
+        tensor = as_tensor(weights[key])
+        if tensor.shape != value.shape:
+            raise Refused(f"does not fit: {prefix}{key} is {tuple(tensor.shape)}, a {arch} has {tuple(value.shape)}")
+        if not tensor.isfinite().all():
+            raise Refused(f"has diverged, {prefix}{key} is not finite: take an earlier checkpoint")
+        value.copy_(tensor)
     for key in weights:
         if key not in own and not key.endswith("num_batches_tracked"):
-            raise UserError(f"{where}: {prefix}{key} has no place in torchvision's {arch}: another variant of ResNet")
+            raise Refused(f"has an unexpected key, {prefix}{key}: another variant of ResNet than torchvision's {arch}")
 
 
 def export(network, kind, path):
