@@ -38,7 +38,7 @@ import struct
 import sys
 import time
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, namedtuple
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -100,11 +100,11 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
     with reading(path):
         prefix, weights = choose(dict(flatten(saved)), teacher, prefix)
         if "conv1.0.weight" in weights:
-            raise Refused(f"has a deep stem, {prefix}conv1, of a ResNet-D (or C): torchvision has none")
+            raise UserError(f"has a deep stem, {prefix}conv1, of a ResNet-D (or C): torchvision has none")
         last = [max(int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
         arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *(block + 1 for block in last)))
         if arch is None:
-            raise Refused(f"has other numbers of blocks under {prefix!r} than {', '.join(RESNETS)}: the last are {last}")
+            raise UserError(f"ends its stages with blocks {last} under {prefix!r}, as none of {', '.join(RESNETS)}")
         if "d3ssl" in saved and saved.get("clean"):
             weights.update(flatten(saved["clean"]["teacher" if "teacher" in prefix else "student"]))
         network = build(arch, seed)
@@ -130,18 +130,14 @@ def build(arch, seed):
     return network
 
 
-class Refused(ValueError):
-    """Why a checkpoint is not read; `reading` puts its path in front."""
-
-
 @contextmanager
 def reading(path):
-    """Turn what reading a checkpoint raises into a UserError."""
+    """Turn what reading a checkpoint raises into a UserError; those that the section's functions raise get the path."""
     try:
         yield
     except OSError as error:
         raise UserError(f"--ckpt {path}: {error.strerror}; name a checkpoint file, random or colour") from None
-    except Refused as error:
+    except UserError as error:
         raise UserError(f"--ckpt {path} {error}") from None
     except Exception as error:  # of many classes, on a file that is cut, damaged or something else
         raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({type(error).__name__}): name what "
@@ -153,7 +149,7 @@ def read_checkpoint(path):
     imported, and its tensors (flatten, as_tensor) stay in the mapped file. Raises UserError."""
     with reading(path):
         if Path(path).is_fifo():
-            raise Refused("is a pipe: name a file")
+            raise UserError("is a pipe: name a file")
         with open(path, "rb") as file:
             file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants buffers that can be written
         content = memoryview(file)
@@ -172,13 +168,13 @@ def read_safetensors(content):
     """{name: tensor}: eight bytes of length, a JSON header, the numbers (huggingface/safetensors, "Format")."""
     length = int.from_bytes(content[:8], "little")
     if length > MOST:
-        raise Refused(f"has a header of {length:,} bytes: it is damaged")
+        raise UserError(f"has a header of {length:,} bytes: it is damaged")
     header, numbers, tensors, end = json.loads(bytes(content[8:8 + length])), content[8 + length:], {}, 0
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (start, stop), dtype = entry["data_offsets"], DTYPES.get(entry["dtype"])
         if start != end or stop < start or stop > len(numbers):
-            raise Refused(f"is cut short or damaged: the bytes of {name} are not between those of its neighbours")
+            raise UserError(f"is cut short or damaged: the bytes of {name} are not between those of its neighbours")
         if dtype and stop > start:
             tensors[name] = torch.frombuffer(numbers[start:stop], dtype=dtype).reshape(entry["shape"])
         end = stop
@@ -188,7 +184,7 @@ def read_safetensors(content):
 def read_torch(file, content):
     """What torch.save wrote, as a zip archive or, before torch 1.6, as pickles with each storage's length and bytes
     behind; or a plain pickle. file: open at its start; content: a view of its bytes."""
-    storages = {}
+    storages, pickled = {}, 0
     if content[:4] != b"PK\3\4":
         first = Unpickler(file, storages).load()
         if first != MAGIC:
@@ -202,15 +198,15 @@ def read_torch(file, content):
     for entry in zipfile.ZipFile(file).infolist():
         name = entry.filename.partition("/")[2]
         if name == "constants.pkl" or name.startswith("code/"):
-            raise Refused("is a TorchScript archive, whose code is not run: save model.state_dict() instead")
+            raise UserError("is a TorchScript archive, whose code is not run: save model.state_dict() instead")
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise Refused("is a compressed archive, which torch.save never writes: unpack it")
+            raise UserError("is a compressed archive, which torch.save never writes: unpack it")
         start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", content, entry.header_offset + 26))
         storages[name.removeprefix("data/")] = content[start:start + entry.file_size]
         if name == "data.pkl":
             pickled = start
     if storages.get("byteorder") == b"big":
-        raise Refused("was written on a big-endian machine: save it again on another")
+        raise UserError("was written on a big-endian machine: save it again on another")
     file.seek(pickled)
     return Unpickler(file, storages).load()
 
@@ -242,11 +238,7 @@ class Tuple(list):
     __hash__ = object.__hash__
 
 
-class Storage(NamedTuple):
-    """Where a tensor's numbers are: storages[key] is a view of the file."""
-    dtype: torch.dtype
-    key: str
-    storages: dict
+Storage = namedtuple("Storage", "dtype key storages")  # the numbers of tensors: storages[key] is a view of the file
 
 
 class Unpickler(pickle._Unpickler):  # the one in Python: C's fills memory for one large index
@@ -275,11 +267,11 @@ class Unpickler(pickle._Unpickler):  # the one in Python: C's fills memory for o
 
 
 def limited(load):
-    """One step of a pickle; there are at most MOST, and no tuple is left."""
+    """One step of a pickle, of which there are at most MOST; a tuple becomes a Tuple."""
     def step(self):
         self.steps += 1
         if self.steps > MOST:
-            raise Refused(f"has a pickle of more than {MOST:,} steps: save the state dict alone")
+            raise UserError(f"has a pickle of more than {MOST:,} steps: save the state dict alone")
         load(self)
         if self.stack and type(self.stack[-1]) is tuple:
             self.stack[-1] = Tuple(self.stack[-1])
@@ -297,7 +289,7 @@ def flatten(tree, prefix="", seen=None):
     seen = set() if seen is None else seen
     if isinstance(tree, torch.Tensor) or (isinstance(tree, StandIn) and tree.name in ARRAYS):
         yield torchvision_name(prefix), tree
-    elif isinstance(tree, dict) and id(tree) not in seen and len(prefix) < 1000:
+    elif isinstance(tree, dict) and id(tree) not in seen:
         seen.add(id(tree))
         entries = list(tree.items())
         if isinstance(tree, StandIn):
@@ -305,8 +297,10 @@ def flatten(tree, prefix="", seen=None):
             for argument in tree.arguments:  # a wrapped module, or an OrderedDict's pairs (Python 2)
                 entries += argument if isinstance(argument, list) and tree.name == "OrderedDict" else [("", argument)]
         for key, value in entries:
-            inside = key in ("", "_modules", "_parameters", "_buffers")  # of a module that was saved with its class
-            yield from flatten(value, prefix if inside else f"{prefix}.{key}" if prefix else str(key), seen)
+            if key in ("", "_modules", "_parameters", "_buffers"):  # of a module that was saved with its class
+                yield from flatten(value, prefix, seen)
+            elif isinstance(key, (str, int)) and len(prefix) < 1000:
+                yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), seen)
 
 
 def as_tensor(leaf):
@@ -321,10 +315,10 @@ def as_tensor(leaf):
     if name == "_frombuffer":
         return array(*given)
     if name == "_rebuild_from_type_v2" and given[0].name == "_rebuild_wrapper_subclass":
-        state = given[3] if isinstance(given[3], dict) else given[3][0]
-        local = as_tensor(state["_local_tensor"])
+        parts = given[3] if isinstance(given[3], list) else [given[3]]  # __dict__ and slots, or __dict__ alone
+        local = as_tensor(next(part["_local_tensor"] for part in parts if part and "_local_tensor" in part))
         if list(local.shape) != list(given[2][2]):
-            raise Refused("holds one rank's part of a DTensor: save full_tensor() of each")
+            raise UserError("holds one rank's part of a DTensor: save full_tensor() of each")
         return local
     if name == "_rebuild_from_type_v2":
         return as_tensor(given[0](*given[2]))
@@ -336,7 +330,7 @@ def as_tensor(leaf):
         storage = read_torch(io.BytesIO(content), memoryview(content))
     numbers = torch.frombuffer(storage.storages[storage.key], dtype=storage.dtype)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    if min(offset, *size, *stride) < 0 or max(last + 1, math.prod(size)) > len(numbers):
+    if min((offset, *size, *stride)) < 0 or max(last + 1, math.prod(size)) > len(numbers):
         raise ValueError("a tensor outside of its storage")
     return numbers.as_strided(size, stride, offset)
 
@@ -357,11 +351,10 @@ def as_bytes(content):
 # In torchvision's words: wrappers' names are left out; Hugging Face's (transformers, modeling_resnet.py); detectron2's.
 SPELLINGS = [(re.compile(pattern), word) for pattern, word in (
     (r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", ""), (r"^\.", ""),
-    (r"(^|\.)embedder\.embedder\.convolution\.", r"\1conv1."),
-    (r"(^|\.)embedder\.embedder\.normalization\.", r"\1bn1."),
+    (r"(^|\.)embedder\.embedder\.", r"\1layer.0."),
     (r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) + 1}."),
-    (r"\.layer\.([0-2])\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
-    (r"\.layer\.([0-2])\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
+    (r"\blayer\.([0-2])\.convolution\.", lambda m: f"conv{int(m[1]) + 1}."),
+    (r"\blayer\.([0-2])\.normalization\.", lambda m: f"bn{int(m[1]) + 1}."),
     (r"\.shortcut\.convolution\.", ".downsample.0."), (r"\.shortcut\.normalization\.", ".downsample.1."),
     (r"(^|\.)stem\.(?=conv1\.)", r"\1"), (r"(^|\.)res([2-5])\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) - 1}."),
     (r"\bconv(\d)\.norm\.", r"bn\1."), (r"\bshortcut\.norm\.", "downsample.1."), (r"\bshortcut\.", "downsample.0."))]
@@ -417,34 +410,28 @@ def under(prefix, names):
 
 
 def choose(names, teacher, prefix):
-    """The one (prefix, {torchvision's name: leaf}) that is asked for. Raises Refused if there is none or several."""
+    """The one (prefix, {torchvision's name: leaf}) that is asked for. Raises UserError if there is none or several."""
     resnets, left = backbones(names), {}
-    listing = ", ".join(name or "''" for name in resnets)
-    if not resnets and any(re.search(r"(^|\.)net\.1\.blocks\.0\.net\.0\.weight", name) for name in names):
-        raise Refused("holds no ResNet of torchvision's: SimCLR v2's has other stems and shortcuts")
     if not resnets:
-        raise Refused("holds no ResNet: no layer1 to layer4 (detectron2's res2 to res5, Hugging Face's stages) under "
-                      "one prefix")
+        raise UserError("holds no ResNet: no layer1 to layer4 (detectron2's res2 to res5, Hugging Face's stages) under "
+                        "one prefix")
     for name, weights in resnets.items():
         if prefix is not None:
-            wanted = prefix and prefix.rstrip(".") + "."
-            fits = name == wanted or bool(wanted) and name.endswith("." + wanted)
+            asked = f"under --prefix {prefix}"
+            fits = f".{name}".endswith(f".{prefix.rstrip('.')}.") if prefix else not name
         else:  # OpenSelfSup saves its backbone under two names: equal weights count once
-            fits = bool(MOMENTUM.search(name)) == teacher and not any(same(weights, one) for one in left.values())
+            asked = "that are momentum encoders" if teacher else "that are not momentum encoders (--teacher)"
+            fits = bool(MOMENTUM.search(name)) == teacher and not any(equal(weights, one) for one in left.values())
         if fits:
             left[name] = weights
-    if len(left) == 1:
-        return left.popitem()
-    if prefix is not None:
-        raise Refused(f"holds {len(left) or 'no'} ResNets under --prefix {prefix}: name one of {listing}")
-    if not left:
-        raise Refused(f"holds no momentum encoder ({listing}): leave out --teacher" if teacher else
-                      f"holds only momentum encoders ({listing}): add --teacher, or name one, FILE:PREFIX")
-    raise Refused(f"holds {len(left)} ResNets: name one with --prefix, of {', '.join(left)}")
+    if len(left) != 1:
+        listing = ", ".join(name or "''" for name in resnets)
+        raise UserError(f"holds {len(left)} ResNets {asked}: name one of {listing} with --prefix, or FILE:PREFIX")
+    return left.popitem()
 
 
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(as_tensor(leaf), as_tensor(two[key])) for key, leaf in one.items())
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(as_tensor(one[key]), as_tensor(two[key])) for key in one)
 
 
 def fill(network, weights, prefix, arch):
@@ -452,16 +439,16 @@ def fill(network, weights, prefix, arch):
     own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     for key, value in own.items():
         if key not in weights:
-            raise Refused(f"has a missing key, {prefix}{key} of a {arch}: it is cut short, or of another network")
+            raise UserError(f"has a missing key, {prefix}{key} of a {arch}: it is cut short, or of another network")
         tensor = as_tensor(weights[key])
         if tensor.shape != value.shape:
-            raise Refused(f"does not fit: {prefix}{key} is {tuple(tensor.shape)}, a {arch} has {tuple(value.shape)}")
+            raise UserError(f"does not fit: {prefix}{key} is {tuple(tensor.shape)}, a {arch} has {tuple(value.shape)}")
         if not tensor.isfinite().all():
-            raise Refused(f"has diverged, {prefix}{key} is not finite: take an earlier checkpoint")
+            raise UserError(f"has diverged, {prefix}{key} is not finite: take an earlier checkpoint")
         value.copy_(tensor)
     for key in weights:
         if key not in own and not key.endswith("num_batches_tracked"):
-            raise Refused(f"has an unexpected key, {prefix}{key}: another variant of ResNet than torchvision's {arch}")
+            raise UserError(f"has an unexpected key, {prefix}{key}: its ResNet is not torchvision's {arch}")
 
 
 def export(network, kind, path):
