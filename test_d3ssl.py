@@ -22,20 +22,24 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, Tuple
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import augment
@@ -1889,20 +1893,43 @@ def detectron2_c4(state):
             "proposal_generator.rpn_head.conv.weight": np.ones((8, 8, 3, 3))}
 
 
-def our_detector(state):
+def module(state):
     network = evaluate.build("resnet18", 0)
     network.load_state_dict(under("", state, fc=False))
-    return evaluate.c4_detector(network, 3).state_dict()
+    return network
 
 
-class NotInstalled:
+def saved(content, **how):
+    """The bytes of torch.save's file."""
+    file = io.BytesIO()
+    torch.save(content, file, **how)
+    return file.getvalue()
+
+
+OLD = {"_use_new_zipfile_serialization": False}  # the format from before torch 1.6
+
+
+def sharded(state):
+    """FSDP2's state dict: DTensors, of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        return saved({"model": {key: distribute_tensor(value, mesh) for key, value in state.items()}})
+    finally:
+        dist.destroy_process_group()
+
+
+class NotInstalled(dict):
     """Stands for a class of a package that is not here: unpickling it by reference would run its __setstate__."""
 
     def __init__(self):
+        super().__init__(a=1)
         self.path, self.number = Path("/a/path"), np.float64(3)
 
     def __setstate__(self, state):
         raise ModuleNotFoundError("mmengine")
+
+    __setitem__ = __setstate__
 
 
 def safetensors(state):
@@ -1982,13 +2009,23 @@ LAYOUTS = {
     # facebookresearch/detectron2: modeling/roi_heads (Res5ROIHeads); moco's detection/train_net.py (res5.norm)
     "detectron2 c4": lambda p, s: {"model": detectron2_c4(p), "__author__": "MOCO"},
     # our own fine-tuned detector: evaluate.c4_detector
-    "our detector": lambda p, s: {"transfer": {}, "step": 3, "model": our_detector(p)},
+    "our detector": lambda p, s: {"transfer": {}, "step": 3, "model": evaluate.c4_detector(module(p), 3).state_dict()},
     # pytorch/pytorch: torch.save(model), the whole module (BasicBlock and all of its classes)
-    "whole module": lambda p, s: evaluate.build("resnet18", 0),
+    "module": lambda p, s: module(p),
+    "module, pickle": lambda p, s: pickle.dumps(module(p)),
+    "module before torch 1.6": lambda p, s: saved({"net": nn.DataParallel(module(p))}, **OLD),
+    "compiled module": lambda p, s: torch.compile(module(p)),
+    "compiled module's state dict": lambda p, s: torch.compile(module(p)).state_dict(),
+    "before torch 1.6": lambda p, s: saved({"state_dict": p}, **OLD),
+    "tensors in a pickle": lambda p, s: pickle.dumps({"model": p, "queue": torch.zeros(3)}, 2),
+    "protocol 5": lambda p, s: saved({"model": under("", p)}, pickle_protocol=5),
+    "fsdp2": lambda p, s: sharded(p),
     # Lightning-AI/pytorch-lightning: checkpoint_connector.py (hyper_parameters: any object; callbacks)
     "lightning": lambda p, s: {
         "state_dict": under("model.", p), "hyper_parameters": NotInstalled(), "epoch": np.int64(7),
-        "callbacks": {"best": Path("a/b"), "classes": np.array(["cat", "dog"]), NotInstalled: 1}},
+        "callbacks": {"best": Path("a/b"), "classes": np.array(["cat", "dog"]), NotInstalled: 1, (1, (2,)): {3}},
+        "metrics": defaultdict(list, loss=[1.0]), "layer": partial(nn.BatchNorm2d, eps=1e-3),
+        "odd": [torch.empty(2, device="meta"), torch.eye(2).to_sparse(), torch.zeros(2, dtype=torch.complex64)]},
     # an optimiser's state by parameter name (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict)
     "named optimiser": lambda p, s: {"model": p, "optimizer": {"state": {
         key: {"exp_avg": value, "exp_avg_sq": value, "step": torch.tensor(3.0)} for key, value in p.items()}}},
@@ -2018,7 +2055,7 @@ def test_every_layout_gives_the_plain_features(layout, plain, shifted, tmp_path,
     images = torch.rand(1, 3, 64, 64, generator=seeded(1))
     network, arch = evaluate.load_backbone(tmp_path / "x")
     assert arch == "resnet18" and not network.training
-    expected = reference_features(content.state_dict() if isinstance(content, nn.Module) else plain, images)
+    expected = reference_features(plain, images)
     decoy = reference_features(shifted, images)
     assert not torch.allclose(expected, decoy, rtol=1e-2)
     with torch.no_grad():
@@ -2086,18 +2123,18 @@ def without(state, key):
 
 
 BROKEN = {
-    "missing": (lambda s: without(s, "layer3.1.bn2.running_var"), "lacks layer3.1.bn2.running_var"),
-    "missing first": (lambda s: without(s, "layer1.0.conv1.weight"), "lacks layer1.0.conv1.weight"),
-    "missing stem": (lambda s: without(s, "conv1.weight"), "lacks conv1.weight"),
+    "missing": (lambda s: without(s, "layer3.1.bn2.running_var"), "missing key, layer3.1.bn2.running_var"),
+    "missing first": (lambda s: without(s, "layer1.0.conv1.weight"), "missing key, layer1.0.conv1.weight"),
+    "missing stem": (lambda s: without(s, "conv1.weight"), "missing key, conv1.weight"),
     "renamed": (lambda s: {k.replace("layer4.1.bn2.bias", "layer4.1.bn2.beta"): v for k, v in s.items()},
-                "lacks layer4.1.bn2.bias"),
-    "left over": (lambda s: {**s, "layer2.0.se.weight": torch.ones(3)}, "layer2.0.se.weight has no place"),
+                "missing key, layer4.1.bn2.bias"),
+    "left over": (lambda s: {**s, "layer2.0.se.weight": torch.ones(3)}, "unexpected key, layer2.0.se.weight"),
     "other shape": (lambda s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)}, r"conv1.weight is \(64, 3, 3, 3\)"),
     "other depth": (lambda s: {**s, **{k.replace("layer2.1", "layer2.2"): v for k, v in s.items()}},
-                    r"stages of \[2, 3, 2, 2\]"),
+                    r"blocks \[1, 2, 1, 1\]"),
     "not finite": (lambda s: {**s, "bn1.weight": torch.full((64,), float("nan"))}, "bn1.weight is not finite"),
     "no ResNet": (lambda s: {"features.0.weight": torch.ones(3)}, "holds no ResNet"),
-    "only momentum": (lambda s: under("teacher.", s), "only momentum encoders.*add --teacher"),
+    "only momentum": (lambda s: under("teacher.", s), "0 ResNets that are not momentum encoders.*--teacher"),
     "two": (lambda s: {**under("a.", s), **under("b.", {k: v + 1 for k, v in s.items()})},
             "holds 2 ResNets.*--prefix.*a., b."),
     # two heads: which is res5?
@@ -2107,7 +2144,7 @@ BROKEN = {
     "ResNet-D": (lambda s: {**without(s, "conv1.weight"), "conv1.0.weight": torch.ones(32, 3, 3, 3)}, "ResNet-D"),
     # Separius/SimCLRv2-Pytorch: resnet.py (Stem, BlockGroup.blocks, BottleneckBlock.net), convert.py (resnet, head)
     "SimCLR v2": (lambda s: {"resnet": {"net.0.0.weight": torch.ones(64, 3, 7, 7),
-                                        "net.1.blocks.0.net.0.weight": torch.ones(64, 64, 1, 1)}}, "SimCLR v2"),
+                                        "net.1.blocks.0.net.0.weight": torch.ones(64, 64, 1, 1)}}, "holds no ResNet"),
 }
 
 
@@ -2126,40 +2163,184 @@ def test_prefix_settles_which(plain, tmp_path):
     for prefix, plus in (("a", 0), ("model.b.", 1)):
         network, _ = evaluate.load_backbone(tmp_path / "x.pth", prefix=prefix)
         assert torch.equal(network.conv1.weight, plain["conv1.weight"] + plus)
-    with pytest.raises(UserError, match="--prefix c is none of the ResNets.*model.a., model.b."):
+    with pytest.raises(UserError, match="0 ResNets under --prefix c: name one of model.a., model.b."):
         evaluate.load_backbone(tmp_path / "x.pth", prefix="c")
 
 
-class Harmful:
-    """Unpickling this writes a file."""
+class Call:
+    """Unpickling this calls a function."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
 
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return self.function, self.arguments
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_pickle_runs_no_code(write, plain, tmp_path):
-    write({"state_dict": plain, "extra": Harmful(tmp_path / "harm")}, tmp_path / "x.pkl")
-    network, _ = evaluate.load_backbone(tmp_path / "x.pkl")
-    assert torch.equal(network.conv1.weight, plain["conv1.weight"]) and not (tmp_path / "harm").exists()
+class Subclass(torch.Tensor):
+    """A class that keeps its tensors' numbers."""
 
 
-def test_files_that_are_no_checkpoints(plain, tmp_path):
-    torch.save(plain, tmp_path / "whole.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:10000])
-    (tmp_path / "cut.safetensors").write_bytes(safetensors(plain)[:-9])
+class Talks(nn.Module):
+    """TorchScript that prints when it is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.zeros(2)
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.w, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[torch.Tensor, bool]):
+        self.w, self.training = state[0], state[1]
+        print("HARM")
+
+
+def script():
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(Talks()), file)
+    return file.getvalue()
+
+
+def archive(entries, method=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as target:
+        for name, content in entries.items():
+            target.writestr(name, content)
+    return file.getvalue()
+
+
+def attacks(p, harm):
+    """{name: (content, what must come of it)} of files that a stranger may send; p: a state dict, which comes out of
+    those that are "read"; harm: a path that none may write."""
+    stem, arrays = p["conv1.weight"], {key: value.numpy() for key, value in p.items()}
+    call, damaged, none = Call(open, harm, "w"), "not a checkpoint, or cut short", "holds no ResNet"
+    stored = torch.storage.TypedStorage(wrap_storage=stem.untyped_storage(), dtype=stem.dtype, _internal=True)
+    cyclic, entries = {"model": p}, zipfile.ZipFile(io.BytesIO(saved(p)))
+    cyclic["self"] = cyclic
+    entries = {name: entries.read(name) for name in entries.namelist()}
+    name = next(iter(entries)).partition("/")[0]
+    dag = b"".join(b"}q%c(U\x01ah%cU\x01bh%cu" % (i + 1, i, i) for i in range(60))  # 2 ** 60 paths
+    legacy = saved({"conv1.weight": torch.zeros(3)}, **OLD)
+    odd = {"sparse": stem.to_sparse(), "meta": stem.to("meta")}
+    shapes = {"outside": (1, (9408,)), "huge": (0, (10**9, 10**9)), "repeated": (0, (10**6, 10**6), (0, 0)),
+              "negative stride": (9407, (9408,), (-1,)), "negative offset": (-1, (3,)), "negative": (0, (-3,)),
+              "overflow": (0, (2**32, 2**32), (2**32, 1)), "offset": (2**63, (1,)), "no number": (0, ("a",))}
+    offsets = {"negative": (-37632, 0), "huge": (0, 2**62), "overlap": (64, 37696), "text": ("a", "b")}
+    plain = safetensors(p)
+    return {
+        "reduce": ({"model": p, "x": call}, "read"),
+        "reduce before torch 1.6": (saved({"model": p, "x": call}, **OLD), "read"),
+        **{f"reduce, protocol {i}": (pickle.dumps({"model": arrays, "x": call}, i), "read") for i in range(6)},
+        "code in _load_from_bytes": (pickle.dumps({"model": arrays, "x": Call(torch.storage._load_from_bytes,
+                                                                              saved(call))}), "read"),
+        "code in a storage": (pickle.dumps({**p, "conv1.weight": Call(
+            torch._utils._rebuild_tensor_v2, Call(torch.storage._load_from_bytes, saved(call)), 0, (1,), (1,), False,
+            None)}), damaged),
+        "build a class": (b"\x80\x02ctorch\nTensor\n}U\x05shapeK\x01sb.", none),
+        "build a list": (b"\x80\x02]}U\x05shapeK\x01sb.", damaged),
+        "set an item of text": (b"\x80\x02U\x01aU\x01bK\x01s.", damaged),
+        "object dtype, set an item": (b"\x80\x02cnumpy\nndarray\n(K\x01\x85U\x01OU\x08AAAAAAAAtRK\x00K\x01s.", none),
+        "objects": (pickle.dumps({**arrays, "conv1.weight": np.zeros(3, object)}), damaged),
+        "offset in a dtype": (pickle.dumps({**arrays, "conv1.weight": np.zeros(3, np.dtype(
+            {"names": ["a"], "formats": ["f4"], "offsets": [4], "itemsize": 8}))}), damaged),
+        "TorchScript": (script(), "TorchScript.*model.state_dict"),
+        "zip bomb": (archive({"a/data.pkl": pickle.dumps({}, 2), "a/data/0": bytes(10**9)}, zipfile.ZIP_DEFLATED),
+                     "compressed"),
+        "paths in names": (archive({**entries, f"../../{harm}": b"x", harm: b"x", f"{name}/../{harm}": b"x"}), "read"),
+        "many steps": (b"\x80\x02](" + b"}" * 2 * 10**6 + b"e.", "more than 1,000,000 steps"),
+        "large index": (b"\x80\x02}r\xff\xff\xff\x7f.", none),
+        **{f"large {code}": (b"\x80\x05" + code + struct.pack("<Q", 2**38) + b"abc.", damaged)
+           for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME)},
+        "deep lists": (b"\x80\x02" + b"]" * 300000 + b"a" * 299999 + b".", none),
+        "deep key": (b"\x80\x02})" + b"\x85" * 300000 + b"K\x01s.", none),
+        "key of 2 ** 64 parts": (b"\x80\x02})" + b"2\x86" * 64 + b"K\x01s.", none),
+        "deep dictionaries": (b"\x80\x02" + b"}U\x01a" * 150000 + b"K\x01" + b"s" * 150000 + b".", none),
+        "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
+        "cycle": (cyclic, "read"),
+        **{f"tensor {kind}": ({**p, "conv1.weight": Call(
+            torch._utils._rebuild_tensor_v2, stored, offset, size, *(stride or [
+                (1,) * len(size)]), False, None)}, damaged) for kind, (offset, size, *stride) in shapes.items()},
+        "storage's length": (legacy[:-20] + struct.pack("<q", 2**50) + legacy[-12:], damaged),
+        **{kind: ({**p, "conv1.weight": tensor}, "missing key, conv1.weight") for kind, tensor in odd.items()},
+        "subclass": ({key: value.as_subclass(Subclass) for key, value in p.items()}, "read"),
+        **{f"safetensors {kind}": (edit_header(plain, pair), "damaged|not a checkpoint")
+           for kind, pair in offsets.items()},
+        "safetensors length": (struct.pack("<Q", 2**63) + plain[8:], "header"),
+        **{f"cut {kind} to {share}": (content[:int(len(content) * share)], "cut short")
+           for kind, content in (("zip", saved(p)), ("legacy", legacy), ("safetensors", plain))
+           for share in (0, 0.001, 0.5, 0.999)},
+    }
+
+
+def edit_header(content, offsets):
+    """A safetensors file with other offsets of conv1.weight."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:8 + length])
+    header["conv1.weight"]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length:]
+
+
+# Reads each file in a process of its own, with 2 GiB more memory than it starts with: what came of it, or its signal.
+READ_EACH = """
+import json, os, resource, sys
+import torch, evaluate
+from data import UserError
+evaluate.MOST = 10**6
+plain = torch.load(sys.argv[1], weights_only=True)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**31
+for path in sys.argv[2:]:
+    if (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (used, used))
+        try:
+            state = evaluate.load_backbone(path)[0].state_dict()
+            said = "read" if all(torch.equal(value, plain[key]) for key, value in state.items()) else "other weights"
+        except UserError as error:
+            said = str(error)
+        print(json.dumps([path, said]), flush=True)
+        os._exit(0)
+    if status := os.waitpid(child, 0)[1]:
+        print(json.dumps([path, f"status {status}"]), flush=True)
+"""
+
+
+def test_attacks(plain, tmp_path):
+    cases = attacks(plain, str(tmp_path / "harm"))
+    torch.save(plain, tmp_path / "plain")
+    paths = {str(tmp_path / f"{i}.pth"): name for i, name in enumerate(cases)}
+    for path, name in paths.items():
+        write_checkpoint(Path(path), cases[name][0])
+    output = command("-c", READ_EACH, tmp_path / "plain", *paths).stdout
+    assert "HARM" not in output and not (tmp_path / "harm").exists()
+    outcomes = {paths[path]: said for path, said in map(json.loads, re.findall(r"^\[.*\]$", output, re.MULTILINE))}
+    wrong = {name: outcomes.get(name) for name in cases if not re.search(cases[name][1], outcomes.get(name, ""))}
+    assert not wrong, wrong
+    for path in paths:
+        Path(path).unlink()
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    for name in ("cut.pth", "cut.safetensors", "text.pth", "empty.pth"):
-        with pytest.raises(UserError, match=f"{name} is not a checkpoint, or cut short"):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("text.pth", "is not a checkpoint, or cut short"), ("none.pth", "No such file"),
+                          ("folder", "Is a directory"), ("pipe", "is a pipe")):
+        with pytest.raises(UserError, match=message):
             evaluate.load_backbone(tmp_path / name)
-    with pytest.raises(UserError, match="No such file"):
-        evaluate.load_backbone(tmp_path / "none.pth")
-    with pytest.raises(UserError, match="Is a directory"):
-        evaluate.load_backbone(tmp_path)
+
+
+def test_statistics_as_new_are_announced_once(plain, tmp_path, capfd):
+    for name, state in (("new", evaluate.build("resnet18", 0).state_dict()), ("trained", plain)):
+        torch.save(state, tmp_path / name)
+        for _ in range(2):
+            evaluate.load_backbone(tmp_path / name)
+        assert capfd.readouterr().err.count("--statistics clean") == (name == "new")
 
 
 def test_random_is_seeded_and_leaves_the_global_state():
