@@ -42,7 +42,6 @@ from collections import OrderedDict, defaultdict, namedtuple
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
