@@ -4022,39 +4022,40 @@ def test_transfer_mistakes(scenes, tmp_path, capfd):
 # --------------------------------------------------------------------------------------------------------- the README
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
+RESULTS = (HERE / ".github" / "RESULTS.md").read_text(encoding="utf-8")
 
 
-def test_readme_names_functions_files_and_flags_that_exist(capsys):
-    named = re.findall(r"`(data|augment|d3ssl|evaluate|probes)\.(?!py\b)(\w+)(?:\.(\w+))?`", README)
+def test_readme_and_results_name_functions_files_and_flags_that_exist(capsys):
+    named = re.findall(r"`(data|augment|d3ssl|evaluate|probes)\.(?!py\b)(\w+)(?:\.(\w+))?", README)
     assert len(named) > 15
     for module, name, attribute in named:
-        found = getattr(SCRIPTS[f"{module}.py"], name)
-        assert not attribute or hasattr(found, attribute), (module, name, attribute)
-    pictures = re.findall(r"\]\((\.github/[\w.-]+)\)", README)
-    assert pictures and all((HERE / picture).is_file() for picture in pictures)
-    joined = README.replace("\\\n", " ")
+        value = getattr(SCRIPTS[f"{module}.py"], name)
+        assert not attribute or hasattr(value, attribute), (module, name, attribute)
+    for text, folder in ((README, HERE), (RESULTS, HERE / ".github")):
+        files = re.findall(r"\]\((?!http|#)([^)#]+)", text)
+        assert files and all((folder / file).is_file() for file in files), files
     scripts = r"\b((?:data|augment|d3ssl|evaluate|probes)\.py)"
-    commands = re.findall(rf"^    .*?(?:python|torchrun) .*?{scripts}([^#\n]*)", joined, re.MULTILINE)
+    commands = re.findall(rf"^    .*?(?:python|torchrun) .*?{scripts}([^#\n]*)", README.replace("\\\n", " "), re.MULTILINE)
     assert len(commands) > 12
-    printed = {}
+    printed = {}  # what --help says of each script, and of each command of data.py
     for script, words in commands:
         words = words.split()
-        subcommand = words[:1] if script == "data.py" and words and not words[0].startswith("-") else []
-        key = (script, *subcommand)
+        key = (script, *words[:1]) if script == "data.py" else (script,)
         if key not in printed:
             assert here(*key, "--help") == 0
             printed[key] = capsys.readouterr().out
         for word in words:
-            if word.startswith("--"):
-                assert re.search(rf"{word}\b", printed[key]), (key, word)
-    for flag in re.findall(r"`(--[\w-]+)", README):
-        assert flag in ("--shm-size", "--nnodes") or any(  # Docker's and torchrun's
-            re.search(rf"{flag}\b", text) for text in printed.values()), flag
+            assert not word.startswith("--") or re.search(rf"{word}\b", printed[key]), (key, word)
+    known = " ".join(printed.values()) + " --shm-size --nnodes"  # Docker's, torchrun's
+    for paragraph in (README + "\n\n" + RESULTS).split("\n\n"):  # one that names its commit may have that commit's flags
+        for flag in re.findall(r"`[^`]*`", "" if re.search(r"commit [0-9a-f]{7}", paragraph) else paragraph):
+            for word in re.findall(r"(?<![\w-])--[\w-]+", flag if flag.startswith("`--") else ""):
+                assert re.search(rf"{word}(?![\w-])", known) or "--nnodes" in flag, flag
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) >= 3
+    assert len(snippets) >= 2
     weights = torchvision.models.resnet18().state_dict()
     (tmp_path / "runs" / "scenes").mkdir(parents=True)
     torch.save({key: value for key, value in weights.items() if not key.startswith("fc.")},
