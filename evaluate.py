@@ -1,8 +1,8 @@
-"""Any ResNet checkpoint's object features: O-KNN and disturbed O-KNN (the paper's section 5.3, Table 4); transfer to
+"""Object features of any ResNet checkpoint: O-KNN and disturbed O-KNN (the paper's section 5.3, Table 4); transfer to
 detection and segmentation (section 5.2, Tables 1 and 3); export.
 
     python evaluate.py --ckpt runs/scenes/last.pt random colour                  ours, an untrained network, no network
-    python evaluate.py --ckpt 'D3SSL=runs/d3ssl-*/last.pt' 'w/o dp=runs/nodp-*/last.pt' random         means over seeds
+    python evaluate.py --ckpt 'D3SSL=runs/d3ssl-*/last.pt' 'w/o dp=runs/nodp-*/last.pt'       means over files
     python evaluate.py --ckpt A.pth.tar B.pth:teacher --data coco --root data/coco             anybody's, a row each
     torchrun --nproc_per_node 8 evaluate.py --ckpt X --transfer voc --root VOCdevkit        or coco; last.pt is resumed
     python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                or torchvision: a state dict
@@ -11,16 +11,15 @@ O-KNN: the bank holds --objects objects of each train image, distinct categories
 a query, and its k nearest in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies
 outside the boxes of these objects is replaced by another image of the split, in bank and queries.
 
---head map: an object's feature is RoIAlign 7x7 on the C5 map of the whole image, averaged over the 49 bins: the paper's
+--head map: an object's feature is RoIAlign 7x7 on the C5 map of the image, averaged over the 49 bins: the paper's
 words, and the default for photographs. --head roi: C5 on RoIs of C4, as region-level methods train, the default for
 scenes: at their 112 pixels a C5 map has only 4 x 4 cells.
 
---statistics: a fresh network's running mean 0 and variance 1 normalise nothing, so `random` is always evaluated with
-batch-norm statistics of 256 clean train images; with "clean" every network is. A row is a mean over its files with its
-standard error; the last columns are its difference from the first row, paired by seed, else by image.
+A row of the table is one network, or NAME=GLOB, the mean over its files. +- is one standard error, over the files of a
+row, of a single network over images. Differences from the first row and their 95 % intervals are of pairs: of files in
+the order of their names, of two single networks of images.
 
-Images are RGB with ImageNet's mean and deviation, as all these releases expect (detectron2's own MSRA networks, which
-want BGR, are not among them).
+Images are RGB with ImageNet's mean and deviation; detectron2's own MSRA networks, which want BGR, are not read.
 """
 import argparse
 import functools
@@ -41,6 +40,7 @@ import zipfile
 from collections import OrderedDict, defaultdict, namedtuple
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,19 +59,44 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.utils import draw_bounding_boxes, make_grid
 
-from augment import COLOURS, MEAN, STD, normalise, to_float
+from augment import MEAN, STD, normalise, to_float
 from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
                    out_of_memory, roi_align)
 from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing,
                   make_loader, mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
 
+# TEMPORARY, until d3ssl.py has them: delete at the merge, import them from d3ssl.
+precise_batch_norm = clean_statistics
+
+
+def torchrun_ranks():
+    return tuple(int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def resnet_stages(network, images):
+    x = images.contiguous(memory_format=torch.channels_last)
+    x, maps = network.maxpool(network.relu(network.bn1(network.conv1(x)))), []
+    for stage in (network.layer1, network.layer2, network.layer3):
+        x = stage(x)
+        maps.append(x)
+    return maps
+
+
+def write_json(path, content):
+    with atomic(path, "w") as file:
+        json.dump(content, file, indent=1)
+
+
+def save(content, path):  # `transfer` calls it
+    write_json(path, content)
+# END OF TEMPORARY
+
+
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
 SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
-TEMPERATURE = 0.07  # of a vote; not in the paper: instance discrimination's and DINO's
-BATCH = 32
-ROUNDING, MOST_SLACK = 4e-6, 6144  # of `nearest`: of a cosine in float32; candidates beyond k at the last try
+TEMPERATURE = 0.07  # of a vote; not in the paper: from instance discrimination and DINO
+BATCH = 32          # images that a network sees at once
 VERSIONS = {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}
 
 
@@ -462,88 +487,55 @@ def export(network, kind, path):
             pickle.dump({"model": named, "__author__": "D3SSL", "matching_heuristics": True}, file)
 
 
-# ------------------------------------------------------------------------------------------------- arms of a comparison
+# ------------------------------------------------------------------------------------------------------ rows of a table
 
 @dataclass
-class Row:
-    """One network of an arm. `load` reads it anew each time, so that an arm may have more files than memory holds."""
+class Source:
+    """Where one network of a row comes from, and how it is evaluated."""
     path: str                    # a file, or random, or colour
-    teacher: bool = False
-    prefix: str = None
+    teacher: bool = False        # the momentum encoder of the file, not the other one
+    prefix: str = None           # which of several ResNets in the file
     arch: str = None
-    seed: int = None             # of its training run, from the last.pt that it is or lies beside; None: not known
-    images: int = None           # that it has seen, likewise
+    seed: int = 0                # of random's weights
     bins: int = None             # side of RoIAlign's output on C4, as it was trained: for --head roi
-    statistics: str = "saved"    # clean: estimated here; clean (training run): where it was trained; none: colour
-    digest: str = None           # of its weights as they are in the file
-
-    def load(self, clean):
-        """torchvision's ResNet in eval mode. clean(network, row) re-estimates its batch-norm statistics in place; it is
-        called where they are to be clean, so that random, which has none, is never evaluated without."""
-        network, self.arch = load_backbone(self.path, self.arch, self.teacher, self.prefix, seed=self.seed or 0)
-        self.digest = digest(network)
-        if self.statistics == "clean":
-            clean(network, self)
-        return network
+    statistics: str = "saved"    # of batch norm: saved, clean (estimated here), clean (training run) or none
 
 
-class Arm(NamedTuple):
-    """The networks of a row of the table: of one name, and of one number of images seen."""
-    name: str
-    images: int   # None where it is not known
-    rows: list
+def open_rows(args):
+    """The rows of --ckpt, (name, list of Source) each. An entry is `random`, `colour`, `FILE`, `FILE:PREFIX`,
+    `FILE:teacher` or a glob of files, also as NAME=... . Every file is read once, so that mistakes show at once.
 
-
-def open_arms(args):
-    """The arms of --ckpt, in its order and by images seen: `random`, `colour`, `FILE`, `FILE:PREFIX`, `FILE:teacher` or
-    a glob of files, each also as NAME=... . Every file is read once, so that mistakes show before minutes have passed.
-
-    random has a row for each seed of the first arm that has seeds (else --seed), and the first file's architecture and
-    bins. Raises UserError for what load_backbone refuses, for a glob without files, for two files of one arm, one
-    seed and one number of images."""
-    entries = [parse_entry(entry, args) for entry in args.ckpt]
-    files = [row for _, rows in entries for row in rows if row.path not in ("random", "colour")]
-    for row in files:
-        describe(row, args)
-    # What random has of the others, and bins for files that do not know theirs: detectron2's C4 head has 14, the
-    # scenes' preset, for 112 pixels, 6 (d3ssl.py). probes.py has no --size.
-    default_bins = 6 if (getattr(args, "size", None) or SIZE[args.data]) <= 112 else 14
-    bins = args.roi or next((row.bins for row in files if row.bins), default_bins)
+    random has the first file's architecture and bins. Raises UserError for what load_backbone refuses, for a glob
+    without files, and under torchrun with several ranks."""
+    if torchrun_ranks()[1] > 1:
+        raise UserError("without --transfer this is one process: start it with python, without torchrun")
+    rows = [parse_entry(entry, args) for entry in args.ckpt]
+    sources = [source for _, some in rows for source in some]
+    files = [source for source in sources if source.path not in ("random", "colour")]
+    for source in files:
+        examine(source, args)
+    # Bins of networks that do not know theirs: detectron2's C4 head has 14, the scenes' preset, for 112 pixels, 6.
+    size = getattr(args, "size", None) or SIZE[args.data]  # probes.py has no --size
+    bins = args.roi or next((source.bins for source in files if source.bins), 6 if size <= 112 else 14)
     arch = args.arch or (files[0].arch if files else "resnet50")
-    known_seeds = [sorted({row.seed for row in rows} - {None}) for _, rows in entries]
-    seeds = next(filter(None, known_seeds), [args.seed])
-    arms = {}
-    for name, rows in entries:
-        if rows[0].path == "random":
-            rows = [Row("random", arch=arch, seed=seed, images=0, statistics="clean") for seed in seeds]
-        for row in sorted(rows, key=lambda row: row.images or 0):
-            row.bins = row.bins or bins
-            arm = arms.setdefault((name, row.images), Arm(name, row.images, []))
-            if row.seed is not None and row.seed in [other.seed for other in arm.rows]:
-                raise UserError(f"--ckpt {name}: {row.path} is its second of seed {row.seed}: name two arms, A=... B=")
-            arm.rows.append(row)
-    return list(arms.values())
-
-
-def describe(row, args):
-    """Enter into `row` what is known of its file and run. Raises UserError for what load_backbone refuses."""
-    run = run_of(row.path)
-    row.seed, row.images, row.bins = run.get("seed"), run.get("images"), args.roi or run.get("roi")
-    row.statistics = "clean" if args.statistics == "clean" else run.get("statistics", "saved")
-    row.load(clean=lambda network, row: None)
+    for source in sources:
+        source.bins = source.bins or bins
+        if source.path == "random":
+            source.arch, source.seed, source.statistics = arch, args.seed, "clean"
+    return rows
 
 
 def parse_entry(entry, args):
-    """An entry of --ckpt -> its name and its rows, of which only path, teacher and prefix are known."""
+    """An entry of --ckpt -> its name and its sources, of which only path, teacher and prefix are known."""
     named = "=" in entry and not Path(split_selector(entry)[0]).exists()
-    name, files = entry.split("=", 1) if named else (entry, entry)
-    if files in ("random", "colour"):
-        return name, [Row(files, statistics="none")]
-    path, teacher, prefix = split_selector(files, args.teacher, args.prefix)
+    name, pattern = entry.split("=", 1) if named else (entry, entry)
+    if pattern in ("random", "colour"):
+        return name, [Source(pattern, statistics="none")]
+    path, teacher, prefix = split_selector(pattern, args.teacher, args.prefix)
     paths = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
     if not paths:
         raise UserError(f"--ckpt {path}: No such file; name a checkpoint file, random or colour")
-    return name, [Row(path, teacher, prefix) for path in paths]
+    return name, [Source(path, teacher, prefix) for path in paths]
 
 
 def split_selector(entry, teacher=False, prefix=None):
@@ -554,90 +546,180 @@ def split_selector(entry, teacher=False, prefix=None):
     return (path, True, prefix) if selector == "teacher" else (path, teacher, selector)
 
 
-def run_of(path):
-    """What our trainer's last.pt (`path`, or beside a backbone*.pth) says of its run: seed, roi, images seen,
-    statistics; {} of other files. A snapshot has its number of images in its name, and clean statistics."""
-    beside = Path(path).with_name("last.pt")
-    saved = read_checkpoint(beside if Path(path).name.startswith("backbone") and beside.exists() else path)
-    if not isinstance(saved, dict) or "d3ssl" not in saved:
-        return {}
-    config, snapshot = saved["config"], re.fullmatch(r"backbone-(\d+)\.pth", Path(path).name)
-    images = int(snapshot[1]) if snapshot else saved["step"] * config["batch_size"]
-    statistics = "clean (training run)" if snapshot or saved.get("clean") else "saved"
-    return dict(seed=config["seed"], roi=config["roi"], images=images, statistics=statistics)
+def examine(source, args):
+    """Enter into `source` its architecture and, from our trainer's last.pt (the file itself, or beside a
+    backbone*.pth), its bins and statistics. Raises UserError for what load_backbone refuses."""
+    path = Path(source.path)
+    beside = path.with_name("last.pt")
+    run = read_checkpoint(beside if path.name.startswith("backbone") and beside.exists() else path)
+    ours, snapshot = isinstance(run, dict) and "d3ssl" in run, re.fullmatch(r"backbone-\d+\.pth", path.name)
+    source.bins = args.roi or (run["config"]["roi"] if ours else None)
+    if args.statistics == "clean":
+        source.statistics = "clean"
+    elif ours and (run.get("clean") or snapshot):  # a snapshot always has clean statistics
+        source.statistics = "clean (training run)"
+    network, source.arch = load_backbone(path, None, source.teacher, source.prefix)
+    if source.statistics == "saved" and not network.bn1.running_mean.any() and (network.bn1.running_var == 1).all():
+        print(f"warning: {path}: batch norm's running statistics were never updated (means 0, variances 1): "
+              "try --statistics clean", file=sys.stderr, flush=True)
+
+
+def load_source(source, head, clean_batches, device):
+    """The network of a source on `device`, in eval mode. Where its statistics are to be clean they are estimated with
+    `head` on clean_batches()."""
+    network, _ = load_backbone(source.path, source.arch, source.teacher, source.prefix, source.seed)
+    network.to(device)
+    if source.statistics == "clean":
+        precise_batch_norm(ObjectFeatures(network, head, source.bins), clean_batches())
+    return network
 
 
 def digest(network):
     """A hash of a network's weights and buffers, 16 hexadecimal digits."""
-    whole = hashlib.sha256()
+    checksum = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
-        whole.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    return whole.hexdigest()[:16]
+        checksum.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return checksum.hexdigest()[:16]
 
 
-def reference(arm, arms):
-    """The arm that `arm` is compared with: the first one, at the same number of images seen where it has several."""
-    first = [other for other in arms if other.name == arms[0].name]
-    return next((other for other in first if other.images == arm.images), first[-1])
+class Estimate(NamedTuple):
+    """A measure of one network from N images or objects. Two networks' influences are of the same images: paired."""
+    value: np.ndarray      # (...)
+    influence: np.ndarray  # (N, ...): how the value changes, times N, with the weight of each image or object
+
+    @property
+    def error(self):
+        """Standard error (...): that of a bootstrap over the N, to first order (the sandwich formula)."""
+        n = len(self.influence)
+        return np.sqrt(np.square(self.influence).sum(0) / max(1, n * (n - 1)))
+
+    def minus(self, other):
+        return Estimate(self.value - other.value, self.influence - other.influence)
+
+
+def ratio_of_means(above, below):
+    """Estimate of mean(above) / mean(below), arrays (N, ...). Not a number where mean(below) is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = above.mean(0) / below.mean(0)
+        return Estimate(value, (above - value * below) / below.mean(0))
+
+
+# Student's t: 95 % of its mass lies within +- these, for 1 to 30 degrees of freedom; beyond, the normal's 1.96.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def summarise(networks):
+    """A row's networks, {measure: Estimate} each -> {measure: mean, measure_se: standard error, measure_low,
+    measure_high: 95 % interval}, numbers or lists for JSON, None where not finite. The error is over the networks, of
+    a single one over its images or objects."""
+    n, numbers = len(networks), {}
+    for name, first in networks[0].items():
+        values = np.stack([network[name].value for network in networks])
+        mean, error = values.mean(0), first.error if n == 1 else values.std(0, ddof=1) / n ** 0.5
+        half = error * (T95[n - 2] if 1 < n < len(T95) + 2 else 1.96)
+        for suffix, array in (("", mean), ("_se", error), ("_low", mean - half), ("_high", mean + half)):
+            numbers[name + suffix] = np.where(np.isfinite(array), array, None).tolist()
+    return numbers
+
+
+def measure_rows(rows, measure, unit):
+    """Measure every network of a table. The difference from the first row is over pairs of files, in their order; a row
+    with another number of files has none.
+
+    Args: rows: of open_rows; measure: Source -> {measure: Estimate}; unit: what a single network's error covers
+    (images | objects). Returns the rows' results and the files', dictionaries for JSON."""
+    results, files, first = [], [], None
+    for name, sources in rows:
+        networks, n = [], len(sources)
+        for source in sources:
+            networks.append(measure(source))
+            files.append({"row": name, **asdict(source), **summarise(networks[-1:])})
+        over = f"{n} files" if n > 1 else f"{len(next(iter(networks[0].values())).influence):,} {unit}"
+        kinds = ", ".join(dict.fromkeys(source.statistics for source in sources))
+        results.append({"row": name, "files": n, "over": over, "statistics": kinds, **summarise(networks)})
+        first = first or networks
+        if first is not networks and len(first) == n:
+            pairs = [{key: mine[key].minus(theirs[key]) for key in mine} for mine, theirs in zip(networks, first)]
+            results[-1]["difference"] = {"from": rows[0][0], **summarise(pairs)}
+    return results, files
+
+
+def print_table(headings, results, pick, digits):
+    """Print the results of measure_rows with what their errors cover, each above its difference from the first row.
+    pick: (a result, suffix of its keys) -> a list, one entry a column; digits: decimal places."""
+    def line(name, form, columns, end):
+        cells = ["-" if None in numbers else form.format(*numbers) for numbers in zip(*columns)]
+        print(f"{name:{width}}" + "".join(f"{cell:>19}" for cell in cells) + "   " + end)
+
+    less, f = f"  difference from {results[0]['row']}", f".{digits}f"
+    width = max([len(result["row"]) for result in results] + [len(less) * (len(results) > 1)])
+    line("", "{}", [headings], "+- over; statistics of batch norm")
+    for result in results:
+        line(result["row"], f"{{:{f}}} +-{{:{f}}}", [pick(result, ""), pick(result, "_se")],
+             f"{result['over']}; {result['statistics']}{result.get('note', '')}")
+        if "difference" in result:
+            means, *ends = (pick(result["difference"], suffix) for suffix in ("", "_low", "_high"))
+            line(less, f"{{:+{f}}}", [means], "paired")
+            line("  its 95 % interval", f"{{:+{f}}} to {{:+{f}}}", ends, f"over {result['over']}")
+        elif result is not results[0]:
+            print(f"  no difference from {results[0]['row']}: {result['files']} against {results[0]['files']} files")
 
 
 # -------------------------------------------------------------------------------------------------- objects of a split
 
 def select_objects(labels, crowd, number=None):
-    """Rows of `number` of an image's objects (None: all), without crowds, distinct categories first: the first object
-    of each category in the order of the annotations, then the second of each, and so on."""
-    rows, seen, rank = np.flatnonzero(~crowd), defaultdict(int), []
-    for label in labels[rows].tolist():
+    """Indices of `number` of the objects of one image (None: all), without crowds, distinct categories first: the first
+    object of each category in the order of the annotations, then the second of each, and so on."""
+    index, seen, rank = np.flatnonzero(~crowd), defaultdict(int), []
+    for label in labels[index].tolist():
         rank.append(seen[label])
         seen[label] += 1
-    return np.sort(rows[np.argsort(rank, kind="stable")][:number])
+    return np.sort(index[np.argsort(rank, kind="stable")][:number])
 
 
 class Objects(torch.utils.data.Dataset):
     """The images of a split that have objects, with the selected ones.
 
-    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels, and their rows in
-    `labelled` (K,) int64, padded with zeros and -1 to the same K for all (rows of an unreadable image are all -1).
-    `disturbed` is the picture where an object's box touches a pixel, else another image of the split, drawn by (seed,
-    index of the image).
+    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels, and the objects' indices
+    in `labelled` (K,) int64, padded with zeros and -1 to the K of all (-1 alone: the image is unreadable). `disturbed`
+    is the picture where an object's box touches a pixel, else another image of the split, drawn by (seed, image).
 
-    Args: labelled: data.Labelled; size: pixels; number: objects an image, None: all; limit: only the first so many
-    images. Raises UserError if there is no object, or no other image to disturb with.
-    Attributes: n: images; rows: of each image its selected objects; filled: the images that have some; count: objects
-    of all images; k: the most of one."""
+    Args: labelled: data.Labelled; size: pixels; number: objects per image, None: all; limit: only the first so many
+    images. Raises UserError if there is no object, or no other image to disturb with."""
 
     def __init__(self, labelled, size, number=None, limit=None, seed=0):
         self.labelled, self.size, self.seed = labelled, size, seed
-        self.n = min(len(labelled.images), limit or len(labelled.images))
+        self.n = min(len(labelled.images), limit or len(labelled.images))  # images
         spans = [slice(*labelled.offsets[i:i + 2]) for i in range(self.n)]
-        self.rows = [s.start + select_objects(labelled.labels[s], labelled.crowd[s], number) for s in spans]
-        self.filled = [i for i in range(self.n) if len(self.rows[i])]
-        self.count = sum(len(rows) for rows in self.rows)
+        self.selected = [s.start + select_objects(labelled.labels[s], labelled.crowd[s], number) for s in spans]
+        self.filled = [i for i in range(self.n) if len(self.selected[i])]  # the images with objects
+        self.count = sum(map(len, self.selected))
         if not self.filled:
             raise UserError(f"{labelled.images.root} has no boxes in its first {self.n:,} images: raise --limit-images")
         if self.n < 2:
             raise UserError(f"{labelled.images.root}: disturbed O-KNN needs a second image, raise --limit-images")
-        self.k = max(map(len, self.rows))
+        self.k = max(map(len, self.selected))
 
     def __len__(self):
         return len(self.filled)
 
     def __getitem__(self, j):
         i, side = self.filled[j], self.size
-        images, own = self.labelled.images, self.rows[i]
-        boxes, rows = np.zeros((self.k, 4), np.float32), np.full(self.k, -1)
+        own = self.selected[i]
+        boxes, index = np.zeros((self.k, 4), np.float32), np.full(self.k, -1)
         try:
             image, background = self.labelled.read(i), self.background(i)
         except OSError:
-            print(f"left out, cannot be read: {images.name(i)}", flush=True)
+            print(f"left out, cannot be read: {self.labelled.images.name(i)}", flush=True)
             nothing = np.zeros((side, side, 3), np.uint8)
-            return nothing, nothing, boxes, rows
+            return nothing, nothing, boxes, index
         picture, disturbed = resize(image, side, side), resize(background, side, side)
         boxes[:len(own)] = self.labelled.boxes[own] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
-        rows[:len(own)] = own
+        index[:len(own)] = own
         for x1, y1, x2, y2 in np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).astype(int):
             disturbed[y1:y2, x1:x2] = picture[y1:y2, x1:x2]
-        return picture, disturbed, boxes, rows
+        return picture, disturbed, boxes, index
 
     def background(self, i):
         """Another image than i, by (seed, i); the next one if it cannot be read. Raises OSError if none can be."""
@@ -649,9 +731,9 @@ class Objects(torch.utils.data.Dataset):
                 continue  # it is named when its own turn comes
         raise OSError("no background")
 
-    def image_of(self, rows):
-        """The index of the image that each of the rows (M,) int64 belongs to."""
-        return torch.searchsorted(torch.from_numpy(self.labelled.offsets), rows, right=True) - 1
+    def image_of(self, index):
+        """The image that each object belongs to, (M,) int64 both."""
+        return np.searchsorted(self.labelled.offsets, index, side="right") - 1
 
 
 # ---------------------------------------------------------------------------------------------------- object features
@@ -660,63 +742,48 @@ class ObjectFeatures(nn.Module):
     """The features of objects by torchvision's ResNet: normalised images (B, 3, H, W) and boxes (B, K, 4) in their
     pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised.
 
-    head "map": section 5.3's words, RoIAlign 7x7 on C5 of the whole image, averaged. head "roi": as region-level
-    methods train, C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
+    head "map": section 5.3's words, RoIAlign 7x7 on C5 of the image, averaged. head "roi": as region-level methods
+    train, C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
 
     def __init__(self, network, head="map", bins=14):
         super().__init__()
         self.network, self.head, self.bins = network, head, bins
 
     def forward(self, images, boxes):
-        net = self.network
-        x = net.maxpool(net.relu(net.bn1(net.conv1(images.contiguous(memory_format=torch.channels_last)))))
-        c4 = net.layer3(net.layer2(net.layer1(x)))
+        c4, layer4 = resnet_stages(self.network, images)[-1], self.network.layer4
         if self.head == "map":  # one bin with 14x14 samples: the mean of 7x7 bins with 2x2 samples each
-            return roi_align(net.layer4(c4).float(), boxes, 1, 1 / 32, ratio=14).flatten(1)
+            return roi_align(layer4(c4).float(), boxes, 1, 1 / 32, ratio=14).flatten(1)
         features = None
         for k in range(boxes.shape[1]):  # the k-th object of every image that has one: nothing is spent on padding
             there = (boxes[:, k, 2] > boxes[:, k, 0]).nonzero()[:, 0]
-            some = net.layer4(roi_align(c4[there], boxes[there, k:k + 1], self.bins, 1 / 16)).mean((2, 3))
+            some = layer4(roi_align(c4[there], boxes[there, k:k + 1], self.bins, 1 / 16)).mean((2, 3))
             features = some.new_zeros(*boxes.shape[:2], some.shape[1]) if features is None else features
             features[there, k] = some
         return features.flatten(0, 1)
 
 
-class Clean:
-    """Batch norm's statistics on clean images of the evaluated data: `number` of the train split, drawn by seed,
-    without their labels, at the evaluation's size, along the evaluated head's path. With head "roi" C5 sees four random
-    boxes an image, whose sqrt(area share) is uniform in that of the proposals' filter."""
-
-    def __init__(self, images, size, head="map", number=256, seed=0, device="cpu"):
-        self.images, self.size, self.head, self.seed, self.device = images, size, head, seed, device
-        self.chosen = rng("clean", seed).choice(len(images), min(number, len(images)), replace=False)
-
-    def __call__(self, network, row):
-        """Replace the statistics of a ResNet by the mean over equal batches of about 32 images; row: an arm's Row."""
-        clean_statistics(ObjectFeatures(network.to(self.device), self.head, row.bins), self.batches())
-
-    def batches(self):
-        """(normalised images, boxes) of the images that can be read; the others are named when their own turn comes."""
-        for some in np.array_split(self.chosen, max(1, round(len(self.chosen) / BATCH))):
-            pictures, boxes = [], []
-            for i in some.tolist():
-                try:
-                    pictures.append(resize(self.images.read(i), self.size, self.size))
-                    boxes.append(self.boxes(i))
-                except OSError:
-                    continue
-            if pictures:
-                images = normalise(to_float(torch.from_numpy(np.stack(pictures)).to(self.device)))
-                yield images, torch.stack(boxes).to(self.device)
-
-    def boxes(self, i, number=4):
-        """(4, 4) float32, by (seed, i), of aspects between 1/2 and 2."""
-        random = rng("clean boxes", self.seed, i)
-        side = random.uniform(*SEARCH["share"], (number, 1)) * self.size
-        stretch = 2 ** random.uniform(-0.5, 0.5, (number, 1))
-        sides = np.concatenate([side * stretch, side / stretch], 1).clip(max=self.size)
-        corner = random.uniform(0, 1, (number, 2)) * (self.size - sides)
-        return torch.from_numpy(np.concatenate([corner, corner + sides], 1)).float()
+def clean_batches(images, size, seed=0, device="cpu", number=256):
+    """Yield normalised images (B, 3, size, size) and boxes (B, 4, 4) to estimate batch norm's statistics on: `number`
+    images of the evaluated data's train split, drawn by seed, without their labels, in equal batches of about 32. The
+    four random boxes per image, whose sqrt(area share) is uniform in that of the proposals' filter, are what C5 sees
+    with head "roi". An image that cannot be read is left out."""
+    chosen = rng("clean", seed).choice(len(images), min(number, len(images)), replace=False)
+    for some in np.array_split(chosen, max(1, round(len(chosen) / BATCH))):
+        pictures, boxes = [], []
+        for i in some.tolist():
+            try:
+                pictures.append(resize(images.read(i), size, size))
+            except OSError:
+                continue
+            random = rng("clean boxes", seed, i)
+            side = random.uniform(*SEARCH["share"], (4, 1)) * size
+            stretch = 2 ** random.uniform(-0.5, 0.5, (4, 1))  # aspects between 1/2 and 2
+            sides = np.concatenate([side * stretch, side / stretch], 1).clip(max=size)
+            corner = random.uniform(0, 1, (4, 2)) * (size - sides)
+            boxes.append(np.concatenate([corner, corner + sides], 1))
+        if pictures:
+            pixels = torch.from_numpy(np.stack(pictures)).to(device)
+            yield normalise(to_float(pixels)), torch.from_numpy(np.stack(boxes)).float().to(device)
 
 
 def median_colours(images, boxes):
@@ -727,151 +794,106 @@ def median_colours(images, boxes):
 
 
 @torch.inference_mode()
-def extract(features, objects, what="objects", workers=0, device="cpu"):
-    """The L2-normalised features of all objects, clean and disturbed, in half precision on the CPU, and their rows.
+def extract(model, objects, what="objects", workers=0, device="cpu"):
+    """The L2-normalised features of all objects, clean and disturbed, in half precision on the CPU.
 
-    Args: features: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`; objects: Objects.
-    Returns features (2, M, C) float16, [0] clean, [1] disturbed, and rows (M,) int64 of objects.labelled. Images
-    stream: memory is that of the features, 2 * M * C * 2 bytes (7 GB for COCO's 860,000 boxes at C = 2,048).
-    Raises UserError if a feature is not finite."""
-    found, found_rows, filled, images = None, [], 0, 0
+    Args: model: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`; objects: Objects.
+    Returns features (2, M, C) float16, [1] disturbed, and the objects' indices in objects.labelled (M,) int64. Memory
+    is 4 * M * C bytes (7 GB for COCO's 860,000 boxes). Raises UserError if a feature is not finite, or an image has
+    another size than its annotations."""
+    features, indices, filled, images = None, [], 0, 0
     progress = Progress(what, len(objects))
     batches = torch.utils.data.BatchSampler(range(len(objects)), BATCH, drop_last=False)
-    for *pictures, boxes, rows in make_loader(objects, batches, workers):
-        real = rows >= 0  # (B, K), the others are padding
+    for *pictures, boxes, index in make_loader(objects, batches, workers):
+        real = index >= 0  # (B, K), the others are padding
         most = int(real.sum(1).max())  # objects of one image; 0 where none of these images can be read
-        boxes, real, rows = boxes[:, :most].to(device), real[:, :most].flatten(), rows[:, :most].flatten()
+        boxes, real, index = boxes[:, :most].to(device), real[:, :most].flatten(), index[:, :most].flatten()
         for which, pixels in enumerate(pictures if most else ()):
-            values = features(normalise(to_float(pixels.to(device))), boxes)
+            values = model(normalise(to_float(pixels.to(device))), boxes)
             values = F.normalize(values.float(), dim=1).half().cpu()[real]
-            if found is None:
-                found = torch.empty(2, objects.count, values.shape[1], dtype=torch.float16)
             if not values.isfinite().all():
                 raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
-            found[which, filled:filled + len(values)] = values
+            if features is None:
+                features = torch.empty(2, objects.count, values.shape[1], dtype=torch.float16)
+            features[which, filled:filled + len(values)] = values
         filled += int(real.sum())
-        found_rows.append(rows[real])
+        indices.append(index[real])
         images += len(boxes)
         progress.update(images)
     if not filled:
         raise UserError(f"none of the {len(objects):,} images in {objects.labelled.images.root} can be read")
-    return found[:, :filled], torch.cat(found_rows)
+    return features[:, :filled], torch.cat(indices)
 
 
 # --------------------------------------------------------------------------------------------------------------- O-KNN
 
 @torch.inference_mode()
-def nearest(queries, bank, k, device="cpu", slack=12, rows=4096, columns=16384):
-    """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine; ties to the lower
-    index. k + slack candidates are found in float32 and scored again in float64, so that rounding decides nothing;
-    queries with more near-ties than the slack go again with eight times as many (up to MOST_SLACK).
+def nearest(queries, bank, k, device="cpu", rows=4096, columns=16384):
+    """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine in float32 (DINO's
+    eval_knn), in chunks of rows x columns, 0.3 GB; ties to the lower index of those that topk takes.
 
-    Returns cosines (Q, k) float64, descending, and indices (Q, k). Raises UserError if k > M."""
+    Returns cosines (Q, k) float32, descending, and indices (Q, k). Raises UserError if k > M."""
     if k > len(bank):
         raise UserError(f"--k {k} is larger than the bank of {len(bank):,} objects: lower --k, or take more images")
-    number = min(k + slack, len(bank))
-    index, unclear = candidates(queries, bank, k, number, device, rows, columns)
-    parts = [tensor.split(max(1, 8192 // number)) for tensor in (queries, index)]
-    exact = torch.cat([(some.double()[:, None] * bank[i].double()).sum(2) for some, i in zip(*parts)])
-    exact, order = exact.sort(dim=1, descending=True, stable=True)
-    exact, index = exact[:, :k].contiguous(), index.gather(1, order)[:, :k]
-    if unclear.any() and slack < MOST_SLACK:
-        exact[unclear], index[unclear] = nearest(queries[unclear], bank, k, device, 8 * slack, rows, columns)
-    return exact, index
-
-
-def candidates(queries, bank, k, number, device, rows, columns):
-    """The indices (Q, number), ascending, of each query's largest cosines in float32, and whether one that is left out
-    may belong to the first k (Q,): the least of them is as near as rounding to the k-th. (Half precision times half
-    precision is exact in TF32.) The product Q x M is made in chunks of rows x columns, 0.3 GB, whatever Q and M."""
-    found, unclear = [], []
+    cosines, indices = [], []
     for some in queries.split(rows):
         some = some.to(device).float()
         best, index = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long, device=device)
         for start in range(0, len(bank), columns):
             similarity = some @ bank[start:start + columns].to(device).float().T
-            value, place = similarity.topk(min(number, similarity.shape[1]), 1)
-            best, order = torch.cat([best, value], 1).sort(1, descending=True)
-            best, index = best[:, :number], torch.cat([index, place + start], 1).gather(1, order)[:, :number]
-        found.append(index.sort(1).values.cpu())
-        least, kth = best[:, -1], best[:, k - 1]
-        unclear.append((least > kth - ROUNDING).cpu() & (number < len(bank)))
-    return torch.cat(found), torch.cat(unclear)
+            place = similarity.topk(min(k, similarity.shape[1]), 1).indices.sort(1).values
+            best, index = torch.cat([best, similarity.gather(1, place)], 1), torch.cat([index, start + place], 1)
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, index = best[:, :k], index.gather(1, order)[:, :k]
+        cosines.append(best.cpu())
+        indices.append(index.cpu())
+    return torch.cat(cosines), torch.cat(indices)
 
 
 def vote(cosines, labels, categories):
     """The first five categories (Q, 5) for neighbours' cosines and labels (Q, k): summed weights exp(cos / 0.07), ties
     to the lower category; -1 where fewer have a vote."""
     votes = torch.zeros(len(labels), max(categories, 5), dtype=torch.float64)
-    votes.scatter_add_(1, labels, (cosines / TEMPERATURE).exp())
+    votes.scatter_add_(1, labels, (cosines.double() / TEMPERATURE).exp())
     votes, order = votes.sort(dim=1, descending=True, stable=True)
     return torch.where(votes > 0, order, -1)[:, :5]
 
 
-def o_knn(queries, query_labels, bank, bank_labels, categories, k=20, device="cpu"):
-    """Whether each query's category is the first, and among the first five, of its k-NN prediction: (Q, 2) bool.
-    Features (Q, D) and (M, D) float16, labels int64, `categories`: their number. Raises UserError if k > M."""
-    cosines, index = nearest(queries, bank, k, device)
-    hits = vote(cosines, bank_labels[index], categories) == query_labels[:, None]
-    return torch.stack([hits[:, 0], hits.any(1)], 1)
-
-
-MEASURES = ("oknn_top1", "oknn_top5", "disturbed_top1", "disturbed_top5", "lost")
+# Of a network, in percent; lost: what O-KNN's top-1 loses when images are disturbed.
+MEASURES = {"oknn_top1": "O-KNN top-1 ↑", "oknn_top5": "top-5 ↑", "disturbed_top1": "disturbed top-1 ↑",
+            "disturbed_top5": "top-5 ↑", "lost": "lost ↓"}
 
 
 class Answers(NamedTuple):
-    """Section 5.3 for one network: points (5, Q) float64, a row a measure of MEASURES, 100 or 0 a query (`lost`:
-    O-KNN's top-1 less the disturbed one's); the queries' and the bank's features (2, ..., C) and rows."""
+    """Section 5.3 for one network: points (5, Q) float64, by MEASURES, 100 or 0 for each query (`lost`: a difference);
+    features (2, ..., C) of the queries and the bank, [1] disturbed, and the objects that these are of."""
     points: torch.Tensor
     asked: torch.Tensor
-    rows: torch.Tensor
+    queries: torch.Tensor
+    stored: torch.Tensor
     bank: torch.Tensor
-    bank_rows: torch.Tensor
 
 
-def evaluate(features, bank, queries, k=20, workers=0, device="cpu"):
-    """Answers of (images, boxes) -> features to O-KNN and disturbed O-KNN; bank, queries: Objects."""
-    stored, stored_rows = extract(features, bank, "bank", workers, device)
-    asked, rows = extract(features, queries, "queries", workers, device)
-    labels, stored_labels = (torch.from_numpy(objects.labelled.labels)[some]
-                             for objects, some in ((queries, rows), (bank, stored_rows)))
-    categories = len(bank.labelled.categories)
-    hits = torch.cat([o_knn(asked[i], labels, stored[i], stored_labels, categories, k, device).T for i in (0, 1)])
-    points = 100 * hits.double()
-    return Answers(torch.cat([points, points[:1] - points[2:3]]), asked, rows, stored, stored_rows)
+def evaluate(model, bank, queries, k=20, workers=0, device="cpu"):
+    """Answers of a model, (images, boxes) -> features, to O-KNN and disturbed O-KNN; bank, queries: Objects."""
+    stored, bank_index = extract(model, bank, "bank", workers, device)
+    asked, query_index = extract(model, queries, "queries", workers, device)
+    labels = torch.from_numpy(queries.labelled.labels)[query_index]
+    bank_labels, categories = torch.from_numpy(bank.labelled.labels)[bank_index], len(bank.labelled.categories)
+    points = []
+    for i in (0, 1):
+        cosines, index = nearest(asked[i], stored[i], k, device)
+        hits = 100 * (vote(cosines, bank_labels[index], categories) == labels[:, None]).double()
+        points += [hits[:, 0], hits.sum(1)]
+    points = torch.stack([*points, points[0] - points[2]])
+    return Answers(points, asked, query_index, stored, bank_index)
 
 
-# ----------------------------------------------------------------------------------------------- means and their errors
-
-def over_images(values, images):
-    """Means (...,) of values (..., Q) and their standard errors, the queries of one image (images: (Q,) int64) going
-    together: that of the bootstrap over images, to first order (the sandwich formula)."""
-    mean, number = values.mean(-1), len(images.unique())
-    sums = torch.zeros(*values.shape[:-1], int(images.max()) + 1, dtype=values.dtype)
-    sums.index_add_(-1, images, values - mean[..., None])
-    return mean, (sums.square().sum(-1) * number / (number - 1)).sqrt() / values.shape[-1]
-
-
-def over_seeds(values):
-    """Means (...,) of values (R, ...) and their standard errors."""
-    return values.mean(0), values.std(0) / len(values) ** 0.5
-
-
-def arm_mean(points, images):
-    """Means and standard errors of an arm's points (R, ..., Q): over its files; of one file, over images."""
-    return over_seeds(points.mean(-1)) if len(points) > 1 else over_images(points[0], images)
-
-
-def difference(points, seeds, first, first_seeds, images):
-    """An arm less the first one, its standard error, and what is paired: "seed" where two or more seeds are in both
-    (the same initialisation and order of data), else "image" (the same queries: without the seeds' part of the error).
-
-    Args: points (R, ..., Q) and first (R', ..., Q); seeds and first_seeds: lists of R and R' numbers or None."""
-    both = sorted({*seeds} & {*first_seeds} - {None})
-    if len(both) < 2:
-        return *over_images(points.mean(0) - first.mean(0), images), "image"
-    mine, theirs = ([known.index(seed) for seed in both] for known in (seeds, first_seeds))
-    return *over_seeds(points[mine].mean(-1) - first[theirs].mean(-1)), "seed"
+def over_images(points, images):
+    """{measure: Estimate} of points (5, Q); the queries of one image (images: (Q,) integers) go together."""
+    images = np.unique(images, return_inverse=True)[1]
+    counts = np.bincount(images)
+    return {name: ratio_of_means(np.bincount(images, values), counts) for name, values in zip(MEASURES, points)}
 
 
 # -------------------------------------------------------------------- transfer to detection (section 5.2, Tables 1, 3)
@@ -1472,154 +1494,73 @@ def transfer(args):
         dist.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------------------------- command line
-
-def picture(objects, columns=6, tile=224):
-    """A PIL picture of what is evaluated: images on top, below them disturbed, with the selected boxes."""
-    tiles = ([], [])
-    for j in range(min(columns, len(objects))):
-        *pictures, boxes, rows = objects[j]
-        names = [objects.labelled.categories[label] for label in objects.labelled.labels[rows[rows >= 0]]]
-        boxes = torch.from_numpy(boxes[rows >= 0]) * tile / objects.size
-        colours = [COLOURS[n % len(COLOURS)] for n in range(len(boxes))]
-        for line, pixels in zip(tiles, pictures):
-            image = torch.from_numpy(resize(pixels, tile, tile)).permute(2, 0, 1)
-            line.append(draw_bounding_boxes(image, boxes, names, colours, width=2))
-    return as_picture(tiles[0] + tiles[1], len(tiles[0]))
-
-
-def as_picture(tiles, columns):
-    """Tiles (3, H, W) uint8 -> a PIL picture, `columns` to a line."""
-    return Image.fromarray(make_grid(tiles, nrow=columns, padding=5, pad_value=32).permute(1, 2, 0).numpy())
-
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
     """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query in white,
     then its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
-    number = min(number, len(answers.rows))
-    chosen = sorted(rng("neighbours", seed).choice(len(answers.rows), number, replace=False).tolist())
-    neighbours, lines = min(neighbours, len(answers.bank_rows)), {}
-    for which in (0, 1):
-        index = nearest(answers.asked[which][chosen], answers.bank[which], neighbours)[1]
-        for query, nearby in zip(answers.rows[chosen].tolist(), answers.bank_rows[index].tolist()):
-            lines[query, which] = [object_tile(queries, query, which, "white", "disturbed" if which else None)]
-            for row in nearby:
-                right = bank.labelled.labels[row] == queries.labelled.labels[query]
-                lines[query, which].append(object_tile(bank, row, which, "#3fcf5f" if right else "#ff4d4d"))
-    return as_picture([tile for key in sorted(lines) for tile in lines[key]], neighbours + 1)
+    number, neighbours = min(number, len(answers.queries)), min(neighbours, len(answers.bank))
+    chosen = sorted(rng("neighbours", seed).choice(len(answers.queries), number, replace=False).tolist())
+    nearby = [nearest(answers.asked[i][chosen], answers.stored[i], neighbours)[1] for i in (0, 1)]
+    side, top = 109, 18
+    sheet = Image.new("RGB", (side * (neighbours + 1), top + 2 * number * (side + 17)), "#202020")
+    legend = "white: query, then its nearest in the bank; green: of its category; red: of another; every second line: disturbed"
+    ImageDraw.Draw(sheet).text((5, 2), legend, fill="white", font_size=12)
+    for n, query in enumerate(answers.queries[chosen].tolist()):
+        label = queries.labelled.labels[query]
+        for disturbed in (0, 1):
+            y = top + (2 * n + disturbed) * (side + 17)
+            sheet.paste(object_tile(queries, query, disturbed, "white"), (0, y))
+            for x, i in enumerate(answers.bank[nearby[disturbed][n]].tolist()):
+                colour = "#3fcf5f" if bank.labelled.labels[i] == label else "#ff4d4d"
+                sheet.paste(object_tile(bank, i, disturbed, colour), (side * (x + 1), y))
+    return sheet
 
 
-def object_tile(objects, row, which, colour, name=None, side=104, below=17):
-    """(3, 121, 104) uint8: the object of `row` with some of its surroundings, as it is (which 0) or disturbed (1),
-    framed, over the name of its category."""
-    item = objects[objects.filled.index(int(objects.image_of(row)))]
-    x1, y1, x2, y2 = item[2][item[3] == row][0]
+def object_tile(objects, i, disturbed, colour, side=104):
+    """A PIL picture: object i with some of its surroundings, as it is or disturbed, in a frame of a colour, over the
+    name of its category."""
+    item = objects[objects.filled.index(int(objects.image_of(i)))]
+    x1, y1, x2, y2 = item[2][item[3] == i][0]
     half = min(0.65 * max(x2 - x1, y2 - y1), objects.size / 2)
     x, y = (min(max((low + high) / 2, half), objects.size - half) for low, high in ((x1, x2), (y1, y2)))
-    canvas = Image.new("RGB", (side, side + below), "#202020")
-    around = (x - half, y - half, x + half, y + half)
-    canvas.paste(Image.fromarray(item[which]).resize((side, side), Image.BICUBIC, box=around))
-    draw = ImageDraw.Draw(canvas)
+    tile = Image.new("RGB", (side, side + 17), "#202020")
+    box = (x - half, y - half, x + half, y + half)
+    tile.paste(Image.fromarray(item[disturbed]).resize((side, side), Image.BICUBIC, box=box))
+    draw = ImageDraw.Draw(tile)
     draw.rectangle([0, 0, side - 1, side - 1], outline=colour, width=4)
-    name = name or objects.labelled.categories[objects.labelled.labels[row]]
-    draw.text((side / 2, side + below / 2), name, fill=colour, anchor="mm", font_size=12)
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+    name = objects.labelled.categories[objects.labelled.labels[i]]
+    draw.text((side / 2, side + 8), name, fill=colour, anchor="mm", font_size=12)
+    return tile
 
 
-CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",  # Okabe and Ito's
-                 "#7f3c8d", "#8b5a2b", "#8a8a8a")
-
-
-def curve_styles(names):
-    """{name: its colour and marker}; the markers change where the colours begin again."""
-    styles = [dict(color=colour, marker=marker) for marker in "osD^" for colour in CURVE_COLOURS]
-    return dict(zip(names, styles * len(names)))
-
-
-def new_figure(rows, columns, width, height):
-    """matplotlib's figure, width x height inches, and its axes (rows, columns)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def plot_file(path):
-    """The type of --plot: raises UserError where matplotlib is missing, before the work and not after it."""
-    new_figure(1, 1, 1, 1)
-    return path
-
-
-def images_seen(axis):
-    """Make a figure's horizontal axis one of images seen: doublings, 2k for 2,048."""
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda number, _: f"{number / 1024:g}k" if number >= 1024 else f"{number:g}")
-
-
-def save_figure(figure, path, dpi):
-    """Write a figure, below it the legend of its first axes, as a PNG."""
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
+def save_picture(picture, path):
+    """Write a PIL picture as a PNG."""
     with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+        picture.save(file, "PNG")
     print(f"wrote {path}")
 
 
-def draw_curves(panels, path):
-    """The figure of learning: each measure over images seen, a PNG.
-
-    panels: a list of (title, curves, levels); curves {arm: (images, means, errors)}, lists of one length, drawn as a
-    line in a band of one error to both sides; levels {name: value}: horizontal lines."""
-    names = list(dict.fromkeys(name for _, curves, _ in panels for name in curves))
-    styles = curve_styles(names)
-    figure, axes = new_figure(1, len(panels), 4.6 * len(panels), 4.4)
-    for axis, (title, curves, levels) in zip(axes[0], panels):
-        for name, (images, means, errors) in curves.items():
-            means, errors = np.array(means), np.nan_to_num(errors)
-            axis.plot(images, means, markersize=4, linewidth=2, label=name, zorder=3, **styles[name])
-            band = dict(color=styles[name]["color"], alpha=0.18, linewidth=0)
-            axis.fill_between(images, means - errors, means + errors, **band)
-        for name, value in levels.items():
-            above = name == max(levels, key=levels.get)  # the others have their names below: two may lie close together
-            axis.axhline(value, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=1)
-            axis.annotate(name, (1, value), (-2, 2 if above else -2), xycoords=("axes fraction", "data"), ha="right",
-                          va="bottom" if above else "top", textcoords="offset points", fontsize=9, color="#444444")
-        images_seen(axis)
-        axis.set_title(title, fontsize=11, loc="left")
-        axis.set_xlabel("images seen")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path, dpi=150)
-
-
-def save(what, path):
-    """Write a PIL picture as a PNG, anything else as JSON."""
-    with atomic(path, "wb" if isinstance(what, Image.Image) else "w") as file:
-        what.save(file, "PNG") if isinstance(what, Image.Image) else json.dump(what, file, indent=1)
-    print(f"wrote {path}")
-
+# -------------------------------------------------------------------------------------------------------- command line
 
 def add_checkpoint_arguments(parser):
     """What every script that asks checkpoints takes."""
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, metavar="ARM", help="a row each: FILE, FILE:teacher, FILE:PREFIX, "
-        "'NAME=GLOB' (the mean over its files), random (untrained), colour (no network: the median colour of each box)")
-    add("--arch", choices=RESNETS, help="of random (default: the first file's, else resnet50)")
-    add("--teacher", action="store_true", help="the momentum encoder of every file, not the other one")
-    add("--prefix", help="which of several ResNets in every file, if that is not clear")
-    add("--statistics", choices=("saved", "clean"), default="saved",
-        help="batch norm's: the file's, or those of 256 clean train images; random, which has none, is always clean")
-    add("--roi", type=positive, help="side of RoIAlign's output on C4 (default: as the file, else the first of our "
-        "files was trained; else scenes 6, photographs 14)")
-    add("--data", choices=tuple(SIZE), default="scenes")
-    add("--root", help="the data set's folder (default data/DATA)")
-    add("--seed", type=whole_number, default=0, help="of random's weights and of what is drawn")
-    workers = "loading processes (default: the cores, at most 8); changes nothing but speed"
-    add("--workers", type=whole_number, default=min(8, usable_cores()), help=workers)
-    add("--json", help="write the results there")
-    add("--picture", help="write a PNG of the inputs there")
+    add("--ckpt", nargs="+", required=True, metavar="ENTRY", help="rows of the table: FILE, FILE:teacher (its momentum "
+        "encoder), FILE:PREFIX (one of several ResNets), 'NAME=GLOB' (the mean over files), random (untrained), or "
+        "colour (evaluate.py: no network, the median colour of each box)")
+    add("--arch", choices=RESNETS, help="architecture of random (default: the first file's, else resnet50)")
+    add("--teacher", action="store_true", help="take the momentum encoder of every file, not the other one")
+    add("--prefix", help="which of several ResNets to take of every file")
+    add("--statistics", choices=("saved", "clean"), default="saved", help="statistics of batch norm: the file's, or "
+        "those of 256 clean train images (default: saved, but random has none and is always clean)")
+    add("--roi", type=positive, help="side of RoIAlign's output on C4 (default: as trained, else as the first of our "
+        "files, else scenes 6, photographs 14: detectron2's)")
+    add("--data", choices=tuple(SIZE), default="scenes", help="labelled data set (default: scenes)")
+    add("--root", help="the data set's folder (default: data/DATA)")
+    add("--seed", type=whole_number, default=0, help="seed of random's weights and of what is drawn (default: 0)")
+    add("--workers", type=whole_number, default=min(8, usable_cores()), help="loading processes (default: cores, <= 8)")
+    add("--json", metavar="FILE", help="write there settings, versions, rows, and all numbers of each file")
 
 
 def load_from(args, entry):
@@ -1635,25 +1576,24 @@ def parse_arguments(arguments=None):
     add_checkpoint_arguments(parser)
     add = parser.add_argument
     add("--size", type=positive, help="side of the input, a multiple of 16 (default: scenes 112, voc 224, else 448)")
-    add("--head", choices=("map", "roi"), help="RoIAlign on C5 of the image, or C5 on RoIs of C4 (default: scenes "
-        "roi, else map)")
-    add("--k", type=positive, default=20, help="neighbours that vote (default: 20)")
-    add("--objects", type=positive, default=3, help="N, objects of a train image in the bank (default: 3)")
-    add("--limit-images", type=positive, help="only the first so many images of each split")
+    add("--head", choices=("map", "roi"), help="RoIAlign on C5 of the image, or C5 on RoIs of C4 (default: scenes roi, "
+        "else map: section 5.3)")
+    add("--k", type=positive, default=20, help="neighbours that vote (default: 20, as in DINO)")
+    add("--objects", type=positive, default=3, help="N, objects per train image in the bank (section 5.3; default: 3)")
+    add("--limit-images", type=positive, help="images of each split, its first ones (default: all)")
     add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
-    add("--plot", metavar="FILE", type=plot_file, help="write a PNG of every arm over images seen (needs matplotlib)")
-    add("--per-category", action="store_true", help="print the top-1 accuracy of each category too")
+    add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="write the backbone for detectron2 or torchvision, stop")
+    add = parser.add_argument_group("with --transfer").add_argument
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
-    add("--out", help="of --transfer: last.pt, detector.pth, results.json (default runs/TASK-CKPT)")
-    add("--resume", choices=("auto", "never"), default="auto")
-    add("--test-only", action="store_true", help="of --transfer: test the detector.pth that --ckpt names")
-    add("--batch-size", type=positive, help="of --transfer, all ranks together (16); rate and steps scale with it")
-    add("--steps", type=positive, help="of --transfer, instead of the schedule's; drops and warm-up stay in proportion")
-    add("--short-side", type=positive, help="of --transfer, one for training and test, not 480-800 (coco: 640-800)")
-    add("--lr", type=float, help="of --transfer, for 16 images (0.02)")
-    add("--rois", type=positive, help="of --transfer, boxes an image that train the RoI head (512)")
-    add("--test-on", choices=("train", "val"), default="val", help="of --transfer; train: does it fit what it saw?")
-    add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="detectron2 or torchvision: write the backbone and stop")
+    add("--out", help="folder for last.pt, detector.pth, results.json (default: runs/TASK-CKPT)")
+    add("--resume", choices=("auto", "never"), default="auto", help="whether to resume OUT/last.pt (default: auto)")
+    add("--test-only", action="store_true", help="test the detector.pth that --ckpt names")
+    add("--batch-size", type=positive, help="of all ranks together; rate and steps scale with it (default: 16, MoCo's)")
+    add("--steps", type=positive, help="length of the schedule; drops and warm-up stay in proportion (default: MoCo's)")
+    add("--short-side", type=positive, help="one for training and test (default: MoCo's 480-800, coco 640-800; 800)")
+    add("--lr", type=float, help="learning rate for 16 images (default: 0.02, MoCo's)")
+    add("--rois", type=positive, help="boxes per image that train the RoI head (default: 512, detectron2's)")
+    add("--test-on", choices=("train", "val"), default="val", help="split; train: can it overfit? (default: val)")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
     args.head = args.head or ("roi" if args.data == "scenes" else "map")
@@ -1661,115 +1601,9 @@ def parse_arguments(arguments=None):
         raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
     if args.transfer and len(args.ckpt) > 1:
         raise UserError(f"--transfer {args.transfer} fine-tunes one network: name one --ckpt, and run it once for each")
-    if not args.transfer and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("evaluate.py without --transfer is one process: start it with python, without torchrun")
     if args.export and (args.export[0] not in ("detectron2", "torchvision") or len(args.ckpt) > 1):
         raise UserError("--export FORMAT FILE: the format is detectron2 or torchvision, and --ckpt names one file")
     return args
-
-
-def evaluate_arms(args, arms, bank, queries, clean, device):
-    """Evaluate every network of the arms. Returns [(arm, points (R, 5, Q))], the files' results (dictionaries) and the
-    queries' rows (Q,)."""
-    answered, files = [], []
-    for arm in arms:
-        points = []
-        for row in arm.rows:
-            network = None if row.path == "colour" else ObjectFeatures(row.load(clean).to(device), args.head, row.bins)
-            answers = evaluate(network or median_colours, bank, queries, args.k, args.workers, device)
-            if args.neighbours and not files:
-                save(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
-            points.append(answers.points)
-            means = over_images(answers.points, queries.image_of(answers.rows))
-            files.append({"arm": arm.name, **asdict(row), **columns(*means),
-                          "bank": len(answers.bank_rows), "queries": len(answers.rows)})
-        answered.append((arm, torch.stack(points)))
-    return answered, files, answers.rows
-
-
-def summarise(answered, images, areas):
-    """A dictionary an arm: means, standard errors, O-KNN by size of the object ({name: (Q,) bool}), the difference from
-    the first arm."""
-    results, arms = [], [arm for arm, _ in answered]
-    for arm, points in answered:
-        result = {"arm": arm.name, "images": arm.images, "files": len(arm.rows), **columns(*arm_mean(points, images))}
-        for name, here in areas.items():
-            result[f"oknn_top1_{name}"] = points[:, 0, here].mean().item() if here.any() else None
-        first = reference(arm, arms)
-        if first is not arm:
-            seeds, first_seeds = ([row.seed for row in one.rows] for one in (arm, first))
-            *means, paired = difference(points, seeds, answered[arms.index(first)][1], first_seeds, images)
-            result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired, **columns(*means)}
-        results.append(result)
-    return results
-
-
-def columns(means, errors):
-    """{measure: mean, measure_se: error} of MEASURES, as plain numbers; None for an error that cannot be told."""
-    named = dict(zip(MEASURES, means.tolist()))
-    for name, error in zip(MEASURES, errors.tolist()):
-        named[f"{name}_se"] = error if math.isfinite(error) else None
-    return named
-
-
-def size_classes(labelled, rows):
-    """COCO's small, medium and large, by the box's area in pixels of the photograph (COCO's own are of the mask): under
-    32 x 32, under 96 x 96, more. {name: (Q,) bool}."""
-    area = torchvision.ops.box_area(torch.from_numpy(labelled.boxes)[rows])
-    return {"small": area < 32**2, "medium": (area >= 32**2) & (area < 96**2), "large": area >= 96**2}
-
-
-def name_of(result):
-    """An arm's name, with the number of images it has seen."""
-    seen = "" if result["images"] is None or result["arm"] == "random" else f", {result['images']:,} images"
-    return result["arm"] + seen
-
-
-def print_table(results):
-    """A line an arm: means, standard errors, differences from the first arm."""
-    def cell(numbers, name, sign=""):
-        error = numbers[f"{name}_se"]
-        return f"{numbers[name]:{sign}.1f} +-" + ("   ?" if error is None else f"{error:4.1f}")
-
-    sizes = [name for name in ("small", "medium", "large") if f"oknn_top1_{name}" in results[0]]
-    width = max(len("arm"), *(len(name_of(result)) for result in results))
-    print(f"\n{'arm':{width}} files   O-KNN top-1  top-5  disturbed top-1 top-5          lost"
-          + "".join(f"{name:>8}" for name in sizes) + "    from the first: O-KNN     disturbed")
-    for result in results:
-        clean, disturbed, lost = (cell(result, name) for name in ("oknn_top1", "disturbed_top1", "lost"))
-        print(f"{name_of(result):{width}} {result['files']:5} {clean:>13}  {result['oknn_top5']:5.1f}  {disturbed:>15} "
-              f"{result['disturbed_top5']:5.1f} {lost:>13}", end="")
-        for name in sizes:
-            share = result[f"oknn_top1_{name}"]
-            print(f"{'-' if share is None else f'{share:.1f}':>8}", end="")
-        less = result.get("difference")
-        print(f"    {cell(less, 'oknn_top1', '+'):>21} {cell(less, 'disturbed_top1', '+'):>13}, by {less['paired_by']}"
-              if less else "")
-
-
-def print_categories(name, categories, points, labels):
-    """Top-1 of each category that has queries, clean and disturbed, of an arm's points (R, 5, Q)."""
-    width = max(len(category) for category in categories)
-    print(f"\n{name}\n{'category':{width}}  queries  O-KNN  disturbed")
-    for label in labels.unique().tolist():
-        clean, disturbed = points[:, 0, labels == label].mean(), points[:, 2, labels == label].mean()
-        print(f"{categories[label]:{width}}  {int((labels == label).sum()):7,}  {clean:5.1f}  {disturbed:9.1f}")
-
-
-def curves_of(results, chance):
-    """draw_curves' panels: an arm that has seen images is a curve, another one a level."""
-    panels = []
-    for measure, title in (("oknn_top1", "O-KNN, top-1 in %"), ("disturbed_top1", "Disturbed O-KNN, top-1 in %"),
-                           ("lost", "Lost when disturbed, in points")):
-        curves, levels = defaultdict(lambda: ([], [], [])), {} if measure == "lost" else {"chance": chance}
-        for result in results:
-            if result["images"]:
-                for values, key in zip(curves[result["arm"]], ("images", measure, f"{measure}_se")):
-                    values.append(math.nan if result[key] is None else result[key])
-            else:
-                levels["untrained" if result["images"] == 0 else result["arm"]] = result[measure]
-        panels.append((title, curves, levels))
-    return panels
 
 
 def main():
@@ -1780,40 +1614,44 @@ def main():
         network, arch = load_from(args, args.ckpt[0])
         export(network, *args.export)
         return print(f"wrote {args.export[1]}: {arch} of {args.ckpt[0]} for {args.export[0]}")
-    arms = open_arms(args)
-    stored, asked = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
-    same_classes(asked.categories, stored.categories, f"the train split of {args.data}", "the val split")
-    bank = Objects(stored, args.size, args.objects, args.limit_images, args.seed)
-    queries = Objects(asked, args.size, None, args.limit_images, args.seed)
+    rows = open_rows(args)
+    train, val = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
+    same_classes(val.categories, train.categories, f"the train split of {args.data}", "the val split")
+    bank = Objects(train, args.size, args.objects, args.limit_images, args.seed)
+    queries = Objects(val, args.size, None, args.limit_images, args.seed)
     if args.k > bank.count:
         raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower it, or add images")
-    if args.picture:
-        save(picture(queries), args.picture)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    clean = Clean(stored.images, args.size, args.head, seed=args.seed, device=device)
-    answered, files, rows = evaluate_arms(args, arms, bank, queries, clean, device)
-    labels = torch.from_numpy(asked.labels)[rows]
-    results = summarise(answered, queries.image_of(rows), {} if args.data == "scenes" else size_classes(asked, rows))
-    if args.per_category:
-        for result, (_, points) in zip(results, answered):
-            print_categories(name_of(result), asked.categories, points, labels)
-    print_table(results)
-    kinds = dict.fromkeys(file["statistics"] for file in files)
-    print("statistics: " + "; ".join(kind + ": " + ", ".join(dict.fromkeys(
-        file["arm"] for file in files if file["statistics"] == kind)) for kind in kinds))
-    commonest = np.bincount(stored.labels[np.concatenate(bank.rows)]).argmax()
-    chance = 100 * (labels == commonest).double().mean().item()
-    print(f"bank: {files[0]['bank']:,} objects of {len(bank):,} images, queries: {files[0]['queries']:,} of "
-          f"{len(queries):,}; k {args.k}, {args.size} x {args.size} pixels, head {args.head}; "
-          f"chance (the bank's commonest category): {chance:.1f}")
+    answers = None
+
+    def measure(source):
+        nonlocal answers
+        model, is_first = median_colours, answers is None
+        if source.path != "colour":
+            clean = partial(clean_batches, train.images, args.size, args.seed, device)
+            model = ObjectFeatures(load_source(source, args.head, clean, device), args.head, source.bins)
+        answers = evaluate(model, bank, queries, args.k, args.workers, device)
+        if args.neighbours and is_first:
+            save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
+        return over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
+
+    results, files = measure_rows(rows, measure, "images")
+    labels = val.labels[answers.queries.numpy()]
+    commonest = np.bincount(train.labels[np.concatenate(bank.selected)]).argmax()
+    chance = 100 * (labels == commonest).mean().item()
+    for result in results:
+        result["note"] = "; below the commonest category" if result["oknn_top1"] < chance else ""
+    print_table(MEASURES.values(), results, lambda result, suffix: [result[name + suffix] for name in MEASURES], 1)
+    print(f"bank: {len(answers.bank):,} objects of {len(bank):,} images; queries: {len(labels):,} of {len(queries):,}; "
+          f"k {args.k}, {args.size} x {args.size} pixels, head {args.head}; to answer {train.categories[commonest]}, "
+          f"the bank's commonest category, is right in {chance:.1f} %")
     if args.json:
-        options = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
-        settings = {**{name: getattr(args, name) for name in options}, "root": str(stored.images.root),
-                    "bank": "train", "queries": "val", "chance": chance, "versions": VERSIONS}
-        save({"settings": settings, "arms": results, "files": files}, args.json)
-    if args.plot:
-        draw_curves(curves_of(results, chance), args.plot)
+        names = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
+        settings = {**{name: getattr(args, name) for name in names}, "root": str(train.images.root),
+                    "bank_objects": len(answers.bank), "query_objects": len(labels), "commonest": chance}
+        write_json(args.json, {"settings": settings, "versions": VERSIONS, "rows": results, "files": files})
+        print(f"wrote {args.json}")
 
 
 if __name__ == "__main__":
