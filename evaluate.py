@@ -623,21 +623,20 @@ def summarise(networks):
     return numbers
 
 
-def measure_rows(rows, measure, unit):
+def measure_rows(rows, measure):
     """Measure every network of a table. The difference from the first row is over pairs of files, in their order; a row
     with another number of files has none.
 
-    Args: rows: of open_rows; measure: Source -> {measure: Estimate}; unit: what a single network's error covers
-    (images | objects). Returns the rows' results and the files', dictionaries for JSON."""
+    rows: of open_rows; measure: Source -> {measure: Estimate}. Returns the rows' results and the files', dictionaries
+    for JSON."""
     results, files, first = [], [], None
     for name, sources in rows:
         networks, n = [], len(sources)
         for source in sources:
             networks.append(measure(source))
             files.append({"row": name, **asdict(source), **summarise(networks[-1:])})
-        over = f"{n} files" if n > 1 else f"{len(next(iter(networks[0].values())).influence):,} {unit}"
         kinds = ", ".join(dict.fromkeys(source.statistics for source in sources))
-        results.append({"row": name, "files": n, "over": over, "statistics": kinds, **summarise(networks)})
+        results.append({"row": name, "files": n, "statistics": kinds, **summarise(networks)})
         first = first or networks
         if first is not networks and len(first) == n:
             pairs = [{key: mine[key].minus(theirs[key]) for key in mine} for mine, theirs in zip(networks, first)]
@@ -645,9 +644,10 @@ def measure_rows(rows, measure, unit):
     return results, files
 
 
-def print_table(headings, results, pick, digits):
+def print_table(headings, results, pick, digits, unit):
     """Print the results of measure_rows with what their errors cover, each above its difference from the first row.
-    pick: (a result, suffix of its keys) -> a list, one entry a column; digits: decimal places."""
+    pick: (a result, suffix of its keys) -> a list, one entry per column; digits: decimal places; unit: what the error
+    of a single network covers, as "200 images"."""
     def line(name, form, columns, end):
         cells = ["-" if None in numbers else form.format(*numbers) for numbers in zip(*columns)]
         print(f"{name:{width}}" + "".join(f"{cell:>19}" for cell in cells) + "   " + end)
@@ -656,12 +656,13 @@ def print_table(headings, results, pick, digits):
     width = max([len(result["row"]) for result in results] + [len(less) * (len(results) > 1)])
     line("", "{}", [headings], "+- over; statistics of batch norm")
     for result in results:
+        over = f"{result['files']} files" if result["files"] > 1 else unit
         line(result["row"], f"{{:{f}}} +-{{:{f}}}", [pick(result, ""), pick(result, "_se")],
-             f"{result['over']}; {result['statistics']}{result.get('note', '')}")
+             f"{over}; {result['statistics']}{result.get('note', '')}")
         if "difference" in result:
             means, *ends = (pick(result["difference"], suffix) for suffix in ("", "_low", "_high"))
             line(less, f"{{:+{f}}}", [means], "paired")
-            line("  its 95 % interval", f"{{:+{f}}} to {{:+{f}}}", ends, f"over {result['over']}")
+            line("  its 95 % interval", f"{{:+{f}}} to {{:+{f}}}", ends, f"over {over}")
         elif result is not results[0]:
             print(f"  no difference from {results[0]['row']}: {result['files']} against {results[0]['files']} files")
 
@@ -1504,7 +1505,7 @@ def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
     nearby = [nearest(answers.asked[i][chosen], answers.stored[i], neighbours)[1] for i in (0, 1)]
     side, top = 109, 18
     sheet = Image.new("RGB", (side * (neighbours + 1), top + 2 * number * (side + 17)), "#202020")
-    legend = "white: query, then its nearest in the bank; green: of its category; red: of another; every second line: disturbed"
+    legend = "white: query; then its nearest, green: of its category, red: of another; every second line: disturbed"
     ImageDraw.Draw(sheet).text((5, 2), legend, fill="white", font_size=12)
     for n, query in enumerate(answers.queries[chosen].tolist()):
         label = queries.labelled.labels[query]
@@ -1636,13 +1637,14 @@ def main():
             save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
         return over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
 
-    results, files = measure_rows(rows, measure, "images")
+    results, files = measure_rows(rows, measure)
     labels = val.labels[answers.queries.numpy()]
     commonest = np.bincount(train.labels[np.concatenate(bank.selected)]).argmax()
     chance = 100 * (labels == commonest).mean().item()
     for result in results:
         result["note"] = "; below the commonest category" if result["oknn_top1"] < chance else ""
-    print_table(MEASURES.values(), results, lambda result, suffix: [result[name + suffix] for name in MEASURES], 1)
+    print_table(MEASURES.values(), results, lambda result, suffix: [result[name + suffix] for name in MEASURES], 1,
+                f"{len(set(queries.image_of(answers.queries.numpy())))} images")
     print(f"bank: {len(answers.bank):,} objects of {len(bank):,} images; queries: {len(labels):,} of {len(queries):,}; "
           f"k {args.k}, {args.size} x {args.size} pixels, head {args.head}; to answer {train.categories[commonest]}, "
           f"the bank's commonest category, is right in {chance:.1f} %")

@@ -26,9 +26,8 @@ From Python: `probe(network, open_inputs(open_labelled("scenes")), bins=6)`, a t
 gives all of these by name, `reid(network, bank, bins=6)` the last two alone: each .value and .error, five numbers
 in the order of LAYERS."""
 import argparse
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -38,22 +37,22 @@ from PIL import Image, ImageDraw
 
 from augment import normalise, to_float
 from d3ssl import roi_align
-from data import Parser, Progress, UserError, error_exit, open_images, open_labelled, positive, resize, rng
-from evaluate import (SIZE, VERSIONS, Clean, add_checkpoint_arguments, curve_styles, images_seen, new_figure,
-                      open_arms, plot_file, reference, save, save_figure)
+from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, positive, resize, rng
+from evaluate import (SIZE, VERSIONS, add_checkpoint_arguments, clean_batches, load_source, measure_rows, open_rows,
+                      print_table, ratio_of_means, save_picture)
+from evaluate import resnet_stages, write_json  # TEMPORARY: from d3ssl after the merge
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
 FILLS = {"black": (0, 0, 0), "mean": (124, 116, 104)}  # around the objects; mean: ImageNet's colour, 0 once normalised
 BATCH = 16                               # images that a network sees at once
-RESAMPLES = 1000                         # of the bootstrap
 MEASURES = {                             # title, ideal
-    "reid_neighbours": ("re-identified amid four neighbours, R@1 in %", 100),
-    "reid_moved": ("re-identified in a corner, R@1 in %", 100),
-    "rc": ("relative coupling rc: a neighbour's part", 0),
-    "rp": ("relative position rp: the place's part", 0),
-    "cr": ("coupling rate CR (Fig. 3b)", 1),
-    "mcs": ("mean cosine similarity MCS (Fig. 4b)", 1)}
+    "reid_neighbours": ("re-identified amid four neighbours, R@1 in % ↑", 100),
+    "reid_moved": ("re-identified in a corner, R@1 in % ↑", 100),
+    "rc": ("relative coupling rc ↓: feature change by a neighbour / distance between objects", 0),
+    "rp": ("relative position rp ↓: feature change by place / distance between objects", 0),
+    "cr": ("coupling rate CR → 1 (Fig. 3b)", 1),
+    "mcs": ("mean cosine similarity MCS → 1 (Fig. 4b)", 1)}
 
 # CR and MCS. Squares lie at multiples of 32 pixels, C5's stride: they are made of whole cells at every layer.
 SIDE = 96                                # of a square, in pixels
@@ -83,7 +82,7 @@ class Squares(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What every network is asked about: pairs (a[i], b[i]) of different categories, 96 pixels; a bank, 64 pixels."""
+    """What every network is probed with: pairs (a[i], b[i]) of different categories, 96 pixels; a bank, 64 pixels."""
     a: Squares
     b: Squares
     bank: Squares
@@ -116,31 +115,33 @@ def open_inputs(labelled, pairs=150, seed=0, cut="box", workers=1):
 
     Args: cut: box | mask; workers: threads. Raises UserError if there are too few objects, or no masks to cut along."""
     sides = (labelled.boxes[:, 2:] - labelled.boxes[:, :2]).min(1)
-    rows, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng("pairs", seed)
-    if len(rows) < 5 or len(np.unique(labelled.labels[rows])) < 2:
+    index, random = np.flatnonzero(~labelled.crowd & (sides >= SMALLEST)), rng("pairs", seed)
+    if len(index) < 5 or len(np.unique(labelled.labels[index])) < 2:
         raise UserError(f"{labelled.images.root} has no five objects of two categories with sides of at least "
                         f"{SMALLEST} pixels: name another data set")
-    a = random.choice(rows, pairs)
-    b = [random.choice(rows[labelled.labels[rows] != labelled.labels[row]]) for row in a]
-    bank = rng("bank", seed).permutation(rows)[:OBJECTS]  # the same for any number of pairs
+    a = random.choice(index, pairs)
+    b = [random.choice(index[labelled.labels[index] != labelled.labels[i]]) for i in a]
+    bank = rng("bank", seed).permutation(index)[:OBJECTS]  # the same for any number of pairs
 
-    def cut_all(rows, side):
+    def cut_all(index, side):
         with ThreadPoolExecutor(max(1, workers)) as threads:
-            pixels, masks = zip(*threads.map(lambda row: cut_row(labelled, row, side, cut), rows))
+            pixels, masks = zip(*threads.map(partial(cut_object, labelled, side=side, cut=cut), index))
         return Squares(torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(masks)))
     return Inputs(cut_all(a, SIDE), cut_all(b, SIDE), cut_all(bank, BANK_SIDE))
 
 
-def cut_row(labelled, row, side, cut):
-    """cut_out of object `row` of a split."""
-    images, i = labelled.images, int(np.searchsorted(labelled.offsets, row, side="right")) - 1
-    mask = labelled.mask and labelled.mask(row) if cut == "mask" else None
+def cut_object(labelled, index, side, cut):
+    """cut_out of object `index` of a split. Raises UserError if its image cannot be read or has another size than its
+    annotations, or if it has no mask to cut along."""
+    i = int(np.searchsorted(labelled.offsets, index, side="right")) - 1
+    path = labelled.images.root / labelled.images.name(i)
+    mask = labelled.mask(index) if cut == "mask" and labelled.mask else None
     if cut == "mask" and mask is None:
-        raise UserError(f"{images.root / images.name(i)} has an object without a mask: --cut box")
+        raise UserError(f"{path} has an object without a mask: --cut box")
     try:
-        return cut_out(labelled.read(i), labelled.boxes[row], mask, side)
+        return cut_out(labelled.read(i), labelled.boxes[index], mask, side)
     except OSError:
-        raise UserError(f"{images.root / images.name(i)} cannot be read: download it again") from None
+        raise UserError(f"{path} cannot be read: download it again") from None
 
 
 def compose(size, placed, fill="black"):
@@ -164,8 +165,9 @@ def features(network, size, placed, read=None, bins=6, fill="black", seen=None):
     batches, device = [], network.conv1.weight.device
     for start in range(0, len(placed[0][1].masks), BATCH):
         part = [(place, squares.take(slice(start, start + BATCH), device)) for place, squares in placed]
-        images = normalise(to_float(compose(size, part, fill))).contiguous(memory_format=torch.channels_last)
-        maps = stages(network, images)
+        images = normalise(to_float(compose(size, part, fill)))
+        maps = resnet_stages(network, images)
+        maps.append(network.layer4(maps[-1]))
         squares = [read_square(network, maps, place, masks, size[1], bins) for place, (_, masks) in part[:read]]
         batches.append([torch.stack(layer, 1) for layer in zip(*squares)])
         if seen:
@@ -185,15 +187,6 @@ def read_square(network, maps, place, masks, width, bins):
     return [object_mean(cells, masks) for cells in (*windows, regions)]
 
 
-def stages(network, images):
-    """The maps after res2, res3, res4 and res5."""
-    x, maps = network.maxpool(network.relu(network.bn1(network.conv1(images)))), []
-    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
-        x = stage(x)
-        maps.append(x)
-    return maps
-
-
 def object_mean(cells, masks):
     """(N, C) float64: the mean of cells (N, C, h, w) of a square, each weighed by the share of it that is the
     object's, masks (N, side, side) bool: with --cut box the plain mean."""
@@ -202,33 +195,6 @@ def object_mean(cells, masks):
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
-
-class Estimate(NamedTuple):
-    """A measure by layer, and the same of bootstrap resamples of its objects. Two networks' resamples are the same
-    objects, so that the difference of two estimates is paired."""
-    value: np.ndarray      # (L,)
-    resampled: np.ndarray  # (R, L)
-
-    @property
-    def error(self):
-        """Standard error (L,)."""
-        return self.resampled.std(0)
-
-    def minus(self, other):
-        return Estimate(self.value - other.value, self.resampled - other.resampled)
-
-
-def ratio_of_means(numerator, denominator=None):
-    """Estimate of mean(numerator) / mean(denominator) by layer, lists by layer of (N,); None: 1. Not a number where
-    the denominator is 0: no two objects differ."""
-    above = torch.stack(numerator, 1).cpu().numpy()
-    below = np.ones_like(above) if denominator is None else torch.stack(denominator, 1).cpu().numpy()
-    n = len(above)
-    counts = np.concatenate([np.ones((1, n)), rng("bootstrap").multinomial(n, np.full(n, 1 / n), RESAMPLES)])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = (counts @ above) / (counts @ below)
-    return Estimate(ratios[0], ratios[1:])
-
 
 def coupling(network, a, b, alone=False, **options):
     """CR and rc (section 3.1), MCS and rp (section 3.2) of a network on pairs of Squares: {name: Estimate}.
@@ -253,8 +219,14 @@ def coupling(network, a, b, alone=False, **options):
         coupled.append(1 - cosine(a1, a2))
         moved.append(1 - similarities[-1])
         apart.append(1 - cosine(a2, b2))
-    return {"cr": ratio_of_means(rates), "mcs": ratio_of_means(similarities),
-            "rc": ratio_of_means(coupled, apart), "rp": ratio_of_means(moved, apart)}
+    return {"cr": mean_ratio(rates), "mcs": mean_ratio(similarities),
+            "rc": mean_ratio(coupled, apart), "rp": mean_ratio(moved, apart)}
+
+
+def mean_ratio(above, below=None):
+    """evaluate.ratio_of_means of lists by layer of (N,) tensors; below None: 1."""
+    above = torch.stack(above, 1).cpu().numpy()
+    return ratio_of_means(above, np.ones_like(above) if below is None else torch.stack(below, 1).cpu().numpy())
 
 
 def reid(network, bank, **options):
@@ -268,13 +240,13 @@ def reid(network, bank, **options):
     for c, corner in enumerate(CORNERS):
         for layer, part in zip(moved, features(network, BANK, [(corner, bank.take(slice(c, None, 4)))], **options)):
             layer[c::4] = part
-    return {"reid_neighbours": ratio_of_means([hits(q[:, 0], k[:, 0]) for q, k in zip(amid, stored)]),
-            "reid_moved": ratio_of_means([hits(q[:, 0], k[:, 0]) for q, k in zip(moved, stored)])}
+    return {"reid_neighbours": mean_ratio([hits(q[:, 0], k[:, 0]) for q, k in zip(amid, stored)]),
+            "reid_moved": mean_ratio([hits(q[:, 0], k[:, 0]) for q, k in zip(moved, stored)])}
 
 
-def neighbours(bank, rows):
-    """The squares around objects `rows` of the bank: the four that follow each, left, right, above and below."""
-    return [(place, bank.take([(row + 1 + k) % len(bank.masks) for row in rows])) for k, place in enumerate(NEIGHBOURS)]
+def neighbours(bank, index):
+    """The squares around objects `index` of the bank: the four that follow each, left, right, above and below."""
+    return [(place, bank.take([(i + 1 + k) % len(bank.masks) for i in index])) for k, place in enumerate(NEIGHBOURS)]
 
 
 def hits(queries, bank):
@@ -297,129 +269,78 @@ def probe(network, inputs, what="probes", alone=False, bins=6, fill="black"):
         progress.update(done)
 
     options = dict(bins=bins, fill=fill, seen=seen)
-    found = {**reid(network, inputs.bank, **options), **coupling(network, inputs.a, inputs.b, alone, **options)}
-    if not np.isfinite(found["cr"].value + found["mcs"].value).all():
+    measures = {**reid(network, inputs.bank, **options), **coupling(network, inputs.a, inputs.b, alone, **options)}
+    if not np.isfinite(measures["cr"].value + measures["mcs"].value).all():
         raise UserError(f"{what}: CR or MCS is not finite, features vanish or diverge: is it a trained ResNet?")
-    return {name: found[name] for name in MEASURES}
-
-
-# ------------------------------------------------------------------------------------------------- arms of a comparison
-
-def over_networks(estimates):
-    """Mean by layer and its standard error: over an arm's networks, of one alone over its objects."""
-    values = np.stack([estimate.value for estimate in estimates])
-    error = estimates[0].error if len(values) == 1 else values.std(0, ddof=1) / len(values) ** 0.5
-    return values.mean(0), error
-
-
-def difference(rows, seeds, first, first_seeds):
-    """An arm's estimates less the first one's, mean and standard error by layer, and what is paired: "seed" where
-    two or more seeds are in both arms, else "object" (which leaves the seeds' part of the error out)."""
-    both = sorted({seed for seed in seeds if seed is not None} & {*first_seeds})
-    if len(both) > 1:
-        return *over_networks([rows[seeds.index(seed)].minus(first[first_seeds.index(seed)]) for seed in both]), "seed"
-    mine, theirs = (Estimate(*(np.mean(parts, 0) for parts in zip(*some))) for some in (rows, first))
-    return *over_networks([mine.minus(theirs)]), "object"
-
-
-def columns(measures):
-    """{name: values, name_se: errors} of {name: (values, errors)}, lists by layer; what is not a number is None."""
-    named = {key: numbers for name, pair in measures.items() for key, numbers in zip((name, f"{name}_se"), pair)}
-    return {key: [float(x) if np.isfinite(x) else None for x in numbers] for key, numbers in named.items()}
-
-
-def compare(arms, inputs, clean, device, **options):
-    """Probe every network of the arms (evaluate.open_arms). Returns the arms' and the files' results for JSON."""
-    probed, files = [], []
-    for arm in arms:
-        estimates = defaultdict(list)  # {measure: an Estimate a network}
-        for row in arm.rows:
-            what = row.path if row.seed is None else f"{row.path}, seed {row.seed}"
-            found = probe(row.load(clean).to(device), inputs, what, bins=row.bins, **options)
-            measured = columns({name: (one.value, one.error) for name, one in found.items()})
-            files.append({"arm": arm.name, **asdict(row), **measured})
-            for name, one in found.items():
-                estimates[name].append(one)
-        probed.append(estimates)
-    return [summarise(arm, arms, probed) for arm in arms], files
-
-
-def summarise(arm, arms, probed):
-    """An arm's means and errors and, where it is not the first, its difference from that, for JSON. probed: for each of
-    `arms` {measure: an Estimate a network}."""
-    mine, first = probed[arms.index(arm)], reference(arm, arms)
-    result = {"arm": arm.name, "images": arm.images, "files": len(arm.rows),
-              **columns({name: over_networks(estimates) for name, estimates in mine.items()})}
-    if first is not arm:
-        theirs = probed[arms.index(first)]
-        seeds, first_seeds = ([row.seed for row in some.rows] for some in (arm, first))
-        paired = {name: difference(mine[name], seeds, theirs[name], first_seeds) for name in MEASURES}
-        result["difference"] = {"to": first.name, "to_images": first.images, "paired_by": paired["rc"][2],
-                                **columns({name: values[:2] for name, values in paired.items()})}
-    return result
-
-
-def print_tables(results):
-    """A table a measure: arms, after the most images that each has seen, and their differences from the first one."""
-    last = list({result["arm"]: result for result in results}.values())
-    width = max(len(result["arm"]) + 2 for result in last)
-    for name, (title, _) in MEASURES.items():
-        digits = 1 if name.startswith("reid") else 4
-        print(f"\n{title}\n{'arm':{width}} files" + "".join(f"{layer:>18}" for layer in LAYERS))
-        for result in last:
-            print(f"{result['arm']:{width}} {result['files']:5}" + cells(result, name, f".{digits}f"))
-            if "difference" in result:
-                versus = result["difference"]
-                print(f"{'  less ' + versus['to']:{width + 6}}" + cells(versus, name, f"+.{digits}f"))
-
-
-def cells(result, name, form):
-    """A measure's means and errors, a column a layer."""
-    texts = []
-    for mean, error in zip(result[name], result[f"{name}_se"]):
-        texts.append("-" if mean is None or error is None else f"{mean:{form}} +-{error:{form.lstrip('+')}}")
-    return "".join(f"{text:>18}" for text in texts)
+    return {name: measures[name] for name in MEASURES}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+
+
+def new_figure():
+    """matplotlib's figure and its axes, one for each measure."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    return figure, figure.subplots(2, 3).flat
+
+
+def plot_file(path):
+    """The type of --plot: raises UserError where matplotlib is missing, before the work and not after it."""
+    new_figure()
+    return path
+
+
 def plot(results, path):
-    """Figures 3b and 4b and ours, a PNG: every measure by layer, a curve an arm with its standard errors, after the
-    most images seen; where an arm has several numbers of images seen, below it over these, at res4 and at `roi`
-    (dashed)."""
-    arms = defaultdict(list)
-    for result in results:
-        arms[result["arm"]].append(result)
-    styles = curve_styles(arms)
-    learning = any(len(some) > 1 for some in arms.values())
-    figure, axes = new_figure(4 if learning else 2, 3, width=13, height=14 if learning else 7.5)
-    for n, axis in enumerate(axes.flat):
-        name, (title, ideal) = list(MEASURES.items())[n % 6]
-        axis.axhline(ideal, color="grey", linewidth=0.8, linestyle=":")
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("layer" if n < 6 else "images seen (solid res4, dashed roi)")
+    """Figures 3b and 4b and ours, a PNG: every measure by layer, a curve for each row with its standard errors. `roi`
+    stands apart: it is no deeper layer than res5 but C5 on RoIAlign's output."""
+    figure, axes = new_figure()
+    for axis, (name, (title, ideal)) in zip(axes, MEASURES.items()):
+        values, errors = (np.array([result[key] for result in results], float) for key in (name, f"{name}_se"))
+        axis.axhline(ideal, color="grey", linewidth=1, linestyle=":")
+        axis.annotate(f"ideal {ideal}", (0, ideal), (3, 2), textcoords="offset points", fontsize=8, color="grey")
+        low, high = limits(values, ideal)
+        for i, result in enumerate(results):
+            shown, colour, marker = values[i].clip(low, high), CURVE_COLOURS[i % 7], "osD^v"[i // 7 % 5]
+            error = np.where(shown == values[i], errors[i], 0)  # a value beyond the axis is written at its edge
+            for layers, label in ((slice(0, 4), result["row"]), (slice(4, 5), None)):
+                axis.errorbar(LAYERS[layers], shown[layers], error[layers], color=colour, marker=marker, label=label,
+                              markersize=4, capsize=3)
+            for layer in np.flatnonzero(np.isfinite(values[i]) & (shown != values[i])):
+                axis.annotate(f"{values[i][layer]:.3g}", (layer, shown[layer]), (3, 3), textcoords="offset points",
+                              color=colour, fontsize=7)
+        axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        axis.set_title(title.replace(": ", ":\n"), fontsize=10, loc="left")
         axis.grid(alpha=0.3)
-        for arm, some in arms.items():
-            means, errors = (np.array([result[key] for result in some], float) for key in (name, f"{name}_se"))
-            images = [result["images"] for result in some]
-            style = dict(styles[arm], markersize=4, capsize=3)
-            if n < 6:
-                axis.errorbar(LAYERS, means[-1], errors[-1], label=arm, **style)
-                continue
-            seen = [i for i, number in enumerate(images) if number]  # a logarithmic axis has no place for 0
-            for layer, dashes in ((LAYERS.index("res4"), "-"), (LAYERS.index("roi"), "--")):
-                if seen:
-                    axis.errorbar([images[i] for i in seen], means[seen, layer], errors[seen, layer],
-                                  linestyle=dashes, **style)
-                else:
-                    axis.axhline(means[-1, layer], color=styles[arm]["color"], linewidth=1, linestyle=dashes)
-        if n >= 6:
-            images_seen(axis)
-    save_figure(figure, path, dpi=110)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    print(f"wrote {path}")
+
+
+def limits(values, ideal):
+    """The range of an axis for values (rows, layers) and the ideal. Of three or more rows, one that is four times as
+    wide as all others together is left out, so that it does not flatten them."""
+    rows = [row[np.isfinite(row)] for row in values]
+
+    def span(rows):
+        numbers = np.concatenate([*rows, [ideal]])
+        return numbers.min(), max(numbers.max(), numbers.min() + 1e-6)
+    while len(rows) > 2:
+        rest = min((rows[:i] + rows[i + 1:] for i in range(len(rows))), key=lambda some: np.ptp(span(some)))
+        if np.ptp(span(rows)) < 4 * np.ptp(span(rest)):
+            break
+        rows = rest
+    return span(rows)
 
 
 def picture(inputs, alone=False, fill="black", rows=3):
-    """A PIL picture of what is asked, a row a pair and an object of the bank; the squares that are read have frames."""
+    """A PIL picture of the inputs, each line a pair and an object of the bank; the squares that are read have frames."""
     gap, head, rows = 8, 18, min(rows, len(inputs.a.masks))
     nine = "alone at each place in turn" if alone else "the centre against eight places"
     titles = ("CR, rc: A1 beside B", "A2: A, without B", "B2: B at A's place", f"MCS, rp: {nine}",
@@ -429,12 +350,12 @@ def picture(inputs, alone=False, fill="black", rows=3):
     draw = ImageDraw.Draw(sheet)
     for r in range(rows):
         a, b, one = (squares.take([r]) for squares in inputs)
-        asked = ((PAIR, [(A, a), (B, b)]), (PAIR, [(A, a)]), (PAIR, [(A, b)]),
-                 (GRID, [(place, a) for place in PLACES[:1 if alone else 9]]),
-                 (BANK, [(CENTRE, one)]), (BANK, [(CENTRE, one), *neighbours(inputs.bank, [r])]),
-                 (BANK, [(CORNERS[r % 4], one)]))
+        placements = ((PAIR, [(A, a), (B, b)]), (PAIR, [(A, a)]), (PAIR, [(A, b)]),
+                      (GRID, [(place, a) for place in PLACES[:1 if alone else 9]]),
+                      (BANK, [(CENTRE, one)]), (BANK, [(CENTRE, one), *neighbours(inputs.bank, [r])]),
+                      (BANK, [(CORNERS[r % 4], one)]))
         left = gap
-        for title, (size, placed) in zip(titles, asked):
+        for title, (size, placed) in zip(titles, placements):
             top = head + r * (GRID[0] + gap) + (GRID[0] - size[0]) // 2
             draw.text((left, 3), title, fill="white")
             sheet.paste(Image.fromarray(compose(size, placed, fill)[0].numpy()), (left, top))
@@ -451,34 +372,43 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_arguments(parser)
     add = parser.add_argument
-    add("--pairs", type=positive, default=100, help="of objects for CR, MCS, rc and rp, at least 2 (default: 100)")
-    add("--cut", choices=("box", "mask"), default="box", help="box: a crop fills its square, as the paper places "
-        "images; mask: an object is cut along its mask, its feature the mean of its own cells")
-    add("--alone", action="store_true", help="MCS and rp of one object alone at nine places, not of nine at once")
-    add("--fill", choices=tuple(FILLS), default="black", help="around the objects: black or ImageNet's mean colour")
-    add("--plot", type=plot_file, help="write the curves there, a PNG (needs matplotlib)")
+    add("--pairs", type=positive, default=100, help="pairs of objects for CR, MCS, rc and rp (default: 100)")
+    add("--cut", choices=("box", "mask"), default="box", help="what is cut out: the box's crop, which fills its square "
+        "as the paper's images do, or the object along its mask, whose feature is its own cells' (default: box)")
+    add("--alone", action="store_true", help="for MCS and rp: one object alone at nine places, not nine at once")
+    add("--fill", choices=tuple(FILLS), default="black", help="what is around the objects: black, or mean, ImageNet's "
+        "mean colour (default: black, section 3)")
+    add("--plot", type=plot_file, metavar="FILE", help="write the curves there, a PNG (needs matplotlib)")
+    add("--picture", metavar="FILE", help="write a PNG of the inputs there")
     args = parser.parse_args()
     if args.pairs < 2:
         raise UserError(f"--pairs {args.pairs}: a standard error needs at least 2")
-    arms = open_arms(args)
-    if any(row.path == "colour" for arm in arms for row in arm.rows):
+    rows = open_rows(args)
+    if any(source.path == "colour" for _, sources in rows for source in sources):
         raise UserError("--ckpt colour is no network and has no layers to probe: leave it out")
     inputs = open_inputs(open_labelled(args.data, args.root, "val"), args.pairs, args.seed, args.cut, args.workers)
     if args.picture:
-        save(picture(inputs, args.alone, args.fill), args.picture)
-    device, clean = "cuda" if torch.cuda.is_available() else "cpu", None
+        save_picture(picture(inputs, args.alone, args.fill), args.picture)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # differences of nearly equal features are what is measured
-    if any(row.statistics == "clean" for arm in arms for row in arm.rows):
-        clean = Clean(open_images(args.data, args.root), SIZE[args.data], "roi", seed=args.seed, device=device)
-    results, files = compare(arms, inputs, clean, device, alone=args.alone, fill=args.fill)
-    print_tables(results)
-    print(f"\n{args.pairs:,} pairs, {len(inputs.bank.masks):,} objects in the bank, +- one standard error; statistics: "
-          + "; ".join(sorted({f"{file['arm']} {file['statistics']}" for file in files})))
+
+    def clean():
+        return clean_batches(open_images(args.data, args.root), SIZE[args.data], args.seed, device)
+
+    def measure(source):
+        return probe(load_source(source, "roi", clean, device), inputs, source.path, args.alone, source.bins, args.fill)
+
+    results, files = measure_rows(rows, measure)
+    for name, (title, _) in MEASURES.items():
+        print(f"\n{title}")
+        digits, unit = (1, f"{len(inputs.bank.masks)} objects") if "reid" in name else (4, f"{args.pairs:,} pairs")
+        print_table(LAYERS, results, lambda numbers, suffix: numbers[name + suffix], digits, unit)
     if args.json:
         names = ("data", "root", "seed", "pairs", "cut", "alone", "fill", "statistics")
         settings = {**{name: getattr(args, name) for name in names}, "side": SIDE, "bank": len(inputs.bank.masks),
-                    "bank_side": BANK_SIDE, "layers": LAYERS, "versions": VERSIONS}
-        save({"settings": settings, "arms": results, "files": files}, args.json)
+                    "bank_side": BANK_SIDE, "layers": LAYERS}
+        write_json(args.json, {"settings": settings, "versions": VERSIONS, "rows": results, "files": files})
+        print(f"wrote {args.json}")
     if args.plot:
         plot(results, args.plot)
 
