@@ -2344,170 +2344,177 @@ def test_export(plain, tmp_path):
     assert torch.equal(other.layer4[1].bn2.running_var, plain["layer4.1.bn2.running_var"])
 
 
-# arms
+# rows of a table
 
-def arms_of(*words):
-    return evaluate.open_arms(evaluate.parse_arguments(["--ckpt", *map(str, words)]))
+def rows_of(*words):
+    return evaluate.open_rows(evaluate.parse_arguments(["--ckpt", *map(str, words)]))
 
 
-def test_arms_know_their_files_seeds_images_and_statistics(plain, tmp_path):
+def test_rows_know_their_files_bins_and_statistics(plain, tmp_path, capsys):
     for seed in (3, 5):
         write_run(tmp_path / f"run-{seed}", seed, clean=seed == 3)
     other = {key: value + 1 for key, value in plain.items()}
     torch.save({**under("student.", plain), **under("teacher.", other)}, tmp_path / "a=b.pth")
-    arms = arms_of(f"ours={tmp_path}/run-*/last.pt", f"snap={tmp_path}/run-*/backbone-*.pth", tmp_path / "a=b.pth",
+    capsys.readouterr()
+    rows = rows_of(f"ours={tmp_path}/run-*/last.pt", tmp_path / "run-5" / "backbone-256.pth", tmp_path / "a=b.pth",
                    f"{tmp_path}/a=b.pth:teacher", f"{tmp_path}/run-3/last.pt:teacher.backbone", "untrained=random",
                    "colour")
-    names = [str(name).removeprefix(f"{tmp_path}/") for name, *_ in arms]
-    assert names == ["ours", "snap", "snap", "a=b.pth", "a=b.pth:teacher", "run-3/last.pt:teacher.backbone",
-                     "untrained", "colour"]
-    assert [arm.images for arm in arms] == [1024, 256, 1024, None, None, 1024, 0, None]
-    assert [[row.seed for row in arm.rows] for arm in arms] == [[3, 5]] * 3 + [[None]] * 2 + [[3], [3, 5], [None]]
     clean, saved = "clean (training run)", "saved"
-    assert [[row.statistics for row in arm.rows] for arm in arms] == [
-        [clean, saved], [clean] * 2, [clean] * 2, [saved], [saved], [clean], ["clean"] * 2, ["none"]]
-    assert all(row.bins == 6 and row.arch == "resnet18" for arm in arms[:-1] for row in arm.rows)
-    student, teacher = (arm.rows[0].load(None) for arm in arms[3:5])
-    assert torch.equal(teacher.conv1.weight, student.conv1.weight + 1) and len(arms[3].rows[0].digest) == 16
-    assert arms[3].rows[0].digest != arms[4].rows[0].digest
-    assert [evaluate.reference(arm, arms[1:]).images for arm in arms[1:]] == [256, 1024, 1024, 1024, 1024, 1024, 1024]
-    first_of_two = arms[6].rows[1]  # random's are the runs' own initialisations
-    expected = evaluate.load_backbone(tmp_path / "run-5" / "backbone.pth")[0].conv1.weight
-    assert torch.equal(first_of_two.load(lambda network, row: None).conv1.weight, expected)
+    assert [(name.removeprefix(f"{tmp_path}/"), [source.statistics for source in some]) for name, some in rows] == [
+        ("ours", [clean, saved]), ("run-5/backbone-256.pth", [clean]), ("a=b.pth", [saved]),
+        ("a=b.pth:teacher", [saved]), ("run-3/last.pt:teacher.backbone", [clean]), ("untrained", ["clean"]),
+        ("colour", ["none"])]
+    sources = [source for _, some in rows[:-1] for source in some]
+    assert all(source.bins == 6 and source.arch == "resnet18" for source in sources)
+    student, teacher = (evaluate.load_source(source, "roi", None, "cpu") for source in sources[3:5])
+    assert torch.equal(teacher.conv1.weight, student.conv1.weight + 1)
+    assert evaluate.digest(student) != evaluate.digest(teacher)
+    warnings = capsys.readouterr().err.splitlines()  # of the last.pt that kept the statistics of an untrained network
+    assert len(warnings) == 1 and "run-5/last.pt" in warnings[0] and "never updated" in warnings[0]
 
 
-def test_arms_that_are_mistakes_are_one_line(tmp_path):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b")
-    with pytest.raises(UserError, match="its second of seed 0"):
-        arms_of(f"ours={tmp_path}/?/last.pt")
-    with pytest.raises(UserError, match=r"\*.pt: No such file"):
-        arms_of(f"ours={tmp_path}/*.pt")
-
-
-def test_random_is_never_evaluated_without_statistics(tmp_path):
+def test_random_is_never_evaluated_without_statistics(tmp_path, monkeypatch):
     """Whatever --statistics says; a file is re-estimated only when it asks."""
     torch.save(evaluate.build("resnet18", 0).state_dict(), tmp_path / "x.pth")
+    monkeypatch.setattr(evaluate, "precise_batch_norm", lambda network, batches: called.append(batches))
     for words, expected in (([], ["random"]), (["--statistics", "clean"], [f"{tmp_path}/x.pth", "random"])):
         called = []
-        for arm in arms_of(tmp_path / "x.pth", "random", *words):
-            arm.rows[0].load(lambda network, row: called.append(row.path))
+        for _, (source,) in rows_of(tmp_path / "x.pth", "random", *words):
+            evaluate.load_source(source, "map", lambda: source.path, "cpu")
         assert called == expected
+
+
+def test_errors_are_those_of_a_bootstrap():
+    """4,000 resamples of 300 images: the bootstrap's own error is 1 % of it, so 6 % are five of these. Queries of one
+    image are alike: an error that takes them as independent is half as large. And a ratio of two random means."""
+    random = np.random.default_rng(0)
+    images = np.repeat(np.arange(300), random.integers(1, 8, 300))
+    luck = random.normal(size=(2, 300))
+    one, two = 100.0 * (0.9 * luck[:, images] + random.normal(0, 0.3, (2, len(images))) > 0)
+    points = [np.stack([values] * 5) for values in (one, two)]
+    first, second = (evaluate.over_images(some, images + 7)["lost"] for some in points)
+    sizes = np.bincount(images)
+    for values, estimate in ((one, first), (one - two, first.minus(second))):
+        drawn = random.integers(300, size=(4000, 300))
+        means = np.bincount(images, values)[drawn].sum(1) / sizes[drawn].sum(1)
+        assert estimate.value == pytest.approx(values.mean()) and estimate.error == pytest.approx(means.std(), rel=0.06)
+        assert estimate.error > 1.5 * values.std() / len(values) ** 0.5
+    above, below = random.normal(3, 1, 400), random.normal(5, 1, 400)
+    drawn = random.integers(400, size=(4000, 400))
+    error = (above[drawn].mean(1) / below[drawn].mean(1)).std()
+    assert evaluate.ratio_of_means(above, below).error == pytest.approx(error, rel=0.06)
+
+
+def test_t_quantiles_hold_95_percent():
+    for n, limit in enumerate(evaluate.T95, 1):
+        x = np.linspace(0, limit, 20_001)
+        density = math.gamma((n + 1) / 2) / math.gamma(n / 2) / (n * math.pi) ** 0.5 * (1 + x * x / n) ** (-(n + 1) / 2)
+        assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-4)
+
+
+def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
+    """In the order of the files; of two single networks image by image; None where the numbers of files differ."""
+    values = {"a": [1.0, 2.0, 4.0], "b": [3.0, 1.5, 8.0], "c": [5.0]}
+    rows = [(name, [evaluate.Source(str(value)) for value in some]) for name, some in values.items()]
+    influence = np.random.default_rng(0).normal(size=(50, 2))
+
+    def measure(source):
+        value = float(source.path)
+        return {"m": evaluate.Estimate(np.array([value, np.nan]), influence + value)}
+    (first, second, alone), files = evaluate.measure_rows(rows, measure)
+    assert [file["m"][0] for file in files] == sum(values.values(), []) and files[0]["m"][1] is None
+    assert first["m"] == [pytest.approx(7 / 3), None] and "difference" not in first and "difference" not in alone
+    assert first["m_se"][0] == pytest.approx(np.std([1, 2, 4], ddof=1) / 3 ** 0.5)
+    pairs, difference = np.array([2, -0.5, 4]), second["difference"]
+    low, high = pairs.mean() + np.array([-4.303, 4.303]) * pairs.std(ddof=1) / 3 ** 0.5
+    assert difference["from"] == "a" and difference["m"][0] == pytest.approx(pairs.mean())
+    assert [difference[key][0] for key in ("m_low", "m_high")] == pytest.approx([low, high])
+    pair, _ = evaluate.measure_rows([("x", rows[0][1][:1]), rows[2]], measure)
+    assert pair[1]["difference"]["m"][0] == 4
+    assert pair[1]["difference"]["m_se"][0] == pytest.approx(4 / 49 ** 0.5)  # the influences of all 50 differ by 4
+    results, pick = [first, second, alone], lambda numbers, suffix: numbers["m" + suffix][:1]
+    evaluate.print_table(["m ↑"], results, pick, 2, "50 images")
+    lines = capsys.readouterr().out.splitlines()
+    assert "difference from a" in lines[3] and "+1.83" in lines[3] and f"{low:+.2f} to {high:+.2f}" in lines[4]
+    assert "over 3 files" in lines[4] and "50 images" in lines[5] and "no difference from a" in lines[6]
 
 
 # --------------------------------------------------------------------------------------------------- evaluate.py: O-KNN
 
-def unit(rows):
-    return F.normalize(torch.tensor(rows, dtype=torch.float32), dim=1).half()
-
-
 def test_o_knn_by_hand():
+    unit = lambda rows: F.normalize(torch.tensor(rows, dtype=torch.float32), dim=1).half()
     bank, labels = unit([[1, 0], [1, 0], [0, 1], [0, 1], [-1, 0]]), torch.tensor([4, 2, 1, 3, 0])
-    queries = unit([[1, 0], [0, 1], [-1, 0]])
-    cosines, index = evaluate.nearest(queries, bank, 3)
-    assert index.tolist() == [[0, 1, 2], [2, 3, 0], [4, 2, 3]]  # equal cosines: the lower index first
-    assert cosines.tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 0]]
+    cosines, index = evaluate.nearest(unit([[1, 0], [0.1, 1], [-1, 0]]), bank, 3)
+    assert index[0, :2].tolist() == [0, 1] and index[1, :2].tolist() == [2, 3]  # equal cosines: the lower index first
+    assert index[2].tolist() == [4, 2, 3] and cosines[0].tolist() == [1, 1, 0]
+    index = torch.tensor([[0, 1, 2], [2, 3, 0], [4, 2, 3]])
     first = evaluate.vote(cosines, labels[index], 5)  # equal votes: the lower category first; no vote: no prediction
     assert first.tolist() == [[2, 4, 1, -1, -1], [1, 3, 4, -1, -1], [0, 1, 3, -1, -1]]
-    hits = evaluate.o_knn(queries, torch.tensor([2, 3, 2]), bank, labels, 5, k=3)
-    assert hits.tolist() == [[True, True], [False, True], [False, False]]
     with pytest.raises(UserError, match="--k 6 is larger than the bank of 5"):
-        evaluate.nearest(queries, bank, 6)
-
-
-def test_votes_are_weighted_by_similarity():
-    near, far = np.exp(0.9 / 0.07), np.exp(0.8 / 0.07)
-    assert near > 4 * far  # so that one at 0.9 outvotes four at 0.8
+        evaluate.nearest(bank, bank, 6)
+    assert np.exp(0.9 / 0.07) > 4 * np.exp(0.8 / 0.07)  # so that one at 0.9 outvotes four at 0.8
     labels = torch.tensor([[3, 1, 1, 1, 1]])
-    assert evaluate.vote(torch.tensor([[0.9, 0.8, 0.8, 0.8, 0.8]], dtype=torch.float64), labels, 5)[0, 0] == 3
-    assert evaluate.vote(torch.tensor([[0.82, 0.8, 0.8, 0.8, 0.8]], dtype=torch.float64), labels, 5)[0, 0] == 1
+    assert evaluate.vote(torch.tensor([[0.9, 0.8, 0.8, 0.8, 0.8]]), labels, 5)[0, 0] == 3
+    assert evaluate.vote(torch.tensor([[0.82, 0.8, 0.8, 0.8, 0.8]]), labels, 5)[0, 0] == 1
 
 
-def brute_force(queries, bank, labels, categories, k):
-    """The same rule as a loop over Python's floats."""
-    indices, ranking = [], []
-    for q in queries.double().tolist():
-        cosine = [np.dot(q, b) for b in bank.double().tolist()]
-        order = sorted(range(len(bank)), key=lambda i: (-round(cosine[i], 12), i))[:k]
-        votes = np.zeros(categories)
-        for i in order:
-            votes[labels[i]] += np.exp(cosine[i] / 0.07)
-        indices.append(order)
-        ranking.append([c if votes[c] else -1 for c in sorted(range(categories), key=lambda c: (-votes[c], c))[:5]])
-    return indices, ranking
-
-
-@pytest.mark.parametrize("dimension", [2, 16, 300])
-def test_nearest_and_vote_equal_a_loop(dimension):
+@pytest.mark.parametrize("dimension", [2, 300])
+def test_nearest_equals_a_loop(dimension):
+    """Whatever the chunks; ties that topk takes whole come in the order of the bank."""
     torch.manual_seed(dimension)
     bank = F.normalize(torch.randn(500, dimension), dim=1).half()
-    bank[100:160] = bank[0]  # more equal ones than candidates are kept, across the borders of chunks
-    bank[300:310] = bank[7]
-    queries = torch.cat([bank[[0, 7, 301]], F.normalize(torch.randn(40, dimension), dim=1).half()])
-    labels = torch.randint(9, (500,))
-    indices, ranking = brute_force(queries, bank, labels, 9, 20)
-    for rows, columns in ((4096, 16384), (7, 33), (1, 10)):
-        cosines, index = evaluate.nearest(queries, bank, 20, rows=rows, columns=columns)
-        assert index.tolist() == indices
-        assert evaluate.vote(cosines, labels[index], 9).tolist() == ranking
+    bank[300:310] = bank[7]  # equal ones across the borders of chunks
+    queries = torch.cat([bank[[7, 301]], F.normalize(torch.randn(40, dimension), dim=1).half()])
+    exact = queries.double() @ bank.double().T
+    for chunks in ({}, dict(rows=7, columns=33), dict(rows=1, columns=10)):
+        cosines, index = evaluate.nearest(queries, bank, 20, **chunks)
+        np.testing.assert_allclose(cosines, exact.sort(1, descending=True).values[:, :20], atol=1e-6)
+        np.testing.assert_allclose(exact.gather(1, index), cosines, atol=1e-6)
+        assert index[0, :11].tolist() == index[1, :11].tolist() == [7, *range(300, 310)]
 
 
 def test_objects_are_selected_with_distinct_categories_first():
     labels, crowd = np.array([5, 5, 5, 2, 2, 9, 1]), np.array([0, 0, 0, 0, 0, 1, 0], bool)
-    assert evaluate.select_objects(labels, crowd, 2).tolist() == [0, 3]
-    assert evaluate.select_objects(labels, crowd, 4).tolist() == [0, 1, 3, 6]
-    assert evaluate.select_objects(labels, crowd).tolist() == [0, 1, 2, 3, 4, 6]
+    for number, expected in ((2, [0, 3]), (4, [0, 1, 3, 6]), (None, [0, 1, 2, 3, 4, 6])):
+        assert evaluate.select_objects(labels, crowd, number).tolist() == expected
     assert evaluate.select_objects(labels[5:6], crowd[5:6], 3).tolist() == []
 
 
-def network_and_boxes(size=128):
-    network = evaluate.load_backbone("random", "resnet18", seed=2)[0]
+@pytest.mark.parametrize("head, size", [("map", 128), ("roi", 112)])
+@torch.no_grad()
+def test_heads(head, size):
+    """map: torchvision's RoIAlign 7x7 on C5, averaged; roi: what the encoder trains."""
+    network, images = evaluate.load_backbone("random", "resnet18", seed=2)[0], torch.randn(3, 3, size, size)
     boxes = random_boxes(3, 4, (size, size), seed=3)
     boxes[1, 2:] = boxes[2, 0] = 0  # padding, also before an object
-    return network, torch.randn(3, 3, size, size, generator=seeded(4)), boxes
-
-
-def test_head_map_is_roi_align_7x7_on_c5_averaged():
-    network, images, boxes = network_and_boxes()
-    with torch.no_grad():
+    features, kept = evaluate.ObjectFeatures(network, head, 6)(images, boxes), boxes.flatten(0, 1)[:, 2] > 0
+    if head == "map":
         c5 = nn.Sequential(*list(network.children())[:8])(images)
         rois = torch.cat([torch.arange(3).repeat_interleave(4)[:, None].float(), boxes.flatten(0, 1)], 1)
         expected = torchvision.ops.roi_align(c5, rois, 7, 1 / 32, sampling_ratio=2, aligned=True).mean((2, 3))
-        found = evaluate.ObjectFeatures(network, "map")(images, boxes)
-    kept = boxes.flatten(0, 1)[:, 2] > 0
-    torch.testing.assert_close(found[kept], expected[kept], atol=1e-5, rtol=1e-4)
-
-
-def test_head_roi_is_what_the_encoder_trains():
-    network, images, boxes = network_and_boxes(112)
-    encoder = Encoder("resnet18", roi=6).eval()
-    encoder.backbone.load_state_dict(network.state_dict())
-    encoder.projector = nn.Identity()
-    with torch.no_grad():
-        found, expected = evaluate.ObjectFeatures(network, "roi", 6)(images, boxes), encoder(images, boxes)
-    kept = boxes.flatten(0, 1)[:, 2] > 0
-    torch.testing.assert_close(F.normalize(found[kept], dim=1), expected[kept], atol=1e-5, rtol=1e-4)
-    assert not found[~kept].any()
+    else:
+        encoder = Encoder("resnet18", roi=6).eval()
+        encoder.backbone.load_state_dict(network.state_dict())
+        encoder.projector = nn.Identity()
+        features, expected = F.normalize(features, dim=1), encoder(images, boxes)
+        assert not features[~kept].any()
+    torch.testing.assert_close(features[kept], expected[kept], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["map", "roi"])
 def test_clean_statistics_are_a_plain_loops(head):
-    """Each norm's statistics: the mean over batches of its inputs' mean and (unbiased) variance, in training mode; the
-    first layer's inputs are made without the network."""
-    clean = evaluate.Clean(Scenes("train"), 64, head, number=40, seed=1)
-    network, row = evaluate.build("resnet18", 0).eval(), evaluate.Row("random", bins=4)
-    means = {name: [] for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    sides, first = [], []
+    """Each norm's statistics: the mean over batches of its inputs' mean and (unbiased) variance, in training mode."""
+    batches = list(evaluate.clean_batches(Scenes("train"), 64, seed=1, number=40))
+    network = evaluate.load_source(evaluate.Source("random", arch="resnet18", bins=4, statistics="clean"), head,
+                                   lambda: batches, "cpu")
     copy = evaluate.build("resnet18", 0).train()
+    means = {name: [] for name, module in copy.named_modules() if isinstance(module, nn.BatchNorm2d)}
     for name, module in copy.named_modules():
         if name in means:
             module.register_forward_pre_hook(lambda _, inputs, name=name: means[name].append(
                 (inputs[0].mean((0, 2, 3)), inputs[0].var((0, 2, 3)))))
     with torch.no_grad():
-        for images, boxes in clean.batches():
-            x = F.conv2d(images.double(), network.conv1.weight.double(), stride=2, padding=3).transpose(0, 1).flatten(1)
-            first.append((x.mean(1).float(), x.var(1).float()))
-            sides.append((boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt() / 64)
+        for images, boxes in batches:
             c4 = nn.Sequential(*list(copy.children())[:7])(images)
             rois = torch.cat([torch.arange(len(images)).repeat_interleave(4)[:, None].float(), boxes.flatten(0, 1)], 1)
             regions = torchvision.ops.roi_align(c4, rois, 4, 1 / 16, sampling_ratio=2, aligned=True)
@@ -2515,22 +2522,19 @@ def test_clean_statistics_are_a_plain_loops(head):
                 copy.layer4(c4)
             else:
                 [copy.layer4(regions[k::4]) for k in range(4)]  # the k-th boxes of all images are a batch
-    clean(network, row)
     assert not network.training
-    torch.testing.assert_close(network.bn1.running_mean, torch.stack([m for m, _ in first]).mean(0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(network.bn1.running_var, torch.stack([v for _, v in first]).mean(0), atol=0, rtol=1e-4)
     for name, module in network.named_modules():
         if name in means:
             mean, var = (torch.stack([values[i] for values in means[name]]).mean(0) for i in (0, 1))
             torch.testing.assert_close(module.running_mean, mean, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(module.running_var, var, atol=1e-4, rtol=1e-3)
-    sides = torch.cat(sides)
+    sides = torch.cat([(boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt() / 64 for _, boxes in batches])
     assert sides.shape == (40, 4) and 0.29 < sides.min() < 0.4 and 0.7 < sides.max() < 0.81
 
 
 class Pictures(list):
     """What Labelled needs of its images."""
-    root, read, name = "painted", list.__getitem__, str
+    root, read, name = Path("painted"), list.__getitem__, lambda self, i: str(i)
 
 
 def painted(images=12, seed=0):
@@ -2555,18 +2559,14 @@ def test_measures_on_networks_made_by_hand():
     bank, queries = evaluate.Objects(labelled, 64, None), evaluate.Objects(labelled, 64, None, seed=1)
     inside = evaluate.evaluate(evaluate.median_colours, bank, queries, k=1)
     assert inside.points.mean(1).tolist() == [100, 100, 100, 100, 0]
-    assert inside.rows.tolist() == list(range(24))
-    assert queries.image_of(inside.rows).tolist() == [i // 2 for i in range(24)]
+    assert inside.queries.tolist() == list(range(24))
+    assert queries.image_of(inside.queries.numpy()).tolist() == [i // 2 for i in range(24)]
 
-    def whole(images, boxes):  # the corner of the picture, out of reach of every box, and the first box
+    def outside(images, boxes):  # the corner of the picture, out of reach of every box, and the first box
         return torch.cat([images[:, :, 0, 0], images[:, :, 10, 10]], 1).repeat_interleave(boxes.shape[1], 0)
-    context = evaluate.evaluate(whole, bank, queries, k=1).points
-    by_loop = []
-    seen = [[image[0, 0].tolist(), image[10, 10].tolist()] for image in labelled.images]
-    for i in range(12):  # its nearest is the first image with the same corner and the same first square
-        same = seen.index(seen[i])
-        by_loop += [100.0 * (labelled.labels[2 * same] == label) for label in labelled.labels[2 * i:2 * i + 2]]
-    assert context[0].tolist() == by_loop
+    bank_of_first = evaluate.Objects(labelled, 64, 1)
+    context = evaluate.evaluate(outside, bank_of_first, queries, k=1).points  # its nearest: a first square of its colour
+    assert context[0].tolist() == [100.0 * (labelled.labels[i - i % 2] == labelled.labels[i]) for i in range(24)]
     assert torch.equal(context[4], context[0] - context[2])
     constant = evaluate.evaluate(lambda images, boxes: torch.ones(boxes.numel() // 4, 3), bank, queries, k=24)
     assert constant.points.mean(1).tolist() == [25, 100, 25, 100, 0]  # six of each: the lowest category
@@ -2575,10 +2575,10 @@ def test_measures_on_networks_made_by_hand():
 def test_median_colours_are_numpys():
     image = np.random.default_rng(0).random((3, 30, 40)).astype(np.float32)
     boxes = torch.tensor([[[3.2, 4.0, 9.7, 8.9], [0, 0, 0, 0], [39, 29, 40, 30]]])
-    found = evaluate.median_colours(torch.from_numpy(image)[None], boxes).numpy()
+    colours = evaluate.median_colours(torch.from_numpy(image)[None], boxes).numpy()
     ranked = np.sort(image[:, 4:9, 3:10].reshape(3, -1))
-    assert np.array_equal(found[0], ranked[:, (ranked.shape[1] - 1) // 2]) and not found[1].any()
-    assert np.array_equal(found[2], image[:, 29, 39])
+    assert np.array_equal(colours[0], ranked[:, (ranked.shape[1] - 1) // 2]) and not colours[1].any()
+    assert np.array_equal(colours[2], image[:, 29, 39])
 
 
 def test_colour_alone_does_not_tell_the_scenes():
@@ -2590,101 +2590,37 @@ def test_colour_alone_does_not_tell_the_scenes():
     assert points[0].mean() < 3 * 100 / 15 and torch.equal(points[0], points[2])
 
 
-def test_errors_are_those_of_a_bootstrap_over_images():
-    """4,000 resamples of 300 images: the bootstrap's own error is 1 % of it, so 6 % are five of these. Queries of an
-    image are alike: an error that takes them as independent is half as large."""
-    random = np.random.default_rng(0)
-    images = np.repeat(np.arange(300), random.integers(1, 8, 300))
-    luck = random.normal(size=(2, 300))
-    one, two = 100.0 * (0.9 * luck[:, images] + random.normal(0, 0.3, (2, len(images))) > 0)
-    sizes, tensors = np.bincount(images), [torch.from_numpy(values)[None] for values in (one, two)]
-    alone = evaluate.arm_mean(tensors[0], torch.from_numpy(images))
-    *paired, by = evaluate.difference(tensors[0], [3], tensors[1], [3], torch.from_numpy(images))
-    assert by == "image"
-    for values, (mean, error) in ((one, alone), (one - two, paired)):
-        drawn = random.integers(300, size=(4000, 300))
-        means = np.bincount(images, values)[drawn].sum(1) / sizes[drawn].sum(1)
-        assert mean.item() == pytest.approx(values.mean()) and error.item() == pytest.approx(means.std(), rel=0.06)
-        assert error > 1.5 * values.std() / len(values) ** 0.5
-
-
-def test_arms_of_one_figure_can_be_told_apart():
-    styles = evaluate.curve_styles([f"arm {n}" for n in range(25)])
-    assert len({tuple(style.values()) for style in styles.values()}) == len(styles) == 25
-    assert len(evaluate.curve_styles(range(100))) == 100
-
-
-def test_an_arm_is_the_mean_of_its_files_and_differences_are_paired_by_seed():
-    """Seeds move both arms together: paired, the error is that of the differences alone."""
-    random = np.random.default_rng(1)
-    images = torch.arange(40) // 2
-    rows = lambda *seeds: [evaluate.Row("x", seed=seed) for seed in seeds]
-    arms = [evaluate.Arm("A", 64, rows(0, 1, 2)), evaluate.Arm("A", 128, rows(0, 1, 2)),
-            evaluate.Arm("B", 128, rows(2, 0, 9)), evaluate.Arm("C", None, rows(None))]
-    answered = [(arm, torch.from_numpy(random.integers(0, 2, (len(arm.rows), 5, 40)) * 100.0)) for arm in arms]
-    small = torch.arange(40) < 7
-    results = evaluate.summarise(answered, images, {"small": small, "large": torch.zeros(40, dtype=torch.bool)})
-    files = [points.mean(2).numpy() for _, points in answered]
-    for m, name in enumerate(evaluate.MEASURES):
-        for result, file in zip(results[:3], files):
-            assert result[name] == pytest.approx(np.mean(file[:, m]))
-            assert result[f"{name}_se"] == pytest.approx(np.std(file[:, m], ddof=1) / 3 ** 0.5)
-        pairs = [files[2][1, m] - files[1][0, m], files[2][0, m] - files[1][2, m]]  # seeds 0 and 2, at 128 images
-        assert results[2]["difference"][name] == pytest.approx(np.mean(pairs))
-        assert results[2]["difference"][f"{name}_se"] == pytest.approx(abs(pairs[0] - pairs[1]) / 2)
-        assert results[3]["difference"][name] == pytest.approx(files[3][0, m] - files[1][:, m].mean())
-    assert [result.get("difference", {}).get("paired_by") for result in results] == [None, None, "seed", "image"]
-    assert results[3]["difference"]["to_images"] == 128  # of its own it has no number: the first arm's last
-    assert results[0]["oknn_top1_small"] == pytest.approx(answered[0][1][:, 0, :7].mean().item())
-    assert results[0]["oknn_top1_large"] is None
-    panels = evaluate.curves_of(results, 6.7)
-    assert panels[0][1]["A"][0] == [64, 128] and panels[0][2] == {"chance": 6.7, "C": results[3]["oknn_top1"]}
-
-
-def test_sizes_are_of_the_photograph():
-    boxes = np.float32([[0, 0, 31, 33], [0, 0, 32, 32], [5, 5, 101, 100], [0, 0, 96, 96], [10, 10, 300, 300]])
-    found = evaluate.size_classes(SimpleNamespace(boxes=boxes), torch.tensor([4, 0, 1, 2, 3]))
-    assert {name: here.tolist() for name, here in found.items()} == {
-        "small": [False, True, False, False, False], "medium": [False, False, True, True, False],
-        "large": [True, False, False, False, True]}
-
-
-def test_disturbance_moves_whole_image_features_only():
-    objects = evaluate.Objects(open_labelled("scenes", split="val"), 112, None, limit=10)
-    (clean, disturbed), rows = evaluate.extract(evaluate.median_colours, objects)
-    assert len(clean) == len(rows) == sum(len(Scenes("val").render(i)[2]) for i in range(10))
-    assert torch.equal(clean, disturbed)
-    assert objects.labelled.labels[rows].tolist() == [label for i in range(10) for label in Scenes("val").render(i)[2]]
-    whole = lambda images, boxes: images.mean((2, 3)).repeat_interleave(boxes.shape[1], 0)
-    pooled = evaluate.extract(whole, objects)[0]
-    assert ((pooled[0] - pooled[1]).abs().amax(1) > 0.05).float().mean() > 0.8
-
-
 def test_disturbed_pictures():
+    """The boxes' pixels are kept, all others are those of one other image: a feature of the box alone stays, one of the
+    picture moves."""
     objects = evaluate.Objects(open_labelled("scenes", split="train"), 112, 2, limit=8)
     seen = set()
     for j in range(len(objects)):
-        picture, disturbed, boxes, rows = objects[j]
-        assert np.array_equal(picture, Scenes("train").read(j)) and (rows >= 0).sum() <= 2
+        picture, disturbed, boxes, index = objects[j]
+        assert np.array_equal(picture, Scenes("train").read(j)) and (index >= 0).sum() <= 2
         inside = np.zeros((112, 112), bool)
-        for x1, y1, x2, y2 in boxes[rows >= 0].astype(int):
+        for x1, y1, x2, y2 in boxes[index >= 0].astype(int):
             inside[y1:y2, x1:x2] = True
         assert np.array_equal(disturbed[inside], picture[inside])
         source = [i for i in range(8) if np.array_equal(disturbed[~inside], Scenes("train").read(i)[~inside])]
         assert len(source) == 1 and source[0] != j
         seen.add(source[0])
         assert np.array_equal(disturbed, objects[j][1])  # no hidden state
-    assert len(seen) > 2
     other = evaluate.Objects(objects.labelled, 112, 2, limit=8, seed=1)
-    assert any(not np.array_equal(objects[j][1], other[j][1]) for j in range(8))
+    assert len(seen) > 2 and any(not np.array_equal(objects[j][1], other[j][1]) for j in range(8))
+    (clean, disturbed), index = evaluate.extract(evaluate.median_colours, objects)
+    assert torch.equal(clean, disturbed) and index.tolist() == np.concatenate(objects.selected).tolist()
+    mean_colour = lambda images, boxes: images.mean((2, 3)).repeat_interleave(boxes.shape[1], 0)
+    pooled, _ = evaluate.extract(mean_colour, objects)
+    assert ((pooled[0] - pooled[1]).abs().amax(1) > 0.05).float().mean() > 0.8
 
 
 def test_extract_does_not_depend_on_workers_nor_on_batches(monkeypatch):
     objects = evaluate.Objects(open_labelled("scenes", split="val"), 64, None, limit=9)
     network = evaluate.ObjectFeatures(evaluate.load_backbone("random", "resnet18")[0], "roi", 4)
-    features, rows = evaluate.extract(network, objects)
+    features, index = evaluate.extract(network, objects)
     again, same = evaluate.extract(network, objects, workers=2)
-    assert torch.equal(features, again) and torch.equal(rows, same) and features.dtype == torch.float16
+    assert torch.equal(features, again) and torch.equal(index, same) and features.dtype == torch.float16
     monkeypatch.setattr(evaluate, "BATCH", 4)
     torch.testing.assert_close(evaluate.extract(network, objects)[0], features, atol=2e-3, rtol=0)
 
@@ -2695,141 +2631,133 @@ def write_coco(root, boxes, crowd=(), split="train"):
     for i in range(count):
         (root / f"{split}2017").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 48), (40 * i, 100, 30)).save(root / f"{split}2017" / f"{i}.png")
-    found = {"images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(count)],
-             "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
-             "annotations": [
-                 {"id": j, "image_id": image, "bbox": box, "category_id": category, "iscrowd": int(j in crowd)}
-                 for j, (image, box, category) in enumerate(boxes)]}
+    content = {"images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(count)],
+               "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+               "annotations": [
+                   {"id": j, "image_id": image, "bbox": box, "category_id": category, "iscrowd": int(j in crowd)}
+                   for j, (image, box, category) in enumerate(boxes)]}
     (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(found))
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
 
-def test_crowds_and_empty_boxes_are_left_out(tmp_path):
-    write_coco(tmp_path, [(0, [8, 12, 16, 24], 3), (0, [0, 0, 9, 9], 7), (1, [5, 5, 0, 3], 7), (2, [32, 0, 32, 48], 7)],
-               crowd=(1,))
+def test_crowds_and_unreadable_images_are_left_out(tmp_path, capfd):
+    boxes = [(0, [8, 12, 16, 24], 3), (0, [0, 0, 9, 9], 7), (1, [0, 0, 20, 20], 7), (2, [32, 0, 32, 48], 7)]
+    write_coco(tmp_path, boxes, crowd=(1,))
     objects = evaluate.Objects(open_labelled("coco", tmp_path, "train"), 128)
     labels = objects.labelled.labels
-    assert objects.count == 2 and len(objects) == 2
-    assert objects[0][2].tolist() == [[16, 32, 48, 96]] and labels[objects[0][3]].tolist() == [0]  # dog, then cat
-    assert objects[1][2].tolist() == [[64, 0, 128, 128]] and labels[objects[1][3]].tolist() == [1]
-
-
-def test_an_unreadable_image_is_left_out(tmp_path, capfd):
-    write_coco(tmp_path, [(0, [8, 12, 16, 24], 3), (1, [0, 0, 20, 20], 7), (2, [32, 0, 32, 48], 7)])
+    assert objects.count == 3 and objects[0][2].tolist() == [[16, 32, 48, 96]]
+    assert [labels[objects[j][3]].tolist() for j in (0, 1, 2)] == [[0], [1], [1]]  # dog, then cat
     (tmp_path / "train2017" / "1.png").write_bytes(b"no image")
-    objects = evaluate.Objects(open_labelled("coco", tmp_path, "train"), 64)
-    features, rows = evaluate.extract(evaluate.median_colours, objects)
-    assert rows.tolist() == [0, 2] and features.shape == (2, 2, 3)
+    features, index = evaluate.extract(evaluate.median_colours, objects)
+    assert labels[index].tolist() == [0, 1] and features.shape == (2, 2, 3)
     assert "cannot be read: 1.png" in capfd.readouterr().out
-    assert [len(images) for images, _ in evaluate.Clean(objects.labelled.images, 64).batches()] == [2]
+    assert [len(images) for images, _ in evaluate.clean_batches(objects.labelled.images, 64)] == [2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_boxes_of_another_size_are_one_line(workers, capsys):
+    """Resized or turned images; for O-KNN, also from a loading process, and for the probes."""
+    labelled = painted()
+    labelled = labelled._replace(sizes=np.array([[64, 64]] * 11 + [[640, 427]]))
+    for work in (lambda: evaluate.extract(evaluate.median_colours, evaluate.Objects(labelled, 64), workers=workers),
+                 lambda: probes.open_inputs(labelled._replace(boxes=labelled.boxes * 1.5), workers=workers)):
+        with pytest.raises(SystemExit, match="2"):
+            data.error_exit(work)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and all(word in lines[0] for word in ("painted/11", "64 x 64", "640 x 427")), lines
 
 
 @needs_coco
 def test_coco256():
     for split, number in (("train", 3), ("val", None)):
-        found = json.loads((COCO / "annotations" / f"instances_{split}2017.json").read_text())
+        content = json.loads((COCO / "annotations" / f"instances_{split}2017.json").read_text())
         objects = evaluate.Objects(open_labelled("coco", COCO, split), 64, number)
-        sound = [a for a in found["annotations"] if not a["iscrowd"]]
-        by_image = {im["id"]: [a for a in sound if a["image_id"] == im["id"]] for im in found["images"]}
-        by_image = {key: value for key, value in by_image.items() if value}
-        assert len(objects) == len(by_image)
-        assert objects.count == sum(min(len(value), number or len(value)) for value in by_image.values())
-        names = {c["id"]: c["name"] for c in found["categories"]}
+        names = {c["id"]: c["name"] for c in content["categories"]}
         for j in (0, 5, 100):
-            name = objects.labelled.images.name(objects.filled[j])
-            image = next(im for im in found["images"] if im["file_name"] == name)
-            sx, sy = 64 / image["width"], 64 / image["height"]
-            want = [(names[a["category_id"]], [x * sx, y * sy, (x + w) * sx, (y + h) * sy])
-                    for a in by_image[image["id"]] for x, y, w, h in [a["bbox"]]]
-            _, _, boxes, rows = objects[j]
-            have = [(objects.labelled.categories[objects.labelled.labels[row]], box) for row, box in zip(rows, boxes)
-                    if row >= 0]
+            file_name = objects.labelled.images.name(objects.filled[j])
+            image = next(im for im in content["images"] if im["file_name"] == file_name)
+            scale = np.array([64 / image["width"], 64 / image["height"]] * 2)
+            want = [(names[a["category_id"]], np.array([x, y, x + w, y + h]) * scale) for a in content["annotations"]
+                    if a["image_id"] == image["id"] and not a["iscrowd"] for x, y, w, h in [a["bbox"]]]
+            _, _, boxes, index = objects[j]
+            have = [(objects.labelled.categories[objects.labelled.labels[i]], box) for i, box in zip(index, boxes)
+                    if i >= 0]
             assert all(any(n == name and np.allclose(b, box, atol=0.05) for n, b in want) for name, box in have)
             assert len(have) == min(len(want), number or len(want))
             distinct = len({name for name, _ in want})
             assert len({name for name, _ in have}) == min(distinct, number or distinct)
 
 
-def colours_in(picture):
-    return {tuple(pixel) for pixel in np.asarray(picture).reshape(-1, 3)[::3].tolist()}
-
-
 @needs_coco
 def test_evaluate_command(tmp_path):
     write_run(tmp_path / "run")
-    done = command("evaluate.py", "--ckpt", f"ours={tmp_path}/run/backbone-*.pth", "random", "colour", "--data", "coco",
-                   "--root", COCO, "--limit-images", 12, "--size", 64, "--k", 5, "--objects", 2, "--per-category",
-                   "--json", tmp_path / "o.json", "--picture", tmp_path / "o.png", "--neighbours", tmp_path / "n.png",
-                   "--plot", tmp_path / "c.png", "--workers", 0).stdout
-    found = json.loads((tmp_path / "o.json").read_text())
-    arms, files, settings = found["arms"], found["files"], found["settings"]
-    assert [(arm["arm"], arm["images"], arm["files"]) for arm in arms] == [
-        ("ours", 256, 1), ("ours", 1024, 1), ("random", 0, 1), ("colour", None, 1)]
-    for arm, file in zip(arms, files):
-        assert all(arm[name] == file[name] for name in evaluate.MEASURES)
-        assert 0 <= arm["oknn_top1"] <= arm["oknn_top5"] <= 100
-    assert arms[0]["oknn_top1"] == arms[1]["oknn_top1"] and files[0]["digest"] == files[1]["digest"]
-    assert "difference" not in arms[0] and arms[3]["difference"]["to_images"] == 1024
-    assert files[0]["bank"] <= 24 and files[0]["bins"] == files[2]["bins"] == 6 and files[2]["statistics"] == "clean"
-    assert (settings["data"], settings["root"], settings["size"], settings["head"], settings["k"], settings["objects"],
-            settings["seed"]) == ("coco", str(COCO / "train2017"), 64, "map", 5, 2, 0)
-    assert settings["versions"]["torch"] == torch.__version__ and {"small", "medium", "large"} <= set(done.split())
-    assert f"bank: {files[0]['bank']} objects of" in done and f"{arms[0]['oknn_top1']:.1f}" in done
-    assert "statistics: clean (training run): ours; clean: random; none: colour" in done
-    assert re.search(r"^person +\d+", done, re.M)
-    assert Image.open(tmp_path / "o.png").size[0] > 1000 and Image.open(tmp_path / "c.png").size[0] > 1000
-    sheet = Image.open(tmp_path / "n.png")
-    assert sheet.size == (9 * 109 + 5, 16 * 126 + 5) and (255, 77, 77) in colours_in(sheet)
+    out = command("evaluate.py", "--ckpt", f"ours={tmp_path}/run/backbone-*.pth", "random", "colour", "--data", "coco",
+                  "--root", COCO, "--limit-images", 12, "--size", 64, "--k", 5, "--objects", 2, "--json",
+                  tmp_path / "o.json", "--neighbours", tmp_path / "n.png", "--workers", 0).stdout
+    content = json.loads((tmp_path / "o.json").read_text())
+    rows, files, settings = content["rows"], content["files"], content["settings"]
+    assert [(row["row"], row["files"]) for row in rows] == [("ours", 2), ("random", 1), ("colour", 1)]
+    assert [Path(file["path"]).name for file in files] == ["backbone-1024.pth", "backbone-256.pth", "random", "colour"]
+    assert all(rows[2][name] == files[3][name] for name in evaluate.MEASURES)  # the first two have the same weights
+    assert all(rows[0][name] == files[0][name] == files[1][name] for name in evaluate.MEASURES)
+    assert files[0]["bins"] == files[2]["bins"] == 6 and files[2]["statistics"] == "clean"
+    assert {name: settings[name] for name in ("data", "root", "size", "head", "k", "objects", "seed")} == {
+        "data": "coco", "root": str(COCO / "train2017"), "size": 64, "head": "map", "k": 5, "objects": 2, "seed": 0}
+    assert content["versions"]["torch"] == torch.__version__ and settings["bank_objects"] <= 24
+    assert f"{rows[0]['oknn_top1']:.1f} +-" in out and "2 files; clean (training run)" in out and "top-1 ↑" in out
+    assert "commonest category" in out and "no difference from ours: 1 against 2 files" in out
+    assert Image.open(tmp_path / "n.png").size == (9 * 109, 18 + 16 * 126)
 
 
 @pytest.mark.skipif(not VOC.exists(), reason="../shared/data/voc2007 is not here")
 def test_evaluate_reads_voc(tmp_path):
     assert here("evaluate.py", "--ckpt", "colour", "--data", "voc", "--root", VOC, "--limit-images", 40, "--json",
                 tmp_path / "o.json", "--workers", 0) == 0
-    found = json.loads((tmp_path / "o.json").read_text())
+    settings = json.loads((tmp_path / "o.json").read_text())["settings"]
     lines = (VOC / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "val.txt").read_text().split()[:40]
     objects = sum((VOC / "VOCdevkit" / "VOC2007" / "Annotations" / f"{name}.xml").read_text().count("<object>")
                   for name in lines)
-    assert found["files"][0]["queries"] == objects and found["settings"]["size"] == 224
-    assert found["arms"][0]["oknn_top1_large"] is not None
+    assert settings["query_objects"] == objects and settings["size"] == 224
 
 
 def test_the_neighbours_frames_are_right():
-    """Objects of one colour a category, features that are the colours: all eight are right, framed green; with features
-    that are the same for all, the bank's first eight are shown, right and wrong by their labels."""
+    """Objects of one colour per category, features that are the colours: all eight are right, framed green; with
+    features that are the same for all, the bank's first eight are shown, right and wrong by their labels."""
     objects = evaluate.Objects(painted(24), 64)
     green, red = (63, 207, 95), (255, 77, 77)
     constant = lambda images, boxes: torch.ones(boxes.numel() // 4, 2)
-    for features, reds in ((evaluate.median_colours, False), (constant, True)):
-        sheet = evaluate.neighbour_sheet(evaluate.evaluate(features, objects, objects, k=3), objects, objects, number=2)
-        frames = np.asarray(sheet)[7::126, 10::109]  # a pixel in each tile's upper frame
+    for model, expected in ((evaluate.median_colours, {green}), (constant, {green, red})):
+        sheet = evaluate.neighbour_sheet(evaluate.evaluate(model, objects, objects, k=3), objects, objects, number=2)
+        frames = np.asarray(sheet)[20::126, 5::109]  # a pixel in each tile's upper frame
         assert frames.shape[:2] == (4, 9) and (frames[:, 0] == 255).all()
-        shown = {tuple(pixel) for pixel in frames[:, 1:].reshape(-1, 3).tolist()}
-        assert shown == ({green, red} if reds else {green})
+        assert {tuple(pixel) for pixel in frames[:, 1:].reshape(-1, 3).tolist()} == expected
 
 
-ERRORS = {
-    "no file": (["--ckpt", "none.pth"], "none.pth: No such file"),
-    "annotations": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/nowhere"],
-                    "annotations are missing"),
-    "no boxes": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/empty"], "no sound box"),
-    "k": (["--ckpt", "random", "--arch", "resnet18", "--data", "coco", "--root", "{tmp}/tiny"],
-          "--k 20 is larger than the bank of 3"),
-    "size": (["--ckpt", "random", "--size", "100"], "--size 100: a multiple of 16"),
-    "format": (["--ckpt", "random", "--export", "onnx", "x"], "detectron2 or torchvision"),
-    "option": (["--ckpt", "random", "--what"], "unrecognized arguments: --what"),
-    "colour": (["--ckpt", "colour", "--export", "torchvision", "x"], "--ckpt colour is no network: name a checkpoint"),
-    "classes": (["--ckpt", "colour", "--data", "coco", "--root", "{tmp}/other", "--k", "1"],
-                "the train split of coco has other classes (2) than the val split (2), as bird, cat"),
-    "under a file": (["--ckpt", "colour", "--data", "coco", "--root", "{tmp}/tiny", "--k", "1",
-                      "--json", "{tmp}/file/o"], "cannot write {tmp}/file/o"),
-    "torchrun": (["--ckpt", "random"], "is one process: start it with python, without torchrun"),
-}
+# What users mistake: script, arguments, words of the message. {tmp}: the folder that test_mistakes_are_one_line fills.
+RANDOM = ["--ckpt", "random", "--arch", "resnet18"]
+COLOUR = ["--ckpt", "colour", "--data", "coco", "--k", "1", "--root"]
+MISTAKES = [
+    ("evaluate.py", ["--ckpt", "none.pth"], ["none.pth: No such file"]),
+    ("evaluate.py", ["--ckpt", "ours={tmp}/*.pt"], ["*.pt: No such file"]),
+    ("evaluate.py", [*RANDOM, "--data", "coco", "--root", "{tmp}/nowhere"], ["annotations are missing"]),
+    ("evaluate.py", [*RANDOM, "--data", "coco", "--root", "{tmp}/empty"], ["{tmp}/empty"]),
+    ("evaluate.py", [*RANDOM, "--data", "coco", "--root", "{tmp}/tiny"], ["--k 20", "bank of 3"]),
+    ("evaluate.py", [*RANDOM, "--size", "100"], ["--size 100", "multiple of 16"]),
+    ("evaluate.py", [*RANDOM, "--export", "onnx", "x"], ["detectron2 or torchvision"]),
+    ("evaluate.py", [*RANDOM, "--what"], ["unrecognized arguments: --what"]),
+    ("evaluate.py", ["--ckpt", "colour", "--export", "torchvision", "x"], ["colour is no network"]),
+    ("evaluate.py", [*COLOUR, "{tmp}/other"], ["other classes", "bird"]),
+    ("evaluate.py", [*COLOUR, "{tmp}/tiny", "--json", "{tmp}/file/o"], ["cannot write {tmp}/file/o"]),
+    ("probes.py", ["--ckpt", "none.pth"], ["none.pth: No such file"]),
+    ("probes.py", ["--ckpt", "colour"], ["no layers to probe"]),
+    ("probes.py", [*RANDOM, "--pairs", "1"], ["--pairs 1", "at least 2"]),
+    ("probes.py", [*RANDOM, "--pairs", "0"], ["--pairs", "0 is less than 1"]),
+    ("probes.py", [*RANDOM, "--data", "coco", "--root", "{tmp}/tiny"], ["five objects of two categories"]),
+]
 
 
-@pytest.mark.parametrize("case", ERRORS)
-def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
-    arguments, message = ERRORS[case]
+@pytest.mark.parametrize("script, arguments, words", MISTAKES)
+def test_mistakes_are_one_line(script, arguments, words, tmp_path, capsys):
     write_coco(tmp_path / "empty", [])
     for split in ("train", "val"):
         for root in ("tiny", "other"):
@@ -2837,10 +2765,17 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
     names = tmp_path / "other" / "annotations" / "instances_val2017.json"
     names.write_text(names.read_text().replace('"cat"', '"bird"'))
     (tmp_path / "file").touch()
-    monkeypatch.setenv("WORLD_SIZE", "2" if case == "torchrun" else "1")
-    code = here("evaluate.py", *(a.format(tmp=tmp_path) for a in arguments))
+    code = here(script, *(argument.format(tmp=tmp_path) for argument in arguments))
     lines = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and len(lines) == 1 and message.format(tmp=tmp_path) in lines[0], lines
+    assert code == 2 and len(lines) == 1 and all(word.format(tmp=tmp_path) in lines[0] for word in words), lines
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "probes.py"])
+def test_torchrun_without_transfer_is_a_mistake(script, monkeypatch, capsys):
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2),
+                        ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 29500)):
+        monkeypatch.setenv(name, str(value))
+    assert here(script, *RANDOM) == 2 and "without torchrun" in capsys.readouterr().err
 
 
 def mean_loss(rows, start, end):
@@ -2856,17 +2791,17 @@ def test_the_default_run_learns(tmp_path):
     statistics too. The seeds are fixed, so a correct build varies by rounding alone: bf16 and float32 differed by 5 to
     9 points of reid a seed, some 3.2 of the mean, and gave 66 and 70 where the bound is 54; --lr 0 gives the untrained
     network's 39. The loss fell by 10.9 to 12.7 % on each of five seeds. Over 20 minutes."""
-    runs, found = tmp_path / "runs", {}
+    runs, tables = tmp_path / "runs", {}
     for seed in (3, 4, 5):
         command("d3ssl.py", "--root", tmp_path / "root", "--out", runs / f"seed-{seed}", "--seed", seed, "--snapshots")
     for script in ("evaluate.py", "probes.py"):
-        arms = [f"trained={runs}/*/last.pt", f"untrained={runs}/*/backbone-0.pth"]
-        print(command(script, "--ckpt", *arms, "--json", tmp_path / script).stdout)
-        found[script] = json.loads((tmp_path / script).read_text())["arms"]
-    (trained, untrained), (probed, unprobed) = found["evaluate.py"], found["probes.py"]
+        entries = [f"trained={runs}/*/last.pt", f"untrained={runs}/*/backbone-0.pth"]
+        print(command(script, "--ckpt", *entries, "--json", tmp_path / script).stdout)
+        tables[script] = json.loads((tmp_path / script).read_text())["rows"]
+    (trained, untrained), (probed, unprobed) = tables["evaluate.py"], tables["probes.py"]
     rows = [read_metrics(run) for run in sorted(runs.iterdir())]
     first, last = ([mean_loss(some, low, low + 128) for some in rows] for low in (0, 384))
-    neighbours = [arm["reid_neighbours"][probes.LAYERS.index("res4")] for arm in (probed, unprobed)]
+    neighbours = [row["reid_neighbours"][probes.LAYERS.index("res4")] for row in (probed, unprobed)]
     print(f"loss {first} -> {last}, neighbours {neighbours}")
     assert np.mean(last) < 0.9 * np.mean(first) and neighbours[0] > 1.4 * neighbours[1]
     assert all(trained[name] > untrained[name] for name in ("oknn_top1", "disturbed_top1"))
@@ -2874,7 +2809,7 @@ def test_the_default_run_learns(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- probes.py
 
-def asked(cut="box", objects=12, pairs=8):
+def few_inputs(cut="box", objects=12, pairs=8):
     """Inputs of a few scenes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "OBJECTS", objects)
@@ -2915,37 +2850,37 @@ def leak(x):
 
 
 def test_no_spatial_mixing_is_ideal():
-    found = probes.probe(Pointwise(), asked())
-    assert list(found) == list(probes.MEASURES)
+    measured = probes.probe(Pointwise(), few_inputs())
+    assert list(measured) == list(probes.MEASURES)
     for name, (_, ideal) in probes.MEASURES.items():
-        np.testing.assert_allclose(found[name].value[:4], ideal, atol=1e-6)  # roi: RoIAlign reads over a border
-        np.testing.assert_allclose(found[name].error[:4], 0, atol=1e-6)
-    assert found["rc"].value[4] < 0.05
+        np.testing.assert_allclose(measured[name].value[:4], ideal, atol=1e-6)  # roi: RoIAlign reads over a border
+        np.testing.assert_allclose(measured[name].error[:4], 0, atol=1e-6)
+    assert measured["rc"].value[4] < 0.05
 
 
 def test_place_shows_in_the_measures_of_place_alone():
-    inputs = asked()
-    found = probes.probe(Pointwise(Place()), inputs)
-    np.testing.assert_allclose(found["rc"].value[:4], 0, atol=1e-6)
-    assert (found["rp"].value > 0.1).all() and (found["mcs"].value < 0.99).all()
-    assert (found["reid_neighbours"].value[:4] == 100).all() and (found["reid_moved"].value < 60).all()
+    inputs = few_inputs()
+    measured = probes.probe(Pointwise(Place()), inputs)
+    np.testing.assert_allclose(measured["rc"].value[:4], 0, atol=1e-6)
+    assert (measured["rp"].value > 0.1).all() and (measured["mcs"].value < 0.99).all()
+    assert (measured["reid_neighbours"].value[:4] == 100).all() and (measured["reid_moved"].value < 60).all()
     alone = probes.probe(Pointwise(Place()), inputs, alone=True)  # without coupling neighbours change nothing
-    np.testing.assert_allclose(alone["rp"].value[:4], found["rp"].value[:4], rtol=1e-4)
+    np.testing.assert_allclose(alone["rp"].value[:4], measured["rp"].value[:4], rtol=1e-4)
 
 
 def test_a_leak_shows_in_the_measures_of_coupling():
-    found = probes.probe(Pointwise(Function(leak)), asked())
-    assert (found["rc"].value > 0.05).all() and (found["cr"].value > 1.001).all()
-    assert (found["reid_neighbours"].value < found["reid_moved"].value).all()
+    measured = probes.probe(Pointwise(Function(leak)), few_inputs())
+    assert (measured["rc"].value > 0.05).all() and (measured["cr"].value > 1.001).all()
+    assert (measured["reid_neighbours"].value < measured["reid_moved"].value).all()
 
 
 def test_features_that_are_all_alike_fool_only_the_papers_measures():
-    inputs = asked()
-    found = probes.probe(Pointwise(Function(torch.ones_like)), inputs)
-    np.testing.assert_allclose(found["cr"].value[:4], 1, atol=1e-9)
-    np.testing.assert_allclose(found["mcs"].value[:4], 1, atol=1e-9)
+    inputs = few_inputs()
+    measured = probes.probe(Pointwise(Function(torch.ones_like)), inputs)
+    np.testing.assert_allclose(measured["cr"].value[:4], 1, atol=1e-9)
+    np.testing.assert_allclose(measured["mcs"].value[:4], 1, atol=1e-9)
     for name in ("reid_neighbours", "reid_moved"):
-        assert (found[name].value[:4] == 0).all()  # a tie is a miss
+        assert (measured[name].value[:4] == 0).all()  # a tie is a miss
     constant = torch.linspace(10, 20, 32)[:, None, None]
     plain, added = (probes.probe(Pointwise(Function(f)), inputs) for f in (leak, lambda x: leak(x) + constant))
     assert (abs(added["cr"].value - 1) < 0.05 * abs(plain["cr"].value - 1)).all()
@@ -2964,18 +2899,18 @@ def loop_features(network, size, placed, read):
     for x, y, pixels, mask in placed:
         image[y:y + len(mask), x:x + len(mask)][mask] = pixels[mask]
     x = torch.tensor((image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float().permute(2, 0, 1)[None]
-    x, found = network.maxpool(network.relu(network.conv1(x))), []
+    x, measured = network.maxpool(network.relu(network.conv1(x))), []
     left, top, _, mask = placed[read]
     side = len(mask)
     for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
         c4, x = x, layer(x)
         step = size[0] // x.shape[2]
-        found.append(x[0, :, top // step:(top + side) // step, left // step:(left + side) // step])
+        measured.append(x[0, :, top // step:(top + side) // step, left // step:(left + side) // step])
     box = torch.tensor([[0.0, left, top, left + side, top + side]])
     region = torchvision.ops.roi_align(c4, box, 6, 1 / 16, 2, aligned=True)
-    found.append(network.layer4(region)[0])
+    measured.append(network.layer4(region)[0])
     features = []
-    for cells in found:
+    for cells in measured:
         n = cells.shape[1]
         edges = [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
         weights = np.array([[mask[a:b, c:d].mean() for c, d in edges] for a, b in edges])
@@ -2986,10 +2921,10 @@ def loop_features(network, size, placed, read):
 @pytest.mark.parametrize("cut", ["box", "mask"])
 @torch.no_grad()
 def test_measures_equal_a_plain_loop(cut):
-    inputs, network = asked(cut, objects=6, pairs=2), Pointwise(Function(leak))
+    inputs, network = few_inputs(cut, objects=6, pairs=2), Pointwise(Function(leak))
     a, b, bank = ([(p.numpy(), m.numpy()) for p, m in zip(*squares)] for squares in inputs)
     assert all(m.all() for _, m in a) == (cut == "box")
-    found = probes.probe(network, inputs)
+    measured = probes.probe(network, inputs)
     rows, spots = [], [(x, y) for y in (0, 96, 192) for x in (0, 96, 192)]
     for one, two in zip(a, b):
         both = [(64, 64, *one), (160, 64, *two)]
@@ -3012,23 +2947,7 @@ def test_measures_equal_a_plain_loop(cut):
             hits[i] = [np.argmax([cosine(query[n], entry[n]) for entry in stored]) == i for n in range(5)]
         means[name] = 100 * hits.mean(0)
     for name, mean in means.items():
-        np.testing.assert_allclose(found[name].value, mean, rtol=2e-4, err_msg=name)
-
-
-def test_errors_and_differences_against_formulas():
-    random = np.random.default_rng(0)
-    x, y, u = random.normal(3, 1, (400, 1)), random.normal(5, 1, (400, 1)), random.normal(0, 0.1, (400, 1))
-    one, two = (probes.ratio_of_means([torch.tensor(v[:, 0])], [torch.tensor(y[:, 0])]) for v in (x, x + 1 + u))
-    influence = (x - one.value * y) / y.mean()
-    np.testing.assert_allclose(one.error, influence.std() / 20, rtol=0.12)  # 1,000 resamples: 2 % a standard deviation
-    other = (x + 1 + u - two.value * y) / y.mean()
-    np.testing.assert_allclose(two.minus(one).error, (other - influence).std() / 20, rtol=0.12)
-    arms = [[probes.Estimate(np.array([value]), np.zeros((2, 1))) for value in values]
-            for values in ((1.0, 2.0, 4.0), (3.0, 1.5, 1.0))]
-    mean, error = probes.over_networks(arms[0])
-    assert mean == pytest.approx(7 / 3) and error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3 ** 0.5)
-    mean, error, paired = probes.difference(arms[0], [0, 1, 2], arms[1], [2, 1, 7])  # seeds 1 and 2: 2 - 1.5, 4 - 3
-    assert (mean, error, paired) == (pytest.approx(0.75), pytest.approx(0.25), "seed")
+        np.testing.assert_allclose(measured[name].value, mean, rtol=2e-4, err_msg=name)
 
 
 def test_inputs_are_what_they_say():
@@ -3060,47 +2979,39 @@ def test_cut_out():
     assert probes.cut_out(np.zeros((300, 300, 3), np.uint8), np.float32([0, 0, 300, 300]), thin, 64)[1].any()
 
 
-def test_probes_command(tmp_path, monkeypatch, capsys):
-    """Arms, files, JSON and pictures; the networks are small ones, real files are evaluate.py's tests."""
-    for seed in (0, 1):
-        (tmp_path / f"s{seed}").mkdir()
-        for images in (32, 64):
-            torch.save({}, tmp_path / f"s{seed}" / f"backbone-{images}.pth")
-        run = {"d3ssl": 1, "config": {"seed": seed, "roi": 6, "batch_size": 16}, "step": 4, "model": {}}
-        torch.save(run, tmp_path / f"s{seed}" / "last.pt")
+def test_limits_keep_one_row_from_flattening_the_others():
+    values = np.array([[0.1, 0.2], [0.15, 0.25], [9, np.nan]])
+    assert probes.limits(values, 0) == (0, 0.25) and probes.limits(values[1:], 0) == (0, 9)
+    assert probes.limits(values[:2], 1) == (0.1, 1)
 
-    def load(row, clean):
-        assert (row.path == "random") == (row.statistics == "clean")
-        return Pointwise(Function(leak), row.seed)
-    monkeypatch.setattr(evaluate.Row, "load", load)
+
+def test_probes_command(tmp_path, monkeypatch, capsys):
+    """Rows, files, JSON and pictures; the networks are small ones, real files are evaluate.py's tests."""
+    for seed in (0, 1):
+        torch.save({"state_dict": resnet_state(seed=seed)}, tmp_path / f"{seed}.pth")
+    loaded = []
+
+    def load(source, head, clean, device):
+        loaded.append((source.statistics, source.bins))
+        return Pointwise(Function(leak), len(loaded))
+    monkeypatch.setattr(probes, "load_source", load)
     monkeypatch.setattr(probes, "OBJECTS", 5)
     files = [f"--{kind}={tmp_path / kind}" for kind in ("plot", "picture", "json")]
-    arms = [f"ours={tmp_path}/s*/backbone-*.pth", "random"]
-    monkeypatch.setattr(sys, "argv", ["probes.py", "--pairs", "2", "--fill", "mean", *files, "--ckpt", *arms])
-    probes.main()
-    out, saved = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
-    found = [(arm["arm"], arm["images"], arm["files"]) for arm in saved["arms"]]
-    assert found == [("ours", 32, 2), ("ours", 64, 2), ("random", 0, 2)] and len(saved["files"]) == 6
-    assert saved["arms"][2]["difference"]["paired_by"] == "seed"
-    assert (saved["settings"]["cut"], saved["settings"]["fill"], saved["settings"]["pairs"]) == ("box", "mean", 2)
+    entries = [f"ours={tmp_path}/*.pth", f"again={tmp_path}/*.pth", "random"]
+    assert here("probes.py", "--pairs", 2, "--fill", "mean", *files, "--ckpt", *entries) == 0
+    out, content = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
+    assert loaded == [("saved", 6)] * 4 + [("clean", 6)]
+    rows, settings = content["rows"], content["settings"]
+    assert [(row["row"], row["files"]) for row in rows] == [("ours", 2), ("again", 2), ("random", 1)]
+    assert len(content["files"]) == 5 and rows[1]["difference"]["from"] == "ours" and "difference" not in rows[2]
+    assert (settings["cut"], settings["fill"], settings["pairs"]) == ("box", "mean", 2)
     for name in probes.MEASURES:
-        for arm in saved["arms"]:
-            own = [file[name] for file in saved["files"]
-                   if (file["arm"], file["images"]) == (arm["arm"], arm["images"])]
-            assert len(arm[name]) == len(arm[f"{name}_se"]) == 5
-            np.testing.assert_allclose(arm[name], np.mean(own, 0))
-    assert f"{saved['arms'][1]['rc'][2]:.4f}" in out and "random clean" in out
+        own = [file[name] for file in content["files"][:2]]
+        np.testing.assert_allclose(rows[0][name], np.mean(own, 0))
+        assert all(len(rows[0][name + suffix]) == 5 for suffix in ("_se", "_low", "_high"))
+    assert f"{rows[1]['rc'][2]:.4f} +-" in out and "2 pairs; clean" in out and "5 objects; clean" in out
     for kind in ("plot", "picture"):
         assert Image.open(tmp_path / kind).size[0] > 1000
-    late = [f"{name}={tmp_path}/{file}.pth" for name, file in (
-        ("ours", "s0/backbone-32"), ("theirs", "s1/backbone-64"), ("ours", "s0/backbone-64"))]
-    monkeypatch.setattr(sys, "argv", ["probes.py", "--pairs", "2", f"--json={tmp_path / 'json'}", "--ckpt", *late])
-    probes.main()  # an arm may be compared with one that is named after it
-    differences = [arm.get("difference") for arm in json.loads((tmp_path / "json").read_text())["arms"]]
-    assert [found and (found["to"], found["to_images"]) for found in differences] == [None, ("ours", 64), None]
-    monkeypatch.setattr(sys, "argv", ["probes.py", "--ckpt", "colour"])
-    with pytest.raises(UserError, match="no layers to probe"):
-        probes.main()
 
 
 # ------------------------------------------------------- VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
