@@ -9,11 +9,9 @@ detection and segmentation (section 5.2, Tables 1 and 3); export.
 
 O-KNN: the bank holds --objects objects of each train image, distinct categories first; every object of the val split is
 a query, and its k nearest in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies
-outside the boxes of these objects is replaced by another image of the split, in bank and queries.
-
---head map: an object's feature is RoIAlign 7x7 on the C5 map of the image, averaged over the 49 bins: the paper's
-words, and the default for photographs. --head roi: C5 on RoIs of C4, as region-level methods train, the default for
-scenes: at their 112 pixels a C5 map has only 4 x 4 cells.
+outside the boxes of these objects is replaced by another image of the split, in bank and queries. --head map:
+RoIAlign 7x7 on the C5 map of the image, averaged: the paper's words. --head roi: C5 on RoIs of C4, as region-level
+methods train; for scenes, whose 112 pixels leave a C5 map only 4 x 4 cells.
 
 A row of the table is one network, or NAME=GLOB, the mean over its files. +- is one standard error, over the files of a
 row, of a single network over images. Differences from the first row and their 95 % intervals are of pairs: of files in
@@ -38,7 +36,7 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict, defaultdict, namedtuple
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -502,11 +500,9 @@ class Source:
 
 
 def open_rows(args):
-    """The rows of --ckpt, (name, list of Source) each. An entry is `random`, `colour`, `FILE`, `FILE:PREFIX`,
-    `FILE:teacher` or a glob of files, also as NAME=... . Every file is read once, so that mistakes show at once.
-
-    random has the first file's architecture and bins. Raises UserError for what load_backbone refuses, for a glob
-    without files, and under torchrun with several ranks."""
+    """The rows of --ckpt, (name, list of Source) each; every file is read, so that mistakes show at once. random has
+    the first file's architecture and bins. Raises UserError for what load_backbone refuses, for a glob without files,
+    and under torchrun with several ranks."""
     if torchrun_ranks()[1] > 1:
         raise UserError("without --transfer this is one process: start it with python, without torchrun")
     rows = [parse_entry(entry, args) for entry in args.ckpt]
@@ -526,7 +522,7 @@ def open_rows(args):
 
 
 def parse_entry(entry, args):
-    """An entry of --ckpt -> its name and its sources, of which only path, teacher and prefix are known."""
+    """random, colour, FILE, FILE:PREFIX, FILE:teacher or a glob, also as NAME=... -> name, sources."""
     named = "=" in entry and not Path(split_selector(entry)[0]).exists()
     name, pattern = entry.split("=", 1) if named else (entry, entry)
     if pattern in ("random", "colour"):
@@ -547,8 +543,8 @@ def split_selector(entry, teacher=False, prefix=None):
 
 
 def examine(source, args):
-    """Enter into `source` its architecture and, from our trainer's last.pt (the file itself, or beside a
-    backbone*.pth), its bins and statistics. Raises UserError for what load_backbone refuses."""
+    """Enter into `source` its architecture, and its bins and statistics if our trainer wrote it: they are in last.pt,
+    the file itself or beside a backbone*.pth."""
     path = Path(source.path)
     beside = path.with_name("last.pt")
     run = read_checkpoint(beside if path.name.startswith("backbone") and beside.exists() else path)
@@ -565,8 +561,7 @@ def examine(source, args):
 
 
 def load_source(source, head, clean_batches, device):
-    """The network of a source on `device`, in eval mode. Where its statistics are to be clean they are estimated with
-    `head` on clean_batches()."""
+    """A source's network in eval mode; clean statistics are estimated with `head` on clean_batches()."""
     network, _ = load_backbone(source.path, source.arch, source.teacher, source.prefix, source.seed)
     network.to(device)
     if source.statistics == "clean":
@@ -610,9 +605,8 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 
 def summarise(networks):
-    """A row's networks, {measure: Estimate} each -> {measure: mean, measure_se: standard error, measure_low,
-    measure_high: 95 % interval}, numbers or lists for JSON, None where not finite. The error is over the networks, of
-    a single one over its images or objects."""
+    """A row's networks, {measure: Estimate} each -> {measure: mean, measure_se: standard error over the networks, of a
+    single one over its images or objects, measure_low, measure_high: 95 % interval}, for JSON: None if not finite."""
     n, numbers = len(networks), {}
     for name, first in networks[0].items():
         values = np.stack([network[name].value for network in networks])
@@ -624,19 +618,17 @@ def summarise(networks):
 
 
 def measure_rows(rows, measure):
-    """Measure every network of a table. The difference from the first row is over pairs of files, in their order; a row
-    with another number of files has none.
-
-    rows: of open_rows; measure: Source -> {measure: Estimate}. Returns the rows' results and the files', dictionaries
-    for JSON."""
+    """Measure every network of open_rows' rows; measure: Source -> {measure: Estimate}. The difference from the first
+    row is over pairs of files, in their order; a row with another number of files has none. Returns the rows' results
+    and the files', dictionaries for JSON."""
     results, files, first = [], [], None
     for name, sources in rows:
         networks, n = [], len(sources)
         for source in sources:
             networks.append(measure(source))
             files.append({"row": name, **asdict(source), **summarise(networks[-1:])})
-        kinds = ", ".join(dict.fromkeys(source.statistics for source in sources))
-        results.append({"row": name, "files": n, "statistics": kinds, **summarise(networks)})
+        statistics = ", ".join(dict.fromkeys(source.statistics for source in sources))
+        results.append({"row": name, "files": n, "statistics": statistics, **summarise(networks)})
         first = first or networks
         if first is not networks and len(first) == n:
             pairs = [{key: mine[key].minus(theirs[key]) for key in mine} for mine, theirs in zip(networks, first)]
@@ -726,10 +718,8 @@ class Objects(torch.utils.data.Dataset):
         """Another image than i, by (seed, i); the next one if it cannot be read. Raises OSError if none can be."""
         first = int(rng("background", self.seed, i).integers(self.n - 1))
         for step in range(self.n - 1):
-            try:
+            with suppress(OSError):  # it is named when its own turn comes
                 return self.labelled.images.read((i + 1 + (first + step) % (self.n - 1)) % self.n)
-            except OSError:
-                continue  # it is named when its own turn comes
         raise OSError("no background")
 
     def image_of(self, index):
@@ -741,10 +731,8 @@ class Objects(torch.utils.data.Dataset):
 
 class ObjectFeatures(nn.Module):
     """The features of objects by torchvision's ResNet: normalised images (B, 3, H, W) and boxes (B, K, 4) in their
-    pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised.
-
-    head "map": section 5.3's words, RoIAlign 7x7 on C5 of the image, averaged. head "roi": as region-level methods
-    train, C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
+    pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised. head "map": RoIAlign 7x7 on C5 of the
+    image, averaged (section 5.3); "roi": C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
 
     def __init__(self, network, head="map", bins=14):
         super().__init__()
@@ -765,9 +753,8 @@ class ObjectFeatures(nn.Module):
 
 def clean_batches(images, size, seed=0, device="cpu", number=256):
     """Yield normalised images (B, 3, size, size) and boxes (B, 4, 4) to estimate batch norm's statistics on: `number`
-    images of the evaluated data's train split, drawn by seed, without their labels, in equal batches of about 32. The
-    four random boxes per image, whose sqrt(area share) is uniform in that of the proposals' filter, are what C5 sees
-    with head "roi". An image that cannot be read is left out."""
+    train images drawn by seed, in equal batches of about 32; those that cannot be read are left out. The boxes, random
+    with sqrt(area share) uniform in the range of the proposals' filter, are what C5 sees with head "roi"."""
     chosen = rng("clean", seed).choice(len(images), min(number, len(images)), replace=False)
     for some in np.array_split(chosen, max(1, round(len(chosen) / BATCH))):
         pictures, boxes = [], []
@@ -866,12 +853,11 @@ MEASURES = {"oknn_top1": "O-KNN top-1 ↑", "oknn_top5": "top-5 ↑", "disturbed
 
 
 class Answers(NamedTuple):
-    """Section 5.3 for one network: points (5, Q) float64, by MEASURES, 100 or 0 for each query (`lost`: a difference);
-    features (2, ..., C) of the queries and the bank, [1] disturbed, and the objects that these are of."""
-    points: torch.Tensor
-    asked: torch.Tensor
-    queries: torch.Tensor
-    stored: torch.Tensor
+    """Section 5.3 for one network."""
+    points: torch.Tensor   # (5, Q) float64, by MEASURES: 100 or 0 for each query (`lost`: a difference)
+    asked: torch.Tensor    # (2, Q, C), features of the queries, [1] disturbed
+    queries: torch.Tensor  # (Q,), the objects that they are of
+    stored: torch.Tensor   # (2, M, C) and (M,), likewise of the bank
     bank: torch.Tensor
 
 
@@ -1502,37 +1488,33 @@ def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
     then its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
     number, neighbours = min(number, len(answers.queries)), min(neighbours, len(answers.bank))
     chosen = sorted(rng("neighbours", seed).choice(len(answers.queries), number, replace=False).tolist())
-    nearby = [nearest(answers.asked[i][chosen], answers.stored[i], neighbours)[1] for i in (0, 1)]
-    side, top = 109, 18
-    sheet = Image.new("RGB", (side * (neighbours + 1), top + 2 * number * (side + 17)), "#202020")
+    sheet = Image.new("RGB", (109 * (neighbours + 1), 18 + 2 * number * 126), "#202020")
+    draw = ImageDraw.Draw(sheet)
     legend = "white: query; then its nearest, green: of its category, red: of another; every second line: disturbed"
-    ImageDraw.Draw(sheet).text((5, 2), legend, fill="white", font_size=12)
-    for n, query in enumerate(answers.queries[chosen].tolist()):
-        label = queries.labelled.labels[query]
-        for disturbed in (0, 1):
-            y = top + (2 * n + disturbed) * (side + 17)
-            sheet.paste(object_tile(queries, query, disturbed, "white"), (0, y))
-            for x, i in enumerate(answers.bank[nearby[disturbed][n]].tolist()):
-                colour = "#3fcf5f" if bank.labelled.labels[i] == label else "#ff4d4d"
-                sheet.paste(object_tile(bank, i, disturbed, colour), (side * (x + 1), y))
+    draw.text((5, 2), legend, fill="white", font_size=12)
+    for disturbed in (0, 1):
+        nearby = nearest(answers.asked[disturbed][chosen], answers.stored[disturbed], neighbours)[1]
+        for n, query in enumerate(answers.queries[chosen].tolist()):
+            category, y = queries.labelled.labels[query], 18 + (2 * n + disturbed) * 126
+            tiles = [(queries, query), *((bank, i) for i in answers.bank[nearby[n]].tolist())]
+            for x, (objects, i) in zip(range(0, sheet.width, 109), tiles):
+                label = objects.labelled.labels[i]
+                colour = "white" if x == 0 else "#3fcf5f" if label == category else "#ff4d4d"
+                sheet.paste(object_crop(objects, i, disturbed, 104), (x, y))
+                draw.rectangle([x, y, x + 103, y + 103], outline=colour, width=4)
+                name = objects.labelled.categories[label]
+                draw.text((x + 52, y + 112), name, fill=colour, anchor="mm", font_size=12)
     return sheet
 
 
-def object_tile(objects, i, disturbed, colour, side=104):
-    """A PIL picture: object i with some of its surroundings, as it is or disturbed, in a frame of a colour, over the
-    name of its category."""
+def object_crop(objects, i, disturbed, side):
+    """A PIL picture of object i with some of its surroundings, as it is or disturbed."""
     item = objects[objects.filled.index(int(objects.image_of(i)))]
     x1, y1, x2, y2 = item[2][item[3] == i][0]
     half = min(0.65 * max(x2 - x1, y2 - y1), objects.size / 2)
     x, y = (min(max((low + high) / 2, half), objects.size - half) for low, high in ((x1, x2), (y1, y2)))
-    tile = Image.new("RGB", (side, side + 17), "#202020")
     box = (x - half, y - half, x + half, y + half)
-    tile.paste(Image.fromarray(item[disturbed]).resize((side, side), Image.BICUBIC, box=box))
-    draw = ImageDraw.Draw(tile)
-    draw.rectangle([0, 0, side - 1, side - 1], outline=colour, width=4)
-    name = objects.labelled.categories[objects.labelled.labels[i]]
-    draw.text((side / 2, side + 8), name, fill=colour, anchor="mm", font_size=12)
-    return tile
+    return Image.fromarray(item[disturbed]).resize((side, side), Image.BICUBIC, box=box)
 
 
 def save_picture(picture, path):

@@ -14,9 +14,8 @@ networks whose features differ equally.
 
 Relative to how much objects differ, not in the paper, 0 is ideal: rc = mean(1 - cos(A1, A2)) / mean(1 - cos(A2,
 B2)) and rp = mean(1 - MCS) / mean(1 - cos(A2, B2)), B2 being B alone at A's place. At 1 a neighbour (a place)
-changes a feature as much as another object would. A constant added to all features changes neither; but they tell
-nothing of a network that sees only what does not matter, and one large difference between objects (their colour)
-hides what becomes of all small ones.
+changes a feature as much as another object would. A constant added to all features changes neither; but one large
+difference between objects (their colour) hides what becomes of all small ones.
 
 Re-identification, not in the paper, needs no scale; 100 is ideal: does an object's feature, amid four neighbours or
 moved to a corner, find the same object, alone in the centre, among 150 (R@1 in %, by cosine; a tie is a miss)? It
@@ -290,12 +289,6 @@ def new_figure():
     return figure, figure.subplots(2, 3).flat
 
 
-def plot_file(path):
-    """The type of --plot: raises UserError where matplotlib is missing, before the work and not after it."""
-    new_figure()
-    return path
-
-
 def plot(results, path):
     """Figures 3b and 4b and ours, a PNG: every measure by layer, a curve for each row with its standard errors. `roi`
     stands apart: it is no deeper layer than res5 but C5 on RoIAlign's output."""
@@ -308,14 +301,14 @@ def plot(results, path):
         for i, result in enumerate(results):
             shown, colour, marker = values[i].clip(low, high), CURVE_COLOURS[i % 7], "osD^v"[i // 7 % 5]
             error = np.where(shown == values[i], errors[i], 0)  # a value beyond the axis is written at its edge
-            for layers, label in ((slice(0, 4), result["row"]), (slice(4, 5), None)):
-                axis.errorbar(LAYERS[layers], shown[layers], error[layers], color=colour, marker=marker, label=label,
-                              markersize=4, capsize=3)
+            style = dict(color=colour, marker=marker, markersize=4, capsize=3)
+            axis.errorbar(LAYERS[:4], shown[:4], error[:4], label=result["row"], **style)
+            axis.errorbar(LAYERS[4:], shown[4:], error[4:], **style)
             for layer in np.flatnonzero(np.isfinite(values[i]) & (shown != values[i])):
                 axis.annotate(f"{values[i][layer]:.3g}", (layer, shown[layer]), (3, 3), textcoords="offset points",
                               color=colour, fontsize=7)
         axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-        axis.set_title(title.replace(": ", ":\n"), fontsize=10, loc="left")
+        axis.set_title(title.replace(" / ", "\n/ "), fontsize=10, loc="left")
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     with atomic(path) as file:
@@ -324,23 +317,20 @@ def plot(results, path):
 
 
 def limits(values, ideal):
-    """The range of an axis for values (rows, layers) and the ideal. Of three or more rows, one that is four times as
-    wide as all others together is left out, so that it does not flatten them."""
-    rows = [row[np.isfinite(row)] for row in values]
-
+    """The range of an axis for values (rows, layers) and the ideal. Of three rows or more, one that makes it four times
+    as wide as all others do is left out, so that it does not flatten them."""
     def span(rows):
-        numbers = np.concatenate([*rows, [ideal]])
-        return numbers.min(), max(numbers.max(), numbers.min() + 1e-6)
-    while len(rows) > 2:
-        rest = min((rows[:i] + rows[i + 1:] for i in range(len(rows))), key=lambda some: np.ptp(span(some)))
-        if np.ptp(span(rows)) < 4 * np.ptp(span(rest)):
+        return np.nanmin([ideal, np.nanmin(rows)]), np.nanmax([ideal + 1e-6, np.nanmax(rows)])
+    while len(values) > 2:
+        rest = min((np.delete(values, i, 0) for i in range(len(values))), key=lambda rows: np.ptp(span(rows)))
+        if np.ptp(span(values)) < 4 * np.ptp(span(rest)):
             break
-        rows = rest
-    return span(rows)
+        values = rest
+    return span(values)
 
 
 def picture(inputs, alone=False, fill="black", rows=3):
-    """A PIL picture of the inputs, each line a pair and an object of the bank; the squares that are read have frames."""
+    """A PIL picture of the inputs, each line a pair and an object of the bank; the squares that are read are framed."""
     gap, head, rows = 8, 18, min(rows, len(inputs.a.masks))
     nine = "alone at each place in turn" if alone else "the centre against eight places"
     titles = ("CR, rc: A1 beside B", "A2: A, without B", "B2: B at A's place", f"MCS, rp: {nine}",
@@ -378,11 +368,13 @@ def main():
     add("--alone", action="store_true", help="for MCS and rp: one object alone at nine places, not nine at once")
     add("--fill", choices=tuple(FILLS), default="black", help="what is around the objects: black, or mean, ImageNet's "
         "mean colour (default: black, section 3)")
-    add("--plot", type=plot_file, metavar="FILE", help="write the curves there, a PNG (needs matplotlib)")
+    add("--plot", metavar="FILE", help="write the curves there, a PNG (needs matplotlib)")
     add("--picture", metavar="FILE", help="write a PNG of the inputs there")
     args = parser.parse_args()
     if args.pairs < 2:
         raise UserError(f"--pairs {args.pairs}: a standard error needs at least 2")
+    if args.plot:
+        new_figure()  # that matplotlib is missing should show before the work
     rows = open_rows(args)
     if any(source.path == "colour" for _, sources in rows for source in sources):
         raise UserError("--ckpt colour is no network and has no layers to probe: leave it out")
