@@ -33,12 +33,13 @@ import threading
 import time
 import zipfile
 import zlib
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from itertools import islice
+from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -145,13 +146,8 @@ def atomic(path, mode="wb"):
 
 
 def duration(seconds):
-    """Seconds as people say them: '42 s', '3 min 20 s', '5 h 12 min'."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class Progress:
@@ -160,18 +156,16 @@ class Progress:
     def __init__(self, what, total):
         self.what, self.total = what, total
         self.start = self.shown = time.monotonic()
-        self.terminal = sys.stdout.isatty()
+        self.wait, self.end = (0.5, "\r") if sys.stdout.isatty() else (10, "\n")
 
     def update(self, done):
         now, finished = time.monotonic(), done >= self.total
-        if not finished and now - self.shown < (0.5 if self.terminal else 10):
-            return
-        self.shown, seconds = now, max(now - self.start, 1e-9)
-        time_left = f"done in {duration(seconds)}"
-        if not finished:
-            time_left = f"{duration((self.total - done) * seconds / max(done, 1))} left"
-        print(f"{self.what}: {done:,}/{self.total:,} images, {done / seconds:,.1f} images/s, {time_left}   ",
-              end="\r" if self.terminal and not finished else "\n", flush=True)
+        if finished or now - self.shown > self.wait:
+            self.shown, seconds = now, max(now - self.start, 1e-9)
+            left = duration((self.total - done) * seconds / max(done, 1))
+            print(f"{self.what}: {done:,}/{self.total:,} images, {done / seconds:,.1f} images/s, "
+                  + (f"done in {duration(seconds)}   " if finished else f"{left} left   "),
+                  end="\n" if finished else self.end, flush=True)
 
 
 def usable_cores():
@@ -231,10 +225,10 @@ class Images:
 
 
 def list_images(root):
-    """Sorted paths of the images below `root`, relative to it. Links are followed, each folder once; hidden files and
-    folders and what a run wrote (curves.png beside metrics.jsonl) are passed over. What else is left out is said in a
-    line on stderr. Raises UserError if there is no image."""
-    images, others, seen, folders = [], {}, set(), deque([""])  # others: reason -> paths
+    """Sorted paths of the images below `root`, relative to it. Links are followed, each folder once; hidden names and
+    what a run wrote (its folder, known by metrics.jsonl) are passed over. Other files are counted by suffix in a line
+    on stderr. Raises UserError if there is no image."""
+    images, others, seen, folders = [], Counter(), set(), deque([""])
     while folders:
         folder = folders.popleft()
         path = os.path.join(root, folder)
@@ -245,12 +239,12 @@ def list_images(root):
         try:
             entries = {entry.name: entry for entry in os.scandir(path) if not entry.name.startswith(".")}
         except OSError as error:
-            others.setdefault(f"folders that cannot be read ({error.strerror})", []).append(path)
+            others[f"folder {path} ({error.strerror})"] += 1
             continue
         if "metrics.jsonl" in entries:
             if folder:
                 continue
-            entries.pop("curves.png", None)
+            entries.pop("curves.png", None)  # of a run with --out in the root itself
         for name, entry in entries.items():
             suffix, below = os.path.splitext(name)[1].lower(), os.path.join(folder, name)
             if entry.is_dir():  # links last: a folder that is reached in two ways goes by its own name
@@ -258,25 +252,14 @@ def list_images(root):
             elif suffix in SUFFIXES and entry.is_file():
                 images.append(below)
             else:
-                kind = f"files called *{suffix}" if suffix else "files without a suffix"
-                others.setdefault("no regular files" if suffix in SUFFIXES else kind, []).append(below)
-    left_out = [f"{len(paths):,} {kind}, the first: {paths[0]}" for kind, paths in others.items()
-                if not kind.startswith("files") or is_image(os.path.join(root, paths[0]))]
-    said = f"left out below {root}: {'; '.join(left_out)}" if left_out else ""
+                others[f"*{suffix}" if entry.is_file() else "broken links, pipes, devices"] += 1
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in others.items())
     if not images:
-        raise UserError(f"{root} contains no image: " + (said or "name a folder of images with --root"))
-    if said:
-        print(said, file=sys.stderr, flush=True)
+        raise UserError(f"{root} contains no image ({', '.join(sorted(SUFFIXES))})"
+                        + (f", but {left_out}" if left_out else ": name a folder of images with --root"))
+    if left_out:
+        print(f"left out, not called as images are: {left_out} below {root}", file=sys.stderr, flush=True)
     return sorted(images)
-
-
-def is_image(path):
-    """Whether a regular file's first bytes are an image's."""
-    with suppress(Exception):  # PIL raises a different class per format
-        if os.path.isfile(path):
-            Image.open(path).close()
-            return True
-    return False
 
 
 def open_images(data, root=None, split=None, strict=False):
@@ -794,23 +777,13 @@ def read_classes(root):
     return index, names
 
 
-BLOCK = 1 << 14  # rows of OpenImages' CSV that are Python objects at a time
-
-
-def stream_boxes(path, classes, faults):
-    """OpenImages' box CSV in blocks of BLOCK rows, so that 14.6 million take no memory: images (n,) uint64 (the 16 hex
-    digits of ImageID), labels (n,) int16 by `classes` ({label id: label}), boxes (n, 4) float32 xyxy in shares of the
-    sides, group (n,) bool. Broken lines go to `faults`. Raises UserError if it is missing, no box CSV or cut short."""
-    rows = valid_rows(path, classes, faults)
-    while block := list(islice(rows, BLOCK)):
-        image, label, box, group = zip(*block)
-        yield np.uint64(image), np.int16(label), np.float32(box), np.array(group)
-
-
-def valid_rows(path, classes, faults):
-    """The valid rows of `stream_boxes`, one by one: image, label, box, group."""
+def read_boxes(path, classes, faults):
+    """OpenImages' box CSV: images (M,) uint64 (the 16 hex digits of ImageID), labels (M,) int16 by `classes` ({label id:
+    label}), boxes (M, 4) float32 xyxy in shares of the sides, group (M,) bool. 14.6 million rows take 27 bytes each.
+    Broken lines go to `faults`. Raises UserError if the file is missing, not a box CSV or cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
+    images, labels, boxes, groups = array("Q"), array("h"), array("f"), array("b")
     with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
         header = file.readline().strip().split(",")
         try:
@@ -823,19 +796,23 @@ def valid_rows(path, classes, faults):
                 image, name, *sides, group = [cells[column] for column in columns]
                 if len(cells) != len(header) or len(image) != 16 or not image.isalnum() or not cells[-1]:
                     raise ValueError
-                image, sides = int(image, 16), [float(side) for side in sides]
+                image, box = int(image, 16), clip_box(*map(float, sides), 1, 1)
             except (ValueError, IndexError):
                 if not line.endswith("\n"):
                     raise UserError(f"{path}, line {number}: the file is cut short here; download it again") from None
                 faults.add("line cannot be read", f"line {number}")
                 continue
-            box = clip_box(*sides, 1, 1)
             if name not in classes:
                 faults.add("category id unknown", f"line {number}: {name}")
             elif box is None:
                 faults.add(EMPTY_BOX, f"line {number}")
             else:
-                yield image, classes[name], box, group == "1"
+                images.append(image)
+                labels.append(classes[name])
+                boxes.extend(box)
+                groups.append(group == "1")
+    return (np.array(images, np.uint64), np.array(labels, np.int16), np.array(boxes, np.float32).reshape(-1, 4),
+            np.array(groups, bool))
 
 
 def read_openimages(root, split, images, listed=False, strict=False):
@@ -843,18 +820,16 @@ def read_openimages(root, split, images, listed=False, strict=False):
     IsGroupOf. Sizes come from the images' headers. Rows of other images are left out, and counted unless `listed`."""
     path = root / f"{split}-annotations-bbox.csv"
     classes, categories = read_classes(root)
-    faults, blocks, absent = Faults(path), [], []
+    faults = Faults(path)
     images = Images(images.root, [name for name in images.names.tolist() if re.fullmatch(rb"[0-9a-f]{16}\.\w+", name)])
     ids = np.array([int(name[:16], 16) for name in images.names.tolist()] or [0], np.uint64)
-    for image, label, box, group in stream_boxes(path, classes, faults):
-        index = np.searchsorted(ids, image).clip(max=len(ids) - 1)
-        here = (ids[index] == image) & (len(images) > 0)
-        blocks.append((index[here], box[here], label[here], group[here]))
-        absent.append(np.unique(image[~here]))
-    for image in np.unique(np.concatenate(absent)) if absent and not listed else []:
-        faults.add(f"image listed but absent from {images.root}", f"{image:016x}", strict)
-    faults.report(any(len(block[0]) for block in blocks))
-    index, boxes, labels, group = map(np.concatenate, zip(*blocks))
+    image, labels, boxes, group = read_boxes(path, classes, faults)
+    index = np.searchsorted(ids, image).clip(max=len(ids) - 1)
+    here = (ids[index] == image) & (len(images) > 0)
+    for absent in [] if listed else np.unique(image[~here]):
+        faults.add(f"image listed but absent from {images.root}", f"{absent:016x}", strict)
+    faults.report(here.any())
+    index, labels, boxes, group = index[here], labels[here], boxes[here], group[here]
     sizes, faults = np.zeros((len(images), 2), np.float32), Faults(images.root)
     for i in np.unique(index):
         try:
@@ -949,20 +924,17 @@ def proposals_folder(data, root, split=None):
 
 
 def proposals_state(images, folder):
-    """'ready', 'missing' or, where they are of other settings, the reason to make them again."""
+    """'ready', 'missing' or the reason to make them again."""
     try:
-        settings = json.loads((Path(folder) / "settings.json").read_text())
+        settings = dict(json.loads((Path(folder) / "settings.json").read_text()))
     except OSError:
         return "missing"
-    except ValueError:
-        return "settings.json is not JSON"
-    if not isinstance(settings, dict):
-        return "settings.json is no JSON object"
+    except (ValueError, TypeError):
+        return "settings.json is not a JSON object"
     if settings.get("method") != SEARCH["method"]:
         return "ready"  # somebody else's boxes, as they are
-    wanted = proposal_settings(images)
-    other = [f"{key} {settings.get(key)}, now {wanted[key]}" for key in wanted if settings.get(key) != wanted[key]]
-    return "other settings: " + "; ".join(other) if other else "ready"
+    other = [key for key, value in proposal_settings(images).items() if settings.get(key) != value]
+    return f"written with other settings ({', '.join(other)})" if other else "ready"
 
 
 def listing(names):
@@ -1322,12 +1294,10 @@ def write_mini(annotations, coco, out, seed=0):
     caps = coco_counts(Path(coco))
     classes, names = read_classes(Path(annotations))
     path = Path(annotations) / "train-annotations-bbox.csv"
-    faults, blocks = Faults(path), []
-    print(f"reading {path} (the published file takes about two minutes)", flush=True)
-    for image, label, _, _ in stream_boxes(path, classes, faults):
-        blocks.append((image, label))
-    faults.report(any(len(image) for image, _ in blocks))
-    image, label = map(np.concatenate, zip(*blocks))
+    faults = Faults(path)
+    print(f"reading {path} (the published file takes minutes)", flush=True)
+    image, label, _, _ = read_boxes(path, classes, faults)
+    faults.report(len(image))
     ids, index = np.unique(image, return_inverse=True)
     cap = np.full(len(names), -1)
     shared = shared_names(caps)
@@ -1342,7 +1312,7 @@ def write_mini(annotations, coco, out, seed=0):
     kept = np.isin(index, chosen)
     with atomic(out, "w") as file:
         file.writelines(f"train/{i:016x}\n" for i in ids[chosen].tolist())
-    report_mini(index[kept], label[kept], label, cap, names, shared, len(chosen))
+    print_table2(len(chosen), index[kept], label[kept], TABLE2["openimages-mini", "train"])
     print("COCO's categories without a counterpart: " + ", ".join(sorted(caps.keys() - shared.keys())))
     print(f"wrote {out}: {len(chosen):,} of {len(ids):,} images")
 
@@ -1378,16 +1348,6 @@ def choose_images(index, label, cap, seed):
     return np.sort(np.int64(chosen))
 
 
-def report_mini(index, label, everywhere, cap, names, shared, images):
-    """Print Table 2 of a choice, its boxes given by `index` and `label`, and each shared category against its cap."""
-    print_table2(images, index, label, TABLE2["openimages-mini", "train"])
-    got, there = (np.bincount(x, minlength=len(names)) for x in (label, everywhere))
-    spelled = {theirs: ours for ours, theirs in shared.items()}
-    for c in sorted(np.flatnonzero(cap >= 0), key=lambda c: -cap[c]):
-        print(f"  {spelled[names[c]]:15} {names[c]:28} {got[c]:9,} of at most {cap[c]:9,}"
-              + ("" if there[c] else "   (the CSV has none)"))
-
-
 # The paper's Table 2: images, objects per image, categories per image, categories.
 TABLE2 = {("coco", "train"): (118_000, 7.4, 2.95, 80), ("openimages-mini", "train"): (146_000, 9.1, 3.2, 569)}
 
@@ -1411,9 +1371,7 @@ def print_stats(data, root, split, given=None):
     print_table2(number, index, labelled.labels, TABLE2.get((data, split)))
     folder = Path(given or proposals_folder(data, root, folder_of(data, split)))
     if not (folder / "settings.json").exists():
-        root, given = ([flag, shlex.quote(str(x))] if x else [] for flag, x in (("--root", root), ("--proposals", given)))
-        words = ["--data", data, *root, "--split", folder_of(data, split), *given]
-        return print(f"no proposals in {folder}: python data.py proposals {' '.join(words)}")
+        return print(f"no proposals in {folder}: make them with data.py proposals")
     proposals = Proposals(folder)
     counts = dict(zip(proposals.names.tolist(), np.diff(proposals.offsets).tolist()))
     own = [counts.get(name, 0) for name in labelled.images.names.tolist()]
