@@ -18,6 +18,14 @@ import torch.nn.functional as F
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in every checkpoint that we compare with
 
+# Ranges of the region augmentations (section 4.1; PRC's threshold and RBJ's ranges are not in the paper).
+PRC_SHARE = (0.2, 0.5)      # of a box's area that is cut out
+PRC_THRESHOLD = 0.5         # a box of which a larger share is hidden already is made visible first
+PRM_SCALE = (0.2, 0.6)      # area of a rectangle of background, as a share of its box's
+PRM_RATIO = (3 / 4, 4 / 3)  # its width / height
+RBJ_SCALE = (0.8, 1.0)      # of a box's width and height
+RBJ_SHIFT = 0.1             # of its centre, at most, as a share of its sides
+
 
 @cache
 def constant(values, device):
@@ -57,14 +65,14 @@ def boxes_mask(boxes, size):
 
 # ---------------------------------------------------------------------------------- region augmentations (section 4.1)
 
-def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generator=None):
+def proposal_random_cutout(mask, boxes, share=PRC_SHARE, threshold=PRC_THRESHOLD, generator=None):
     """PRC, section 4.1: cut a part out of every proposal, from the largest proposal to the smallest.
 
     R_i are the whole pixels of box i, c the share of them that is hidden already. If c > threshold, R_i is recovered
     (made visible) and c = 0. Then s ~ U(share); if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect ratio is
-    hidden, placed uniformly inside R_i. s is thus the most that a cut hides: it may fall on what is hidden already, and
-    a smaller box may recover part of it. Not in the paper: the value of `threshold`, that `share` is one of areas, and
-    the subtraction of c (from the authors' follow-up at ICLR 2024, "Mind Your Augmentation").
+    hidden, placed uniformly inside R_i. So s is an upper bound: a cut may fall on what is hidden already, and a smaller
+    box may recover part of it. Not in the paper: the value of `threshold`, that `share` is a share of the area, and the
+    subtraction of c (from the authors' follow-up at ICLR 2024, "Mind Your Augmentation").
 
     Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one stays."""
     size, dtype = mask.shape[-2:], mask.dtype
@@ -72,6 +80,7 @@ def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generat
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
     boxes = boxes.gather(1, area.argsort(dim=1, descending=True, stable=True)[..., None].expand_as(boxes))
     draws = torch.rand((3, *boxes.shape[:2]), generator=generator, device=boxes.device)
+    u_share, u_place = draws[0], draws[1:].permute(1, 2, 0)  # (B, K), (B, K, 2)
     visible = mask[:, 0] > 0.5
     for i in range(boxes.shape[1]):
         box = boxes[:, i]
@@ -80,21 +89,21 @@ def proposal_random_cutout(mask, boxes, share=(0.2, 0.5), threshold=0.5, generat
         hidden = 1 - (region & visible).sum((1, 2)) / extent.prod(1).clamp(min=1)
         recover = hidden > threshold
         visible = visible | (region & recover[:, None, None])
-        s = share[0] + (share[1] - share[0]) * draws[0, :, i]
+        s = share[0] + (share[1] - share[0]) * u_share[:, i]
         still_to_hide = (s - hidden.masked_fill(recover, 0)).clamp(min=0)  # s - c
         cut = (extent * still_to_hide.sqrt()[:, None]).round()
-        place = corner + (draws[1:, :, i].T * (extent - cut + 1)).floor().minimum(extent - cut)
+        place = corner + (u_place[:, i] * (extent - cut + 1)).floor().minimum(extent - cut)
         visible = visible & ~rectangle_mask(torch.cat([place, place + cut], 1), size)
     return visible[:, None].to(dtype)
 
 
-def proposal_random_mask(boxes, size, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3), reading="reveal", generator=None):
-    """PRM, section 4.1: which of the proposals' surroundings are seen, from random directions.
+def proposal_random_mask(boxes, size, scale=PRM_SCALE, ratio=PRM_RATIO, reading="reveal", generator=None):
+    """PRM, section 4.1: which parts of the proposals' surroundings are visible, from random directions.
 
     Each box has one rectangle of area s|R_i|, s ~ U(scale), aspect (width / height) log-uniform in `ratio`, centred on
     the border of R_i in a uniformly random direction from its centre. reading="reveal" (the literal one: "add partial
-    background information"): visible are the boxes and the rectangles. reading="hide": visible is all but those
-    rectangles outside the boxes. Not in the paper: one rectangle a box, on the border, log-uniform in its aspect.
+    background information"): the boxes and the rectangles are visible. reading="hide": everything is visible but those
+    rectangles outside the boxes. Not in the paper: one rectangle per box, on the border, log-uniform in its aspect.
 
     Args: boxes (B, K, 4); size (H, W). Returns the mask (B, 1, H, W), 1 = visible."""
     if reading not in ("reveal", "hide"):
@@ -114,40 +123,38 @@ def proposal_random_mask(boxes, size, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3), re
     return torch.maximum(inside, rectangles if reading == "reveal" else 1 - rectangles)
 
 
-def restricted_box_jitter(boxes, size, generator=None):
+def restricted_box_jitter(boxes, size, scale=RBJ_SCALE, shift=RBJ_SHIFT, generator=None):
     """RBJ, section 4.1: jittered boxes (B, K, 4) that are never larger than the original, though 75 % of them cross one
-    of its edges. Ours are the ranges: width and height x U(0.8, 1), centre shifted by U(-0.1, 0.1) of the side, clipped
-    to the view `size` (H, W)."""
-    low, high = constant((0.8, 0.8, -0.1, -0.1), boxes.device), constant((1.0, 1.0, 0.1, 0.1), boxes.device)
-    return scale_and_move(boxes, size, uniform(boxes.shape, low, high, boxes, generator))
-
-
-def box_jitter(boxes, size, generator=None, p=0.5):
-    """Not in the paper: SoCo's box jitter, for Table 5. With probability p a box (B, K, 4) has its centre shifted and
-    its sides scaled by up to 10 % of the side; clipped to the view `size` (H, W)."""
-    low, high = constant((0.9, 0.9, -0.1, -0.1), boxes.device), constant((1.1, 1.1, 0.1, 0.1), boxes.device)
-    chosen = torch.rand(boxes.shape[:2] + (1,), generator=generator, device=boxes.device) < p
-    return torch.where(chosen, scale_and_move(boxes, size, uniform(boxes.shape, low, high, boxes, generator)), boxes)
-
-
-def scale_and_move(boxes, size, draws):
-    """Boxes (B, K, 4) with width and height scaled by draws[..., :2] and centres moved by draws[..., 2:] of width and
-    height, clipped to `size` (H, W)."""
+    of its edges. Width and height are multiplied by U(scale), the centre moves by U(-shift, shift) of the side; the
+    result is clipped to the view `size` (H, W). Not in the paper: both ranges."""
+    low = constant((scale[0], scale[0], -shift, -shift), boxes.device)
+    high = constant((scale[1], scale[1], shift, shift), boxes.device)
+    factors, shifts = uniform(boxes.shape, low, high, boxes, generator).split(2, -1)
     extent, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., 2:] + boxes[..., :2]) / 2
-    half, centre = extent * draws[..., :2] / 2, centre + extent * draws[..., 2:]
+    half, centre = extent * factors / 2, centre + extent * shifts
     limit = constant((size[1], size[0], size[1], size[0]), boxes.device)
     return torch.minimum(torch.cat([centre - half, centre + half], -1).clamp(min=0), limit)
 
 
+def box_jitter(boxes, size, p=0.5, generator=None):
+    """Not in the paper: a box jitter in SoCo's manner, for Table 5. With probability p a box (B, K, 4) has its centre
+    shifted and its sides scaled by up to 10 % of the side, so that it may grow; clipped to the view `size` (H, W).
+    (SoCo's code moves each corner instead.)"""
+    chosen = torch.rand(boxes.shape[:2] + (1,), generator=generator, device=boxes.device) < p
+    return torch.where(chosen, restricted_box_jitter(boxes, size, (0.9, 1.1), 0.1, generator), boxes)
+
+
 def random_cutout(mask, boxes, share=(0.1, 0.3), p=0.5, generator=None):
-    """Not in the paper: SoCo's random cutout, for Tables 5 and 6. With probability p a box (B, K, 4) loses a square of
-    area share U(share), centred uniformly in the box and clipped to it. Returns the new mask (B, 1, H, W)."""
+    """Not in the paper: a cutout in SoCo's manner, for Tables 5 and 6. With probability p a box (B, K, 4) loses a
+    square of area share U(share), centred uniformly in the box and clipped to it (by SoCo to the image). Returns the
+    new mask (B, 1, H, W)."""
     size = mask.shape[-2:]
     boxes = whole_pixels(boxes, size)
     extent = boxes[..., 2:] - boxes[..., :2]
     draws = torch.rand((4, *boxes.shape[:2]), generator=generator, device=boxes.device)
-    side = (extent.prod(-1) * (share[0] + (share[1] - share[0]) * draws[0])).sqrt() * (draws[1] < p)
-    centre = boxes[..., :2] + draws[2:].permute(1, 2, 0) * extent
+    u_share, u_cut, *u_centre = draws
+    side = (extent.prod(-1) * (share[0] + (share[1] - share[0]) * u_share)).sqrt() * (u_cut < p)
+    centre = boxes[..., :2] + torch.stack(u_centre, -1) * extent
     half = side[..., None] / 2
     square = torch.cat([torch.maximum(centre - half, boxes[..., :2]), torch.minimum(centre + half, boxes[..., 2:])], -1)
     return mask * (1 - boxes_mask(square, size))
@@ -187,7 +194,7 @@ def composite(images, backgrounds, shifted_mask, offset):
 # -------------------------------------------------------------------------------------------------------------- colour
 
 class Colour(NamedTuple):
-    """Not in the paper: MoCo v2's colour augmentation, as in DenseCL's COCO recipe."""
+    """Strengths and probabilities of colour augmentation. Not in the paper: MoCo v2's, as in DenseCL's COCO recipe."""
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
@@ -207,8 +214,9 @@ def colour_augment(images, colour=Colour(), generator=None):
     """Colour jitter, random grey and Gaussian blur, each sample with its own draws.
 
     Brightness, contrast, saturation, hue (a rotation in YIQ) and grey, in this fixed order, are affine in a pixel's
-    colour: one 3x3 matrix and offset a sample, one product; contrast's pivot, the mean grey after brightness, is known
-    beforehand from the mean colour. One final clamp. Blur is one product with a band matrix along each axis.
+    colour: one 3x3 matrix and offset per sample, one product; contrast's pivot, the mean grey after brightness, follows
+    from the mean colour. One final clamp. Blur is one product with a band matrix along each axis. Not in the paper: the
+    fixed order and the single clamp, as DALI has them.
 
     Args: images (B, 3, H, W) in [0, 1]. Returns the same shape, in [0, 1]."""
     matrix, offset = colour_transform(images.mean((2, 3)), colour, generator)
@@ -220,12 +228,13 @@ def colour_transform(mean, colour=Colour(), generator=None):
     """Matrix (B, 3, 3) and offset (B, 3) of each sample's colour change; `mean` (B, 3) is its mean colour."""
     batch, device = len(mean), mean.device
     draws = torch.rand((6, batch), generator=generator, device=device)
-    signed, (u_jitter, u_grey) = 2 * draws[:4] - 1, draws[4:]  # U(-1, 1) for each of the four strengths
+    u_jitter, u_grey = draws[4:]
+    u_brightness, u_contrast, u_saturation, u_hue = 2 * draws[:4] - 1  # U(-1, 1)
     jittered, grey = u_jitter < colour.p_jitter, u_grey < colour.p_grey
-    brightness = torch.where(jittered, 1 + colour.brightness * signed[0], 1.0)
-    contrast = torch.where(jittered, 1 + colour.contrast * signed[1], 1.0)
-    saturation = torch.where(jittered, 1 + colour.saturation * signed[2], 1.0).masked_fill(grey, 0.0)
-    angle = torch.where(jittered, 2 * math.pi * colour.hue * signed[3], 0.0)
+    brightness = torch.where(jittered, 1 + colour.brightness * u_brightness, 1.0)
+    contrast = torch.where(jittered, 1 + colour.contrast * u_contrast, 1.0)
+    saturation = torch.where(jittered, 1 + colour.saturation * u_saturation, 1.0).masked_fill(grey, 0.0)
+    angle = torch.where(jittered, 2 * math.pi * colour.hue * u_hue, 0.0)
 
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     turn = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], -1).view(batch, 3, 3)
@@ -282,59 +291,60 @@ class Views(NamedTuple):
 
 
 AUGS = ("prc", "prm", "rbj", "cutout", "jitter")
-JITTERS = {"rbj": restricted_box_jitter, "jitter": box_jitter}  # those of AUGS that change what RoIAlign reads
 
 
-def make_views(batch, augs=("prc", "prm", "rbj"), reading="reveal", dp_boxes=1, generator=None, colour=Colour()):
+def make_views(batch, options, generator=None, colour=Colour()):
     """Section 4: from what the loader brings to what the encoders see, on the batch's device.
 
-    Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); augs: any of AUGS; reading: PRM's;
-    dp_boxes: how many of the K boxes de-positioning moves, the first ones (the loader's order is random), 0: without
-    it. Returns Views."""
+    Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); options: d3ssl.Config, or any object with
+    its fields augs, prm, dp, dp_boxes and the ranges prc_share, prc_threshold, prm_scale, prm_ratio, rbj_scale and
+    rbj_shift. De-positioning moves the first dp_boxes of the K boxes: their order is random. Returns Views."""
     view1, view2, boxes1, boxes2 = batch
     size = view1.shape[1:3]
     x1, x2 = (normalise(colour_augment(to_float(view), colour, generator)) for view in (view1, view2))
     x2s = F.avg_pool2d(x2, 2)
-    x1_hat = x1 * region_mask(boxes1, size, augs, reading, generator)                                  # Eq. 2
-    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], augs, reading, generator, is_view2=True)
+    x1_hat = x1 * region_mask(boxes1, size, options, generator)                                        # Eq. 2
+    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], options, generator, is_view2=True)
     m_hat = x3 = boxes3 = rois3 = None
-    if dp_boxes:
-        m_hat, x3, boxes3 = de_position(x2, boxes2[:, :dp_boxes], generator)
-    rois1 = jitter_rois(boxes1, size, augs, generator)
-    rois2 = jitter_rois(boxes2, size, augs, generator)
-    if dp_boxes:
-        rois3 = jitter_rois(boxes3, size, augs, generator)
+    if options.dp:
+        m_hat, x3, boxes3 = de_position(x2, boxes2[:, :options.dp_boxes], options, generator)
+    rois1 = jitter_rois(boxes1, size, options, generator)
+    rois2 = jitter_rois(boxes2, size, options, generator)
+    if options.dp:
+        rois3 = jitter_rois(boxes3, size, options, generator)
     return Views(x1, x2, x1_hat, x2s_hat, m_hat, x3, boxes1, boxes2, boxes3, rois1, rois2, rois3)
 
 
-def de_position(x2, boxes, generator=None):
+def de_position(x2, boxes, options, generator=None):
     """Eqs. 6-8 for boxes (B, k, 4) of x2 (B, 3, H, W), on view 2 of the next image of the batch as background.
     Returns m^ (B, 1, H, W), x3 (B, 3, H, W) and b^ (B, k, 4)."""
     size, backgrounds = x2.shape[2:], x2.roll(-1, 0)                                                   # x_b
     m = boxes_mask(boxes, size)                                                                        # Eq. 6
     moved, offset = shift_boxes(boxes, size, generator)
-    m_hat = proposal_random_cutout(shift_pixels(m, offset), moved, generator=generator)                # Eq. 7
+    m_hat = proposal_random_cutout(shift_pixels(m, offset), moved, options.prc_share, options.prc_threshold,
+                                   generator)                                                          # Eq. 7
     return m_hat, composite(x2, backgrounds, m_hat, offset), moved                                     # Eq. 8
 
 
-def region_mask(boxes, size, augs, reading="reveal", generator=None, is_view2=False):
+def region_mask(boxes, size, options, generator=None, is_view2=False):
     """The mask (B, 1, H, W) of Eq. 2 for one view, size (H, W), with boxes (B, K, 4) in its pixels: the product of
-    PRC's and PRM's, as far as `augs` names them. SoCo's cutout acts on view 2 alone."""
+    PRC's and PRM's, as far as options.augs names them. SoCo's cutout acts on view 2 alone."""
     mask = boxes.new_ones((len(boxes), 1, *size))
-    if "prc" in augs:
-        mask = proposal_random_cutout(mask, boxes, generator=generator)
-    if "cutout" in augs and is_view2:
+    if "prc" in options.augs:
+        mask = proposal_random_cutout(mask, boxes, options.prc_share, options.prc_threshold, generator)
+    if "cutout" in options.augs and is_view2:
         mask = random_cutout(mask, boxes, generator=generator)
-    if "prm" in augs:
-        mask = mask * proposal_random_mask(boxes, size, reading=reading, generator=generator)
+    if "prm" in options.augs:
+        mask = mask * proposal_random_mask(boxes, size, options.prm_scale, options.prm_ratio, options.prm, generator)
     return mask
 
 
-def jitter_rois(boxes, size, augs, generator=None):
-    """The boxes (B, K, 4) after the one of JITTERS that `augs` names, or as they are."""
-    for name in JITTERS:
-        if name in augs:
-            return JITTERS[name](boxes, size, generator)
+def jitter_rois(boxes, size, options, generator=None):
+    """The boxes (B, K, 4) that RoIAlign reads: jittered by the one jitter that options.augs names, or as they are."""
+    if "rbj" in options.augs:
+        return restricted_box_jitter(boxes, size, options.rbj_scale, options.rbj_shift, generator)
+    if "jitter" in options.augs:
+        return box_jitter(boxes, size, generator=generator)
     return boxes
 
 
@@ -344,9 +354,8 @@ def parse_augs(text):
     for name in names:
         if name not in AUGS:
             raise argparse.ArgumentTypeError(f"{name or 'an empty name'} is none of {', '.join(AUGS)}, none")
-    jitters = [name for name in JITTERS if name in names]
-    if len(jitters) > 1:
-        raise argparse.ArgumentTypeError(f"{' and '.join(jitters)} are two jitters of the same boxes, name one of them")
+    if "rbj" in names and "jitter" in names:
+        raise argparse.ArgumentTypeError("rbj and jitter both jitter the boxes of RoIAlign, name one of them")
     return tuple(name for name in AUGS if name in names)
 
 
@@ -355,37 +364,37 @@ def parse_augs(text):
 COLOURS = ("#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f", "#ff8c1a", "#b18cff", "#ffffff", "#ff5050")
 
 
+LEGEND = "thick boxes: made the masks; thin: jittered, read by RoIAlign; grey: hidden; white in m^: moved onto x_b"
+
+
 def contact_sheet(views, tile=224):
-    """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^, x3, the boxes drawn and numbered; in
-    what the student reads (x1^, x2s^, x3) thin lines are the jittered boxes of RoIAlign."""
+    """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^ and x3 with their boxes."""
     from PIL import ImageDraw
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import draw_bounding_boxes, make_grid
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    columns = [("x1", views.x1, views.boxes1, None), ("x2", views.x2, views.boxes2, None),
-               ("x1^ (Eq. 2)", views.x1_hat, views.boxes1, views.rois1),
-               ("x2s^ (Eq. 2)", views.x2s_hat, views.boxes2 / 2, views.rois2 / 2)]
+    columns = {"x1": (views.x1, views.boxes1, None), "x2": (views.x2, views.boxes2, None),
+               "x1^ (Eq. 2)": (views.x1_hat, views.boxes1, views.rois1),
+               "x2s^ (Eq. 2)": (views.x2s_hat, views.boxes2 / 2, views.rois2 / 2)}
     if views.x3 is not None:
-        columns += [("m^ (Eq. 7)", views.m_hat, views.boxes3, None),
-                    ("x3 (Eq. 8)", views.x3, views.boxes3, views.rois3)]
-    tiles, gap = [], 4
+        columns["m^ (Eq. 7)"] = normalise(views.m_hat.expand(-1, 3, -1, -1)), views.boxes3, None
+        columns["x3 (Eq. 8)"] = views.x3, views.boxes3, views.rois3
+    tiles = []
     for row in range(len(views.x1)):
-        for _, images, boxes, rois in columns:
-            image = images[row].expand(3, -1, -1) if images.shape[1] == 1 else images[row] * std + mean
-            image = F.interpolate(image.clamp(0, 1)[None], size=(tile, tile), mode="nearest")[0]
-            numbers = [str(k + 1) for k in range(boxes.shape[1])]
-            colours = [COLOURS[k % len(COLOURS)] for k in range(boxes.shape[1])]
+        for images, boxes, rois in columns.values():
+            image = F.interpolate((images[row] * std + mean).clamp(0, 1)[None], size=(tile, tile))[0]
             pixels, scale = (image * 255).round().byte(), tile / images.shape[-1]
-            pixels = draw_bounding_boxes(pixels, boxes[row] * scale, numbers, colours, width=2)
-            if rois is not None and not torch.equal(rois, boxes):
+            colours = [COLOURS[k % len(COLOURS)] for k in range(boxes.shape[1])]
+            pixels = draw_bounding_boxes(pixels, boxes[row] * scale, colors=colours, width=3)
+            if rois is not None:
                 pixels = draw_bounding_boxes(pixels, rois[row] * scale, colors=colours, width=1)
             tiles.append(pixels)
-    sheet = to_pil_image(make_grid(tiles, nrow=len(columns), padding=gap, pad_value=48))
+    grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=48)
+    sheet = to_pil_image(F.pad(grid, (0, 0, 14, 14), value=48))
     draw = ImageDraw.Draw(sheet)
-    for column, (title, *_) in enumerate(columns):
-        left = gap + column * (tile + gap)
-        draw.rectangle([left, gap, left + 7 * len(title) + 6, gap + 15], fill="#303030")
-        draw.text((left + 3, gap + 2), title, fill="white")
+    for column, title in enumerate(columns):
+        draw.text((4 + column * (tile + 4), 2), title, fill="white")
+    draw.text((4, sheet.height - 15), LEGEND, fill="white")
     return sheet
 
 
@@ -394,40 +403,42 @@ def main():
 
     import numpy as np
 
-    from data import (Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals,
-                      make_loader, open_images, positive, whole_number)
+    from data import (Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals, make_loader,
+                      open_images, positive, whole_number)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("scenes", "coco", "voc", "openimages-mini", "folder"), default="scenes")
-    parser.add_argument("--root", help="the data set's folder (default data/DATA)")
-    parser.add_argument("--proposals", help="a folder of proposals (default: search in the images that are shown)")
-    parser.add_argument("--out", default="views.png")
-    parser.add_argument("--rows", type=positive, default=6, help="images to show")
-    parser.add_argument("--boxes", type=positive, default=4, help="K, boxes an image")
-    parser.add_argument("--dp-boxes", type=whole_number, default=1, help="how many of them de-positioning moves")
-    parser.add_argument("--window", action="store_true", help="draw the boxes from a random window of view 2")
-    parser.add_argument("--augs", type=parse_augs, default=("prc", "prm", "rbj"), help="as in d3ssl.py")
-    parser.add_argument("--prm", choices=("reveal", "hide"), default="reveal")
-    parser.add_argument("--seed", type=whole_number, default=0)
+    add = parser.add_argument
+    add("--data", choices=("scenes", "coco", "voc", "openimages-mini", "folder"), default="scenes")
+    add("--root", help="the data set's folder (default data/DATA)")
+    add("--proposals", help="a folder of proposals (default: search in the images that are shown)")
+    add("--out", default="views.png", help="the PNG to write (default views.png)")
+    add("--rows", type=positive, default=6, help="images to show (default 6)")
+    add("--size", type=positive, help="side of a view in pixels, even (default: scenes 112, else 224)")
+    add("--boxes", type=positive, default=4, help="K, boxes per image (default 4)")
+    add("--dp-boxes", type=whole_number, default=1, help="how many of them de-positioning moves, 0: none (default 1)")
+    add("--augs", type=parse_augs, default=("prc", "prm", "rbj"), help="region augmentations, as in d3ssl.py")
+    add("--prm", choices=("reveal", "hide"), default="reveal", help="PRM's reading, as in d3ssl.py")
+    add("--seed", type=whole_number, default=0)
+    parser.set_defaults(prc_share=PRC_SHARE, prc_threshold=PRC_THRESHOLD, prm_scale=PRM_SCALE, prm_ratio=PRM_RATIO,
+                        rbj_scale=RBJ_SCALE, rbj_shift=RBJ_SHIFT)
     args = parser.parse_args()
-    if args.dp_boxes > args.boxes:
-        raise UserError(f"--dp-boxes {args.dp_boxes}: at most --boxes {args.boxes}")
+    args.dp = args.dp_boxes > 0
+    if args.dp_boxes > args.boxes or (args.size or 0) % 2:
+        raise UserError(f"--dp-boxes is at most --boxes {args.boxes}, --size is even: view 2-s has half of it")
     images = open_images(args.data, args.root)
     if args.data == "scenes":
-        some = Scenes(number=args.rows)
+        shown = Scenes(number=args.rows)
     else:
-        chosen = np.random.default_rng(args.seed).permutation(len(images))[:args.rows]
-        some = Images(images.root, images.names[chosen])
+        shown = Images(images.root, images.names[np.random.default_rng(args.seed).permutation(len(images))[:args.rows]])
     with tempfile.TemporaryDirectory() as folder:
         if args.proposals is None:
-            compute_proposals(some, folder, workers=2)
-        proposals = Proposals(args.proposals or folder)
-        views = TwoViews(some, proposals, some.size, args.boxes, seed=args.seed)
-        batch = next(iter(make_loader(views, [[(0, i) for i in range(len(views))]], workers=0)))
-    generator = torch.Generator().manual_seed(args.seed)
-    sheet = contact_sheet(make_views(batch, args.augs, args.prm, args.dp_boxes, generator))
+            compute_proposals(shown, folder, workers=2)
+        dataset = TwoViews(shown, Proposals(args.proposals or folder), args.size or shown.size, args.boxes,
+                           seed=args.seed)
+        batch = next(iter(make_loader(dataset, [[(0, i) for i in range(len(dataset))]], workers=0)))
+    sheet = contact_sheet(make_views(batch, args, torch.Generator().manual_seed(args.seed)))
     with atomic(args.out) as file:
         sheet.save(file, "PNG")
-    print(f"wrote {args.out}: {len(views)} images, {sheet.width} x {sheet.height} pixels")
+    print(f"wrote {args.out}: {len(dataset)} images, {sheet.width} x {sheet.height} pixels")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 """De-coupling and De-positioning Dense Self-supervised Learning: the encoder, the queue, the losses, the training loop.
 
-    python d3ssl.py                                                  some ten minutes on a CPU: the embedded scenes
-    python d3ssl.py --data coco --root data/coco                     COCO, one process, GPU if there is one
+    python d3ssl.py                                                  minutes on a CPU: the embedded scenes
+    python d3ssl.py --data coco --root data/coco                     COCO, one process, on a GPU if there is one
     torchrun --nproc_per_node 8 d3ssl.py --data coco                 COCO, eight GPUs
     python d3ssl.py --data folder --root DIR                         your own images
 
-A run writes last.pt, backbone.pth, metrics.jsonl and curves.png into --out and resumes from last.pt by itself.
+A run writes last.pt, backbone.pth, config.json, metrics.jsonl and curves.png into --out, and resumes from last.pt.
 """
 import argparse
+import fcntl
+import inspect
 import json
 import math
 import os
 import platform
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,56 +30,64 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from augment import make_views, normalise, parse_augs, to_float
-from data import (Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration,
-                  error_exit, listing, make_loader, open_images, positive, proposals_folder, rng, usable_cores,
-                  whole_number)
+from augment import (PRC_SHARE, PRC_THRESHOLD, PRM_RATIO, PRM_SCALE, RBJ_SCALE, RBJ_SHIFT, make_views, normalise,
+                     parse_augs, to_float)
+from data import (Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration, error_exit,
+                  listing, make_loader, open_images, positive, proposals_folder, rng, usable_cores, whole_number)
 
 
 def setting(default, about, choices=None):
-    """A field of Config that is a flag of the same name: its default, and what --help says of it with its source."""
+    """A field of Config that is a flag of the same name: its default, and its line in --help."""
     return field(default=default, metadata=dict(help=about, choices=choices))
 
 
 @dataclass
 class Config:
-    """Every setting of a run and its flag. A preset, then the objective, then the command line replace these defaults,
-    which are COCO's; "of X": the paper is silent, X has it."""
-    data: str = setting("scenes", "the preset and the data set")
-    root: str = setting(None, "the data set's folder (default data/DATA)")
-    proposals: str = setting(None, "folder of proposals (default: under the root)")
-    out: str = setting(None, "where the run's files go (default runs/DATA)")
-    arch: str = setting("resnet50", "section 4", ("resnet18", "resnet34", "resnet50", "resnet101"))
-    size: int = setting(224, "side of views 1 and 2 in pixels, view 2-s has half (section 4)")
-    boxes: int = setting(4, "K, boxes an image; of SoCo")
-    regions: str = setting("proposals", "section 4.1; image, grid: baselines", ("proposals", "image", "grid"))
-    augs: tuple = setting(("prc", "prm", "rbj"), "any of prc,prm,rbj (section 4.1), cutout,jitter (SoCo's), or none")
-    prm: str = setting("reveal", "section 4.1, two readings; reveal: the literal one", ("reveal", "hide"))
-    dp: bool = setting(True, "L_dp, the de-positioning loss (section 4.2)")
-    dp_boxes: int = setting(1, "how many of the K boxes it moves; ours: the union of four leaves no room (README)")
-    window: bool = setting(False, "draw the K boxes from a random window of view 2, half to three quarters of its "
-                           "side; ours: the other way to room for --dp-boxes 4 (README)")
-    roi: int = setting(14, "side of RoIAlign's output on C4; of detectron2's C4 head")
-    objective: str = setting("nce", "Eq. 5; cosine: SoCo's, for Table 6", ("nce", "cosine"))
-    hidden: int = setting(None, "width of the projector (default: C5's); of MoCo v2")
-    projector_norm: bool = setting(False, "batch norm in the projector; SoCo and SimCLR have it, MoCo v2 has not")
-    dim: int = setting(128, "of z; of MoCo v2")
-    temperature: float = setting(0.2, "tau of Eq. 5; of MoCo v2")
-    queue: int = setting(65536, "the memory bank; of MoCo v2, at most a quarter of what an epoch enqueues")
-    ema: float = setting(0.999, "momentum of the teacher; of MoCo v2")
-    epochs: int = setting(800, "section 5")
-    batch_size: int = setting(256, "of all ranks together; of DenseCL")
-    optimizer: str = setting("sgd", "of DenseCL; lars: SoCo's", ("sgd", "adamw", "lars"))
-    lr: float = setting(0.3, "for 256 images, scaled with the batch, adamw's as it is; of DenseCL's COCO recipe")
-    warmup: int = setting(10, "epochs, at most a quarter of all; of SoCo: Eq. 10 sums four terms at DenseCL's rate")
-    momentum: float = setting(0.9, "of DenseCL")
-    weight_decay: float = setting(1e-4, "of DenseCL")
-    amp: str = setting("auto", "autocast; auto: bf16 where that is faster", ("auto", "bf16", "off"))
-    workers: int = setting(8, "processes that load images, a rank; at most the cores there are")
-    seed: int = setting(0, "of the initialisation, the order of the data and the augmentations")
-    max_steps: int = setting(None, "stop this schedule early")
+    """Every setting of a run and its flag; help says what it is, then where the default is from. The defaults are
+    COCO's; for scenes QUICK, then the objective, then the command line replace them."""
+    data: str = setting("scenes", "preset and data set", ("scenes", "coco", "folder", "voc", "openimages-mini"))
+    root: str = setting(None, "folder of the data set; default data/DATA")
+    proposals: str = setting(None, "folder of the proposals; default: below the root")
+    out: str = setting(None, "folder that the run writes; default runs/DATA")
+    arch: str = setting("resnet50", "architecture; section 4", ("resnet18", "resnet34", "resnet50", "resnet101"))
+    size: int = setting(224, "side of views 1 and 2 in pixels, view 2-s has half; section 4")
+    boxes: int = setting(4, "K, boxes drawn per image; from SoCo")
+    regions: str = setting("proposals", "what the boxes are; section 4.1; image and grid: baselines of section 3",
+                           ("proposals", "image", "grid"))
+    augs: tuple = setting(("prc", "prm", "rbj"), "region augmentations: prc,prm,rbj (section 4.1), cutout,jitter "
+                          "(in SoCo's manner) or none")
+    prm: str = setting("reveal", "PRM: reveal parts of the background, section 4.1 to the letter, or hide them",
+                       ("reveal", "hide"))
+    prc_share: tuple = setting(PRC_SHARE, "PRC: range of the area cut out of a box; section 4.1")
+    prc_threshold: float = setting(PRC_THRESHOLD, "PRC: hidden share above which a box is made visible first; ours")
+    prm_scale: tuple = setting(PRM_SCALE, "PRM: range of a rectangle's area, as a share of its box's; section 4.1")
+    prm_ratio: tuple = setting(PRM_RATIO, "PRM: range of a rectangle's width / height; section 4.1")
+    rbj_scale: tuple = setting(RBJ_SCALE, "RBJ: range of the factor of width and height; ours")
+    rbj_shift: float = setting(RBJ_SHIFT, "RBJ: largest shift of the centre, as a share of the side; ours")
+    dp: bool = setting(True, "use L_dp, the de-positioning loss; section 4.2")
+    dp_boxes: int = setting(1, "how many of the K boxes de-positioning moves; ours: four leave no room (README)")
+    roi: int = setting(None, "side of RoIAlign's output on C4; default SIZE / 16: 14, from detectron2's C4 head")
+    objective: str = setting("nce", "loss: InfoNCE (Eq. 5), or SoCo's cosine with its optimiser", ("nce", "cosine"))
+    hidden: int = setting(None, "width of the projector; default: C5's, from MoCo v2")
+    projector_norm: bool = setting(False, "batch norm in the projector; MoCo v2 has none, SoCo and SimCLR have it")
+    dim: int = setting(128, "dimension of z; from MoCo v2")
+    temperature: float = setting(0.2, "temperature of Eq. 5; from MoCo v2")
+    queue: int = setting(65536, "entries of the queue, at most a quarter of what an epoch enqueues; from MoCo v2")
+    ema: float = setting(0.999, "momentum of the teacher; from MoCo v2")
+    epochs: int = setting(800, "length of the schedule; section 5")
+    batch_size: int = setting(256, "images per step, all ranks together; from DenseCL")
+    optimizer: str = setting("sgd", "optimiser; from DenseCL (lars: SoCo's)", ("sgd", "adamw", "lars"))
+    lr: float = setting(0.3, "peak learning rate for 256 images, scaled with the batch (not adamw's); from DenseCL")
+    warmup: int = setting(10, "epochs of linear warm-up, at most a quarter of all; length from SoCo")
+    momentum: float = setting(0.9, "momentum of SGD and LARS; from DenseCL")
+    weight_decay: float = setting(1e-4, "L2 penalty on all weights; from DenseCL")
+    amp: str = setting("auto", "autocast; auto: bfloat16 where the hardware is faster with it", ("auto", "bf16", "off"))
+    workers: int = setting(8, "processes per rank that load images, at most the usable cores")
+    seed: int = setting(0, "seed of the initialisation, the order of the data and the augmentations")
+    max_steps: int = setting(None, "stop the schedule early, after so many steps")
     snapshots: bool = setting(False, "keep backbone-IMAGES.pth at powers of two of images seen")
 
 
@@ -82,11 +95,11 @@ class Config:
 # within 8,192 images; SGD does not. A faster teacher (0.95) outruns the queue: positives are then told by their age.
 QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.99, epochs=8,
              batch_size=16, optimizer="adamw", lr=1e-3, warmup=1, workers=2)
-PRESETS = {"coco": {}, "folder": {}, "voc": {}, "openimages-mini": {}, "scenes": QUICK}
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
 COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5,
               warmup=10)
-# Whatever else differs is another run.
+LOG_EVERY, SAVE_EVERY = 20, 300  # steps, seconds
+# A resumed run may differ in these settings alone.
 FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots"}
 
 
@@ -96,7 +109,7 @@ class Encoder(nn.Module):
     """f: z = H(RoIAlign(E(x), b)), Eq. 1. E is a ResNet up to C4; H is C5, average pooling and the projector.
 
     `backbone` is torchvision's ResNet without its classifier, so its keys are torchvision's. With grid=True C5 runs
-    on the whole map and a 1x1 RoIAlign after it reads one vector a box (the paper's point-level baseline).
+    on the whole map and a 1x1 RoIAlign after it reads one vector per box (the paper's point-level baseline).
 
     Args: hidden: width of the projector, None: C5's; dim: of z; roi: side of RoIAlign's output; norm: batch norm in
     the projector."""
@@ -106,20 +119,15 @@ class Encoder(nn.Module):
         self.backbone = torchvision.models.get_model(arch, weights=None)
         width = self.backbone.fc.in_features
         self.backbone.fc = nn.Identity()
-        self.projector = perceptron(width, hidden or width, dim, norm)
+        self.projector = mlp(width, hidden or width, dim, norm)
         self.roi, self.grid = roi, grid
 
-    def c4(self, x):
-        """E: images (B, 3, H, W) -> (B, 1024, H/16, W/16) at ResNet-50."""
-        net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x.contiguous(memory_format=torch.channels_last)))))
-        return net.layer3(net.layer2(net.layer1(x)))
-
     def features(self, x, boxes):
-        """What H projects: images (B, 3, H, W), boxes (B, K, 4) -> (B * K, 2048) at ResNet-50."""
+        """What the projector reads: images (B, 3, H, W), boxes (B, K, 4) -> (B * K, 2048) at ResNet-50."""
+        c4 = resnet_stages(self.backbone, x)[-1]
         if self.grid:
-            return roi_align(self.backbone.layer4(self.c4(x)), boxes, 1, 1 / 32).flatten(1)
-        regions = roi_align(self.c4(x), boxes, self.roi, 1 / 16)
+            return roi_align(self.backbone.layer4(c4), boxes, 1, 1 / 32).flatten(1)
+        regions = roi_align(c4, boxes, self.roi, 1 / 16)
         return self.backbone.layer4(regions).mean((2, 3))
 
     def forward(self, x, boxes, predictor=None):
@@ -131,19 +139,31 @@ class Encoder(nn.Module):
         return F.normalize(z.float(), dim=1)
 
 
-def perceptron(width, hidden, dim, norm=False):
+def resnet_stages(network, images):
+    """E: the maps of torchvision's ResNet after res2, res3 and res4. Images (B, 3, H, W) -> [(B, 256, H/4, W/4),
+    (B, 512, H/8, W/8), (B, 1024, H/16, W/16)] at ResNet-50; the last one is C4, and network.layer4 is C5."""
+    x = network.conv1(images.contiguous(memory_format=torch.channels_last))
+    x = network.maxpool(network.relu(network.bn1(x)))
+    maps = []
+    for stage in (network.layer1, network.layer2, network.layer3):
+        x = stage(x)
+        maps.append(x)
+    return maps
+
+
+def mlp(width, hidden, dim, norm=False):
     """A two-layer MLP: MoCo v2's projector; with norm=True BYOL's and SoCo's, batch norm after the first layer."""
     middle = [nn.BatchNorm1d(hidden)] if norm else []
     return nn.Sequential(nn.Linear(width, hidden), *middle, nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
 
 def roi_align(maps, boxes, bins, scale, ratio=2):
-    """RoIAlign (He et al. 2017) with aligned=True and a fixed sampling ratio, as two matrix products a box: its
+    """RoIAlign (He et al. 2017) with aligned=True and a fixed sampling ratio, as two matrix products per box: its
     interpolation is separable. Equal to torchvision.ops.roi_align to 1e-5; on a CPU its backward is over ten times
     faster, on a GPU it is deterministic. Boxes get no gradient.
 
-    Args: maps (B, C, H, W); boxes (B, K, 4) in pixels of the view; bins: output side; scale: map cells a pixel; ratio:
-    samples a bin along each axis. Returns (B * K, C, bins, bins), channels_last."""
+    Args: maps (B, C, H, W); boxes (B, K, 4) in pixels of the view; bins: output side; scale: map cells per pixel;
+    ratio: samples per bin along each axis. Returns (B * K, C, bins, bins), channels_last."""
     batch, channels, height, width = maps.shape
     k = boxes.shape[1]
     with torch.no_grad():
@@ -156,7 +176,7 @@ def roi_align(maps, boxes, bins, scale, ratio=2):
 
 
 def interpolation(low, high, scale, bins, cells, ratio):
-    """RoIAlign along one axis: (..., bins, cells) weights that average `ratio` linear samples a bin of the interval
+    """RoIAlign along one axis: (..., bins, cells) weights that average `ratio` linear samples per bin of the interval
     [low, high) (...), given in pixels, over a map of `cells` cells."""
     start, step = low * scale - 0.5, (high - low) * scale / (bins * ratio)
     sample = torch.arange(bins * ratio, device=low.device) + 0.5
@@ -170,8 +190,8 @@ def interpolation(low, high, scale, bins, cells, ratio):
 # --------------------------------------------------------------------------------- queue and losses (Eqs. 3-5 and 8-10)
 
 class Queue(nn.Module):
-    """The memory bank of Eq. 5: the last `size` teacher features (size, D), first in, first out. `Run.fill_queue` fills
-    it before step 1; until then it holds random unit vectors by `seed`."""
+    """The negatives of Eq. 5: the last `size` teacher features (size, D), first in, first out. `fill_queue` fills it
+    before step 1; until then it holds random unit vectors, drawn by `seed`."""
 
     def __init__(self, size, dim, seed=0):
         super().__init__()
@@ -181,65 +201,48 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, z):
-        """Overwrite the oldest features by z (N, D); of several ranks', in the order of the ranks, the same on each."""
-        z, size = gather(z), len(self.features)
+        """Replace the oldest features by z (N, D) of all ranks, in the order of the ranks: the same on each."""
+        if dist.is_initialized():
+            everyone = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyone, z.contiguous())
+            z = torch.cat(everyone)
+        size = len(self.features)
         place = (self.pointer + torch.arange(len(z), device=z.device)) % size
         self.features.index_copy_(0, place[-size:], z[-size:])
         self.pointer.copy_((self.pointer + len(z)) % size)
 
 
-def gather(z):
-    """z (N, D) of all ranks, (ranks * N, D)."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return z
-    everyone = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, z.contiguous())
-    return torch.cat(everyone)
+def info_nce(z, z_pos, queue, temperature):
+    """Eq. 5, mean over rows: -log exp(z.z+ / T) / sum over {z+} and the queue of exp(z.zj / T).
+
+    Args: z, z_pos (N, D) and queue (Q, D), all L2-normalised. Returns the loss and the accuracy: the share of rows
+    whose positive is nearer than every negative."""
+    l_pos = (z * z_pos).sum(1, keepdim=True)                        # (N, 1)
+    l_neg = z @ queue.T                                             # (N, Q)
+    logits = torch.cat([l_pos, l_neg], 1) / temperature
+    labels = torch.zeros(len(z), dtype=torch.long, device=z.device)  # the positive comes first
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), accuracy
 
 
-class Query(NamedTuple):
-    """Student features beside the negatives of the queue; the products with them are made once for all positives."""
-    z: torch.Tensor          # (N, D), L2-normalised
-    negatives: torch.Tensor  # (N,) log of the sum of exp(z.zj / tau) over the queue
-    hardest: torch.Tensor    # (N,) the largest z.zj / tau
-    temperature: float       # tau
+def cosine_loss(z, z_pos):
+    """BYOL's and SoCo's loss, mean over rows, without negatives: 2 - 2 z.z+; z, z_pos (N, D), L2-normalised."""
+    return (2 - 2 * (z * z_pos).sum(1)).mean()
 
 
-def make_query(z, queue, temperature):
-    """The Query of z (N, D) against `queue` (Q, D), both L2-normalised."""
-    similarity = z @ queue.T / temperature
-    return Query(z, similarity.logsumexp(1), similarity.detach().amax(1), temperature)
-
-
-def info_nce(query, z_pos):
-    """Eq. 5, mean over rows: -log exp(z.z+ / tau) / sum over {z+} and the queue of exp(z.zj / tau); z_pos (N, D)."""
-    positive = (query.z * z_pos).sum(1) / query.temperature
-    return (torch.logaddexp(positive, query.negatives) - positive).mean()
-
-
-def cosine_loss(query, z_pos):
-    """BYOL's and SoCo's loss, mean over rows, without negatives: 2 - 2 z.z+; z_pos (N, D)."""
-    return (2 - 2 * (query.z * z_pos).sum(1)).mean()
-
-
-def top1(query, z_pos):
-    """(N,) float: whether the positive is nearer than every negative of the queue."""
-    return ((query.z * z_pos).sum(1) / query.temperature > query.hardest).float()
-
-
-class Losses(NamedTuple):
+class Output(NamedTuple):
     """What a forward pass returns: scalars, and the teacher's features (2 * B * K, D) for the queue."""
     loss: torch.Tensor
     loss_dc: torch.Tensor
     loss_dp: torch.Tensor
-    top1: torch.Tensor
+    accuracy: torch.Tensor
     keys: torch.Tensor
 
 
 class D3SSL(nn.Module):
     """Student f_q, teacher f_k and queue; forward is Eqs. 3-5 and 8-10 on views that augment.make_views prepared.
 
-    amp: the dtype of autocast for the encoders, or None for float32; losses are float32 always."""
+    amp: the dtype of autocast for the encoders, or None for float32; losses are always float32."""
 
     def __init__(self, config, amp=None):
         super().__init__()
@@ -247,7 +250,7 @@ class D3SSL(nn.Module):
         self.config, self.amp = config, amp
         self.student = Encoder(c.arch, c.hidden, c.dim, c.roi, c.projector_norm, grid=c.regions == "grid")
         self.teacher = deepcopy(self.student).requires_grad_(False)  # in training mode too, with its own buffers
-        self.predictor = perceptron(c.dim, c.hidden or c.dim, c.dim, norm=True) if c.objective == "cosine" else None
+        self.predictor = mlp(c.dim, c.hidden or c.dim, c.dim, norm=True) if c.objective == "cosine" else None
         self.queue = Queue(c.queue, c.dim, c.seed)
 
     @torch.no_grad()
@@ -255,48 +258,43 @@ class D3SSL(nn.Module):
         """theta_k <- momentum theta_k + (1 - momentum) theta_q, parameters only (MoCo); before each forward pass."""
         get_ema_multi_avg_fn(momentum)(list(self.teacher.parameters()), list(self.student.parameters()), None)
 
-    def autocast(self, x):
-        return torch.autocast(x.device.type, self.amp, enabled=self.amp is not None)
+    def autocast(self):
+        return torch.autocast(self.queue.features.device.type, self.amp, enabled=self.amp is not None)
 
     @torch.no_grad()
-    def teach(self, views):
-        """zt1 and zt2 (B * K, D) of Eq. 3."""
-        with self.autocast(views.x2):
+    def teacher_forward(self, views):
+        """zt1 and zt2 (B * K, D) of Eq. 3. In view 2 the teacher reads x2 itself, neither cut nor masked."""
+        with self.autocast():
             return self.teacher(views.x1_hat, views.rois1), self.teacher(views.x2, views.rois2)
 
     def forward(self, views):
-        """views: augment.Views. Returns Losses; enqueue its `keys` after the backward pass."""
-        nce = info_nce if self.config.objective == "nce" else cosine_loss              # Eq. 5; cosine_loss: SoCo's
-        with self.autocast(views.x2):
-            zs1 = self.student(views.x1_hat, views.rois1, self.predictor)              # Eq. 3
+        """views: augment.Views. Returns Output; enqueue its `keys` after the backward pass."""
+        accuracies = []
+
+        def nce(z, z_pos):
+            loss, accuracy = info_nce(z, z_pos, self.queue.features, self.config.temperature)  # Eq. 5
+            accuracies.append(accuracy)
+            return cosine_loss(z, z_pos) if self.config.objective == "cosine" else loss
+
+        with self.autocast():
+            zs1 = self.student(views.x1_hat, views.rois1, self.predictor)          # Eq. 3
             zs2 = self.student(views.x2s_hat, views.rois2 / 2, self.predictor)
             if self.config.dp:
-                zs3 = self.student(views.x3, views.rois3, self.predictor)              # Eq. 8
-        zt1, zt2 = self.teach(views)
-        q1, q2 = self.query(zs1), self.query(zs2)
-        loss_dc = nce(q1, zt2) + nce(q2, zt1)                                          # Eq. 4
+                zs3 = self.student(views.x3, views.rois3, self.predictor)          # Eq. 8
+        zt1, zt2 = self.teacher_forward(views)
+        keys = torch.cat([zt1, zt2])
+        loss_dc = nce(zs1, zt2) + nce(zs2, zt1)                                    # Eq. 4
         loss_dp = torch.zeros_like(loss_dc)
-        hits = [top1(q1, zt2), top1(q2, zt1)]
         if self.config.dp:
-            q3 = self.query(zs3)
-            zt1_moved, zt2_moved = self.of_moved_boxes(zt1, views), self.of_moved_boxes(zt2, views)
-            loss_dp = nce(q3, zt2_moved) + nce(q3, zt1_moved)                          # Eq. 9
-            hits += [top1(q3, zt2_moved), top1(q3, zt1_moved)]
-        loss = loss_dp + loss_dc                                                       # Eq. 10, though L_dp is a mean
-        # over the moved boxes alone, so that each of them counts K / dp_boxes times what it does in the paper.
-        return Losses(loss, loss_dc, loss_dp, torch.cat(hits).mean(), torch.cat([zt1, zt2]))
-
-    def query(self, z):
-        """The Query of student features z (N, D); with the cosine objective the queue serves top-1 alone."""
-        return make_query(z, self.queue.features, self.config.temperature)
-
-    def of_moved_boxes(self, z, views):
-        """Of features z (B * K, D) those of the boxes that de-positioning moved: (B * dp_boxes, D)."""
-        batch, number = views.rois3.shape[:2]
-        return z.unflatten(0, (batch, -1))[:, :number].flatten(0, 1)
+            batch, moved = views.rois3.shape[:2]  # of the K boxes only the first ones are in x3
+            zt1, zt2 = (zt.unflatten(0, (batch, -1))[:, :moved].flatten(0, 1) for zt in (zt1, zt2))
+            loss_dp = nce(zs3, zt2) + nce(zs3, zt1)                                # Eq. 9
+        loss = loss_dp + loss_dc                                                   # Eq. 10, but L_dp is the mean over
+        # the moved boxes alone: each of them counts K / dp_boxes times what it does in the paper.
+        return Output(loss, loss_dc, loss_dp, torch.stack(accuracies).mean(), keys)
 
 
-# ----------------------------------------------------------------------------------------------------------- optimiser
+# ------------------------------------------------------------------------------------------------ optimiser, batch norm
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) over SGD with momentum, as BYOL and SoCo use it: biases and
@@ -314,10 +312,8 @@ class LARS(torch.optim.Optimizer):
                     step = step.add(p, alpha=group["weight_decay"])
                     trust = group["trust"] * p.norm() / step.norm()
                     step = step * torch.where(torch.isfinite(trust) & (trust > 0), trust, 1.0)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                p.sub_(state["momentum_buffer"].mul_(group["momentum"]).add_(step), alpha=group["lr"])
+                velocity = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                p.sub_(velocity.mul_(group["momentum"]).add_(step), alpha=group["lr"])
 
 
 def make_optimizer(config, model):
@@ -330,340 +326,153 @@ def make_optimizer(config, model):
     return torch.optim.SGD(parameters, momentum=config.momentum, fused=True, **arguments)
 
 
-def learning_rate(config, step, total):
-    """At `step` of `total`: linear scaling with the batch (not AdamW's), linear warm-up over at most a quarter of the
-    epochs, cosine to 0."""
+def learning_rate(config, step, total_steps):
+    """At `step` of `total_steps`: linear scaling with the batch (not AdamW's), linear warm-up over at most a quarter of
+    the epochs, cosine to 0."""
     peak = config.lr * (1 if config.optimizer == "adamw" else config.batch_size / 256)
-    warmup = min(config.warmup, config.epochs / 4) * total / config.epochs
+    warmup = min(config.warmup, config.epochs / 4) * total_steps / config.epochs
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
 
 
-def teacher_momentum(config, step, total):
+def teacher_momentum(config, step, total_steps):
     """Constant with InfoNCE (MoCo); to 1 by a cosine with the cosine objective (BYOL)."""
     if config.objective == "nce":
         return config.ema
-    return 1 - (1 - config.ema) * 0.5 * (1 + math.cos(math.pi * step / total))
+    return 1 - (1 - config.ema) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 @torch.no_grad()
-def clean_statistics(network, batches):
-    """Estimate batch norm's running means and variances in place, as their plain means over `batches` ("precise batch
-    norm"; not in the paper: from Wu and Johnson 2021). Each batch is the tuple of arguments of a call of `network`,
-    which comes back in its own mode. The student's own statistics are of masked, composed and half-size views."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    modes, momenta = [m.training for m in network.modules()], [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all batches
+def precise_batch_norm(network, batches):
+    """Estimate batch norm's running means and variances in place, as their plain means over `batches`; not in the
+    paper: from Wu and Johnson 2021. Each batch is the tuple of arguments of a call of `network`, which is left in
+    evaluation mode."""
+    for norm in network.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over all batches
     network.train()
     for arguments in batches:
         network(*arguments)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-    for module, mode in zip(network.modules(), modes):
-        module.training = mode
+    network.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------- the run
-
-class Ranks:
-    """This process among those of torchrun (or alone): rank, ranks, device; what they must agree on goes over gloo."""
-
-    def __init__(self):
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-
-    def connect(self):
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.ranks > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-
-    def maximum(self, *values):
-        """The maximum over ranks of each value; between hosts, so that no device is waited for."""
-        values = torch.tensor(values, dtype=torch.float64)
-        if self.ranks > 1:
-            dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values.tolist()
-
-    def mean(self, values):
-        """The mean over ranks of a float tensor on the device, as a list: the host waits for the device here."""
-        if self.ranks > 1:
-            dist.all_reduce(values)
-        return (values / self.ranks).tolist()
-
-    def print(self, *text):
-        if self.rank == 0:
-            print(*text, flush=True)
+def clean_statistics(model, dataset, device, workers, number=256, batch_size=64):
+    """Batch norm's statistics of clean view-1 images and their boxes, for {"student": ..., "teacher": ...}, by
+    torchvision's names. The student's own are of masked, composed and half-size views. Every rank gets the same."""
+    chosen = rng("clean", model.config.seed).permutation(len(dataset))[:number].tolist()
+    schedule = [[(0, i) for i in chosen[start:start + batch_size]] for start in range(0, len(chosen), batch_size)]
+    batches = [(normalise(to_float(view1.to(device))), boxes1.to(device))
+               for view1, _, boxes1, _ in make_loader(dataset, schedule, workers)]
+    statistics = {}
+    for name in ("student", "teacher"):
+        encoder = deepcopy(getattr(model, name))
+        encoder.projector = nn.Identity()
+        with model.autocast():
+            precise_batch_norm(encoder, batches)
+        state = encoder.backbone.state_dict()
+        statistics[name] = {key: value.cpu() for key, value in state.items() if "running_" in key}
+    return statistics
 
 
-def amp_dtype(amp, device):
-    """The dtype of autocast, None for float32. auto: bfloat16 where it is faster: GPUs that multiply it, CPUs with AMX,
-    AMD's with AVX512-bf16 (1.5-1.8 times; Intel's without AMX are slower with it). It never depends on a timing."""
-    if amp != "auto":
-        return torch.bfloat16 if amp == "bf16" else None
+# ------------------------------------------------------------------------------------- ranks, signals, files of a run
+
+def torchrun_ranks():
+    """(rank, world size, local rank, local world size) from torchrun's environment; (0, 1, 0, 1) without it. Raises
+    UserError where they cannot work."""
+    rank, local_rank = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
+    world_size, local_world_size = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if world_size > 1 and not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"WORLD_SIZE={world_size} without MASTER_ADDR: start the ranks with torchrun, or unset it")
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_world_size} ranks on {torch.cuda.device_count()} GPUs: one rank per GPU, lower "
+                        "--nproc_per_node")
+    return rank, world_size, local_rank, local_world_size
+
+
+def connect(world_size, local_rank):
+    """This rank's device, after joining the others."""
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    vectors = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if tiles or (vectors and "AMD" in cpu_description()) else None
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
-def cpu_description():
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:  # no Linux
-        return platform.processor()
+def data_parallel(model, world_size):
+    """`model`, or its DistributedDataParallel if there are several ranks, on GPUs with SyncBatchNorm; each rank keeps
+    its own buffers."""
+    if world_size == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the outermost module is no norm
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
+    own_buffers = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **own_buffers)
 
 
-class Run:
-    """One training run: its data, model, optimiser and files. `train` is the loop."""
+def gather_objects(value):
+    """[the value of each rank], between hosts: no GPU waits for it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
-    def __init__(self, config, ranks, resume="auto"):
-        self.ranks, self.step, self.out, self.stop_asked = ranks, 0, Path(config.out), False
-        self.views = open_views(config, ranks)
-        self.listing = listing(self.views.names())
-        self.config = fit_queue(config, len(self.views), ranks)
-        saved = load_last(self.out / "last.pt", self.settings(), ranks) if resume == "auto" else None
-        self.per_epoch = len(self.views) // config.batch_size
-        self.total = config.epochs * self.per_epoch
-        self.last = min(self.total, config.max_steps or self.total)
-        ranks.connect()
-        agree(ranks, self.out, saved["step"] if saved else 0, len(self.views), self.last, int(self.listing[:12], 16))
-        self.build(saved)
 
-    def build(self, saved):
-        """Model and optimiser, as they were `saved` or from the seed."""
-        config, device = self.config, self.ranks.device
-        torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision("high")
-        amp = amp_dtype(saved["amp"] if saved else config.amp, device)  # a resumed run goes on as it began
-        self.model = D3SSL(config, amp).to(device, memory_format=torch.channels_last)
-        if self.ranks.ranks > 1 and device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.optimizer = make_optimizer(config, self.model)
-        if saved:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step = saved["step"]
-        self.parallel = self.model if self.ranks.ranks == 1 else nn.parallel.DistributedDataParallel(
-            self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+def agree(out, **state):
+    """Raises UserError, on all ranks, if their `state` differs: another --out or --root on one machine."""
+    states = gather_objects(state)
+    for name in state:
+        values = [str(other[name]) for other in states]
+        if len(set(values)) > 1:
+            raise UserError(f"the ranks differ in their {name} ({', '.join(values)[:200]}): share --out {out} and "
+                            "--root between the machines")
 
-    # -------------------------------------------------------------------------------------------------------- files
 
-    def settings(self):
-        """What a resumed run must share with the first one, as plain values: how it trains and, by name, on what."""
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()
-                  if key not in FREE_ON_RESUME}
-        return {**values, "listing": self.listing}
+def stop_on_signal():
+    """A list that SIGTERM and SIGINT append their number to. A second signal ends the process at once."""
+    received = []
 
-    def save(self, clean=None):
-        """Write backbone.pth, then last.pt, each by rename, unless a parameter is not finite. Rank 0 only. `clean`: the
-        clean statistics of student and teacher, which a run that ends adds."""
-        ensure_finite(self.model, self.step, self.out)
-        if self.ranks.rank == 0:
-            self.save_backbone("backbone.pth", clean)
-            save(self.out / "last.pt", {
-                "d3ssl": 2, "step": self.step, "config": self.settings(), "ranks": self.ranks.ranks,
-                "amp": "bf16" if self.model.amp else "off", "model": self.model.state_dict(), "clean": clean,
-                "optimizer": self.optimizer.state_dict()})
-
-    def save_backbone(self, name, clean=None):
-        """The student's ResNet as a state dict of torchvision's, with `clean` statistics where they are given."""
-        if self.ranks.rank == 0:
-            save(self.out / name, {**self.model.student.backbone.state_dict(), **(clean or {}).get("student", {})})
-
-    def clean(self, number=256, batch_size=64):
-        """{"student": ..., "teacher": ...}: the statistics of clean view-1 images and their boxes, by torchvision's
-        names; every rank estimates the same ones, from the same images."""
-        chosen = rng("clean", self.config.seed).permutation(len(self.views))[:number].tolist()
-        batches = [[(0, i) for i in chosen[start:start + batch_size]] for start in range(0, len(chosen), batch_size)]
-        loaded, found = [self.clean_view(batch) for batch in make_loader(self.views, batches, self.workers())], {}
-        for name in ("student", "teacher"):
-            encoder = deepcopy(getattr(self.model, name))
-            encoder.projector = nn.Identity()
-            with self.model.autocast(self.model.queue.features):
-                clean_statistics(encoder, loaded)
-            found[name] = {key: value for key, value in encoder.backbone.state_dict().items() if "running_" in key}
-        return found
-
-    def clean_view(self, batch):
-        """Normalised view 1 (B, 3, H, W) of a loaded batch and its boxes (B, K, 4), on the device."""
-        view1, _, boxes1, _ = (tensor.to(self.ranks.device) for tensor in batch)
-        return normalise(to_float(view1)), boxes1
-
-    def open_metrics(self):
-        """metrics.jsonl, cut back to the step that this run starts from; None on other ranks than the first."""
-        if self.ranks.rank:
-            return None
-        path = self.out / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= self.step] if self.step else []
-        with atomic(path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-        return open(path, "a", buffering=1)
-
-    # --------------------------------------------------------------------------------------------------------- loop
-
-    def workers(self):
-        return min(self.config.workers, max(1, usable_cores() // self.ranks.on_machine))
-
-    def batches(self, first, last):
-        """The loaded batches of steps first to last - 1."""
-        schedule = Schedule(len(self.views), self.config.batch_size, self.config.seed, first, last, self.ranks.rank,
-                            self.ranks.ranks)
-        return make_loader(self.views, schedule, self.workers(), pin=self.ranks.device.type == "cuda")
-
-    def prepare(self, batch, step):
-        """Views of a loaded batch, on the device; their randomness is a function of (seed, step, rank)."""
-        seed = int(rng("augment", self.config.seed, step, self.ranks.rank).integers(2**63))
-        generator = torch.Generator(self.ranks.device).manual_seed(seed)
-        batch = [tensor.to(self.ranks.device, non_blocking=True) for tensor in batch]
-        moved = self.config.dp_boxes if self.config.dp else 0
-        return make_views(batch, self.config.augs, self.config.prm, moved, generator)
-
-    def fill_queue(self):
-        """Fill the queue with teacher features before step 1. Random unit vectors, MoCo's start, are trivial negatives:
-        loss and top-1 would begin at values that mean nothing. Its batches are those that would follow the
-        last step, in an order of their own."""
-        enqueued = 2 * self.config.batch_size * self.config.boxes
-        number = math.ceil(self.config.queue / enqueued)
-        self.ranks.print(f"the queue: {self.config.queue:,} teacher features of {number} batches, forward passes alone")
-        steps = range(self.total, self.total + number)
-        for step, batch in zip(steps, self.batches(steps.start, steps.stop)):
-            self.model.queue.enqueue(torch.cat(self.model.teach(self.prepare(batch, step))))
-
-    def update(self, views):
-        """One step of training on prepared views: teacher, losses, student, queue. It never waits for the device."""
-        self.model.update_teacher(teacher_momentum(self.config, self.step, self.total))
-        losses = self.parallel(views)
-        losses.loss.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, self.total)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.queue.enqueue(losses.keys)
-        self.step += 1
-        return torch.stack(losses[:4]).detach()
-
-    def train(self):
-        """Train from self.step to self.last: log at step 1, every 20 steps and at the end; save at the first epoch's
-        end, then when `Clock.save_due` says so, and on SIGTERM, on all ranks at the same step."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask_to_stop)
-        metrics, clock = self.open_metrics(), Clock()
-        if self.step == 0:
-            self.fill_queue()
-            self.snapshot()
-            clock.lap()
-        batches, stop = iter(self.batches(self.step, self.last)), False
-        while self.step < self.last and not stop:
-            batch = clock.wait(batches)
-            clock.add(self.update(self.prepare(batch, self.step)))
-            stop, save_due = self.ranks.maximum(self.stop_asked, clock.save_due(self.step, self.per_epoch))
-            if self.step == 1 or self.step % 20 == 0 or stop or save_due or self.step == self.last:
-                self.report(clock, metrics)
-            if (save_due or stop) and self.step < self.last:
-                self.save()
-                clock.saved = time.monotonic()
-            self.snapshot()
-        if self.step < self.last:
-            return self.ranks.print(f"stopped at step {self.step:,} and saved: the same command goes on from there")
-        self.save(self.clean())
-
-    def ask_to_stop(self, number, frame):
-        """Stop after this step; a second signal ends the process at once."""
-        self.stop_asked = True
+    def handler(number, frame):
+        received.append(number)
         signal.signal(number, signal.SIG_DFL)
-
-    def snapshot(self):
-        """With --snapshots, backbone-IMAGES.pth before step 1 and at the first step at or past each power of two."""
-        images, batch = self.step * self.config.batch_size, self.config.batch_size
-        passed = images >= 512 and images.bit_length() > (images - batch).bit_length()
-        if self.config.snapshots and (images == 0 or passed):
-            self.save_backbone(f"backbone-{images}.pth", self.clean())
-
-    def report(self, clock, metrics):
-        """Means since the last line: refuse to go on if they are not finite, and log them."""
-        values = self.ranks.mean(clock.losses / clock.steps)
-        if not all(math.isfinite(value) for value in values):
-            raise not_finite(self.step, self.out)
-        if self.ranks.rank:
-            return clock.lap()
-        images = clock.steps * self.config.batch_size
-        rate = images / clock.elapsed()
-        row = dict(step=self.step, images=self.step * self.config.batch_size, epoch=self.step / self.per_epoch,
-                   **dict(zip(Losses._fields, values)), lr=learning_rate(self.config, self.step - 1, self.total),
-                   images_per_second=rate, wait=clock.waited / clock.elapsed())
-        metrics.write(json.dumps(row) + "\n")
-        left = duration((self.last - self.step) * self.config.batch_size / rate)
-        print(f"step {self.step:,}/{self.last:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} = "
-              f"dc {row['loss_dc']:.3f} + dp {row['loss_dp']:.3f}  top-1 {row['top1']:.3f}  "
-              f"{rate:.1f} images/s  {left} left", flush=True)
-        clock.lap()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return received
 
 
-class Clock:
-    """Sums since the last line of the log, and when to save."""
-
-    def __init__(self):
-        self.saved = time.monotonic()
-        self.lap()
-
-    def lap(self):
-        self.start, self.waited, self.steps, self.losses = time.perf_counter(), 0.0, 0, 0.0
-
-    def elapsed(self):
-        return time.perf_counter() - self.start
-
-    def wait(self, batches):
-        began = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - began
-        return batch
-
-    def add(self, losses):
-        self.losses, self.steps = self.losses + losses, self.steps + 1
-
-    def save_due(self, step, per_epoch):
-        """At the end of the first epoch, so that a full disk shows early; later at an epoch's end if the last save is a
-        minute old; every five minutes in any case."""
-        minutes, epoch_ends = (time.monotonic() - self.saved) / 60, step % per_epoch == 0
-        return minutes > 5 or (epoch_ends and (minutes > 1 or step == per_epoch))
+def lock_folder(out):
+    """A file whose lock keeps other runs out of `out` until this process ends, however it ends. Raises UserError."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        file = open(Path(out) / ".lock", "w")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loading processes
+    except OSError as error:
+        why = "another process does" if isinstance(error, BlockingIOError) else error.strerror
+        raise UserError(f"cannot write into {out} ({why}): name another --out") from None
+    return file
 
 
-# --------------------------------------------------------------------------- what runs and fine-tunings have in common
-
-def save(path, content):
-    """torch.save that appears at `path` whole or not at all."""
+def save_checkpoint(path, content):
+    """torch.save that appears at `path` complete or not at all."""
     with atomic(path) as file:
         torch.save(content, file)
 
 
-def not_finite(step, out):
-    return UserError(f"the loss is not finite at step {step:,}: lower --lr; {out}/last.pt is the last good one")
+def write_json(path, content):
+    with atomic(path, "w") as file:
+        json.dump(content, file, indent=1)
 
 
-def ensure_finite(model, step, out):
-    """Raises UserError if a parameter is not finite: such a model is never saved."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise not_finite(step, out)
-
-
-def out_of_memory(config, ranks):
-    return UserError(f"a batch of {config.batch_size // ranks.ranks} images a GPU does not fit its memory: lower "
-                     f"--batch-size {config.batch_size} (or use more GPUs)")
-
-
-def load_last(path, settings, ranks):
-    """The checkpoint at `path`, None if there is none. Raises UserError if it is broken or of another run; another
-    number of ranks is none."""
-    if not path.exists():
+def load_checkpoint(path, settings, world_size):
+    """The checkpoint at `path`, None if there is none. Raises UserError if it is broken or was written with other
+    `settings`; another world size is allowed."""
+    if not Path(path).exists():
         return None
-    advice = "name another --out, or begin anew with --resume never"
+    advice = "name another --out, or start anew with --resume never (a schedule cannot be extended)"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = saved["config"]
@@ -672,274 +481,286 @@ def load_last(path, settings, ranks):
     differences = [f"{flag(key)} {theirs.get(key)}, now {settings.get(key)}" for key in sorted({*theirs, *settings})
                    if theirs.get(key) != settings.get(key)]
     if differences:
-        raise UserError(f"{path} is of another run ({'; '.join(differences)}): {advice}")
-    if saved["ranks"] != ranks.ranks:
-        ranks.print(f"{path} is of {saved['ranks']} ranks, now {ranks.ranks}: it goes on, but not to the same bits")
+        raise UserError(f"{path} was written with other settings ({'; '.join(differences)}): {advice}")
+    if saved["world_size"] != world_size:
+        print(f"{path} was written by {saved['world_size']} ranks, now {world_size}: resuming; results will not be "
+              "bit-identical", flush=True)
     return saved
 
 
 def flag(key):
-    """How a setting is called where people set it."""
-    otherwise = {"listing": "the images' names", "task": "--transfer", "sides": "--short-side"}
-    return otherwise.get(key, "--" + key.replace("_", "-"))
+    """The flag of a setting."""
+    other = {"listing": "the images' names", "task": "--transfer", "sides": "--short-side", "ckpt": "the backbone"}
+    return other.get(key, "--" + key.replace("_", "-"))
 
 
-def agree(ranks, out, *state):
-    """Raises UserError, on all ranks, if (step, images, last step, listing) differ: another --out or --root."""
-    highest, lowest = ranks.maximum(*state), [-int(value) for value in ranks.maximum(*(-value for value in state))]
-    if highest != lowest:
-        what = ("step", "images", "last step", "hash of the images' names")
-        different = "; ".join(f"{name} {low:,.0f} to {high:,.0f}" for name, low, high in zip(what, lowest, highest)
-                              if low != high)
-        raise UserError(f"the ranks differ ({different}): share --out {out} and --root between the machines")
+def not_finite(step, out):
+    return UserError(f"the loss is not finite at step {step:,}: lower --lr; {out}/last.pt is the last good checkpoint")
 
 
-# -------------------------------------------------------------------------------------------------------- data, queue
-
-def open_views(config, ranks):
-    """The training set, its proposals computed first where they are missing, by all ranks together."""
-    images, proposals = open_images(config.data, config.root), None
-    share, rest = divmod(config.batch_size, ranks.ranks)
-    if rest:
-        raise UserError(f"--batch-size {config.batch_size} cannot be split over {ranks.ranks} ranks: choose a multiple")
-    if share < 2:
-        raise UserError(f"--batch-size {config.batch_size} leaves {share} image on each of {ranks.ranks} ranks: "
-                        "batch norm and the background image need at least 2")
-    ensure_enough(images.root, len(images), "images", config)
-    if config.regions == "proposals":
-        folder = config.proposals or proposals_folder(config.data, config.root)
-        compute_proposals(images, folder, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
-        proposals = Proposals(folder)
-    if config.data == "scenes":
-        images.keep()
-    views = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
-    ensure_enough(images.root, len(views), "images with proposals", config)
-    if len(views) < len(images):
-        ranks.print(f"{len(images) - len(views):,} of {len(images):,} images have no proposals and are left out")
-    return views
+def ensure_finite(model, step, out):
+    """Raises UserError if a parameter is not finite: such a model is never saved."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise not_finite(step, out)
 
 
-def ensure_enough(root, number, what, config):
-    if number < config.batch_size:
-        raise UserError(f"{root} has {number:,} {what}: lower --batch-size {config.batch_size} to that at most")
-
-
-def fit_queue(config, images, ranks):
-    """config with its queue cut to a quarter of what an epoch enqueues: a longer one holds an image's own earlier
-    features as its negatives."""
-    most = max(1, 2 * config.boxes * images // 4)
-    if config.queue > most:
-        ranks.print(f"--queue {config.queue:,} is cut to {most:,}, a quarter of what an epoch enqueues")
-    return replace(config, queue=min(config.queue, most))
-
-
-# ------------------------------------------------------------------------------------------------------------- curves
-
-def read_metrics(path):
-    """The rows of a metrics.jsonl, up to a line that a kill cut."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+def out_of_memory(batch_size, world_size):
+    return UserError(f"a batch of {batch_size // world_size} images per GPU does not fit its memory: lower "
+                     f"--batch-size {batch_size}, or use more GPUs")
 
 
 def draw_curves(out):
-    """OUT/curves.png of OUT/metrics.jsonl: loss and its parts, top-1, learning rate. Returns its path, or None where
-    matplotlib is not installed."""
+    """OUT/curves.png of OUT/metrics.jsonl; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None
-    rows, path = read_metrics(out / "metrics.jsonl"), out / "curves.png"
+        return
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    panels = (("loss (Eq. 10)", ("loss", "loss_dc", "loss_dp")), ("learning rate", ("lr",)),
-              ("top-1: the positive before all negatives", ("top1",)))
-    for axis, (title, keys) in zip(figure.subplots(1, 3), panels):
+    panels = (("loss", "loss_dc", "loss_dp"), ("accuracy",), ("lr",))
+    for axis, keys in zip(figure.subplots(1, 3), panels):
         for key in keys:
             axis.plot([row["images"] for row in rows], [row[key] for row in rows], label=key)
-        axis.set(title=title, xlabel="images seen")
+        axis.set_xlabel("images seen")
         axis.grid(alpha=0.3)
-        if len(keys) > 1:
-            axis.legend()
-    with atomic(path) as file:
+        axis.legend()
+    with atomic(out / "curves.png") as file:
         figure.savefig(file, format="png", dpi=110)
-    return path
 
 
-# -------------------------------------------------------------------------------------------- where a step's time goes
+# ------------------------------------------------------------------------------------------------------------ training
 
-def make_floor(model, views):
-    """The least a step can do, as a function: E and H, the student's passes forward and backward and the teacher's two
-    forward, on ready-made inputs and RoI maps, in the step's dtype and layout; no RoIAlign, loss or optimiser."""
-    def head(encoder, regions):
-        return encoder.projector(encoder.backbone.layer4(regions).mean((2, 3)))
-
-    def ready(x, boxes):
-        """An image batch, its RoI maps and the gradients that C4 and z get back."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), model.autocast(x):
-            c4 = model.student.c4(x)
-            regions = roi_align(c4, boxes, model.student.roi, 1 / 16)
-            return x, regions.requires_grad_(), torch.randn_like(c4), torch.randn_like(head(model.student, regions))
-    v = views
-    taught = [ready(v.x1_hat, v.rois1), ready(v.x2, v.rois2)]
-    studied = [taught[0], ready(v.x2s_hat, v.rois2 / 2)] + ([ready(v.x3, v.rois3)] if v.x3 is not None else [])
-
-    def floor():
-        outputs, gradients = [], []
-        with model.autocast(v.x2):
-            for x, regions, *gradient in studied:
-                outputs += [model.student.c4(x), head(model.student, regions)]
-                gradients += gradient
-            with torch.no_grad():
-                for x, regions, *_ in taught:
-                    model.teacher.c4(x)
-                    head(model.teacher, regions)
-        torch.autograd.backward(outputs, gradients)
-        model.zero_grad(set_to_none=True)
-    return floor
-
-
-def profile(run, seconds=50):
-    """Print where a training step's time goes, images/s of its parts and the ratio of a step to its floor: the median
-    over whole steps, loader included, alternated with floors for `seconds` (two pairs at least); some two minutes."""
-    images, batches, device = run.config.batch_size // run.ranks.ranks, iter(run.batches(0, 10**6)), run.ranks.device
-
-    def step():
-        run.update(run.prepare(next(batches), run.step))
-    batch = next(batches)
-    floor = make_floor(run.model, run.prepare(batch, 0))
-    seconds_of(step), seconds_of(floor)  # warm up
-    print(f"whole steps and floors in turn, for {seconds} s", flush=True)
-    pairs, began = [], time.monotonic()
-    while len(pairs) < 2 or time.monotonic() - began < seconds:
-        pairs.append((seconds_of(step), seconds_of(floor)))
-    steps, floors = np.array(pairs).T
-    print(f"{len(pairs)} pairs; now the parts", flush=True)
-    alone = np.median([seconds_of(lambda: run.update(run.prepare(batch, run.step))) for _ in range(3)])
-    loading = iter(make_loader(run.views, Schedule(len(run.views), images, 1, 0, 10**6), 1))
-    loader = np.mean([seconds_of(lambda: next(loading)) for _ in range(12)][4:])
-    print_shares(run, step)
-    flops, peak = count_flops(floor), matmul_peak(device, run.model.amp or torch.float32)
-    rows = [("whole step", np.median(steps)), ("step alone, data ready", alone), ("floor", np.median(floors)),
-            (f"the floor's {flops / 1e9:,.0f} GFLOP at {peak / 1e12:.2f} TFLOP/s", flops / peak),
-            ("loader alone, one worker", loader)]
-    print(f"\n{'':48}{'ms':>10}{'images/s':>11}")
-    for label, took in rows:
-        print(f"{label:48}{1e3 * took:10.1f}{images / took:11.1f}")
-    print(f"peak memory {peak_memory(device) / 2**30:.1f} GiB with {images} images")
-    print(f"step / floor {np.median(steps / floors):.3f}")
-
-
-def seconds_of(work):
-    """Seconds of one call of `work`, the device's share included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
-
-
-def print_shares(run, step, steps=2):
-    """The table of where a step goes: the parts of `step` under ranges of torch.profiler."""
-    model, device = run.model, run.ranks.device
-    parts = {"augmentation": (run, "prepare"), "student, forward": (model.student, "forward"), "loss": (model, "query"),
-             "teacher, forward": (model, "teach"), "backward": (torch.Tensor, "backward"),
-             "EMA": (model, "update_teacher"), "optimiser": (run.optimizer, "step"), "queue": (model.queue, "enqueue")}
-
-    def ranged(inner, label):
-        def work(*args, **kwargs):
-            with torch.profiler.record_function(label):
-                return inner(*args, **kwargs)
-        return work
-    inner = {label: getattr(owner, method) for label, (owner, method) in parts.items()}
-    for label, (owner, method) in parts.items():
-        setattr(owner, method, ranged(inner[label], label))
-    with torch.profiler.profile(acc_events=True) as recorded:
-        for _ in range(steps):
-            step()
-    torch.Tensor.backward = inner["backward"]
-    key = "device_time_total" if device.type == "cuda" else "cpu_time_total"
-    found = {row.key: getattr(row, key) / steps / 1e3 for row in recorded.key_averages() if row.key in parts}
-    print(f"\n{'where a step goes':26}{'ms':>10}{'share':>9}")
-    for label in sorted(found, key=found.get, reverse=True):
-        print(f"{label:26}{found[label]:10.1f}{found[label] / sum(found.values()):9.1%}")
-
-
-def count_flops(work):
-    """Floating-point operations of one call of `work`."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def matmul_peak(device, dtype):
-    """FLOP/s of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / min(seconds_of(lambda: a @ b) for _ in range(6))
-
-
-def peak_memory(device):
-    """Bytes: of the device, on a CPU of this process."""
+def amp_dtype(amp, device):
+    """The dtype of autocast, None for float32. auto: bfloat16 where it is faster: GPUs that multiply it, CPUs with AMX,
+    AMD's with AVX512-bf16 (Intel's without AMX are slower with it). It never depends on a timing."""
+    if amp != "auto":
+        return torch.bfloat16 if amp == "bf16" else None
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    vectors = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    amd = vectors and "AMD" in Path("/proc/cpuinfo").read_text()  # torch knows of AVX512 on Linux alone
+    return torch.bfloat16 if tiles or amd else None
+
+
+def load_views(batch, config, step, rank, device):
+    """The views of a loaded batch on the device; what is drawn is a function of (seed, step, rank)."""
+    generator = torch.Generator(device)
+    generator.manual_seed(int(rng("augment", config.seed, step, rank).integers(2**63)))
+    return make_views([tensor.to(device, non_blocking=True) for tensor in batch], config, generator)
+
+
+def train_step(model, parallel_model, optimizer, views, step, total_steps):
+    """One step; `parallel_model` is `model` or its DistributedDataParallel. Returns loss, loss_dc, loss_dp and accuracy
+    (4,) on the device. Reads nothing back from it; but SyncBatchNorm (several GPUs) waits three times per norm."""
+    config = model.config
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, total_steps)
+    model.update_teacher(teacher_momentum(config, step, total_steps))
+    output = parallel_model(views)
+    output.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.queue.enqueue(output.keys)
+    return torch.stack(output[:4]).detach()
+
+
+def train(config, resume="auto"):
+    """A run from its data to its files, on the rank that torchrun's environment names. Returns the exit code: 0, or
+    128 + the signal that stopped it."""
+    rank, world_size, local_rank, local_world_size = torchrun_ranks()
+    is_main, out = rank == 0, Path(config.out)
+    workers = min(config.workers, max(1, usable_cores() // local_world_size))
+    if config.batch_size % world_size or config.batch_size < 2 * world_size:
+        raise UserError(f"--batch-size {config.batch_size} on {world_size} ranks: choose a multiple with at least 2 "
+                        "images per rank, for batch norm and the background image")
+    lock = lock_folder(out) if is_main else None
+
+    # Data, with proposals computed first where they are missing.
+    images, proposals = open_images(config.data, config.root), None
+    if config.regions == "proposals":
+        folder = config.proposals or proposals_folder(config.data, config.root)
+        compute_proposals(images, folder, local_rank=local_rank)
+        proposals = Proposals(folder)
+    if config.data == "scenes":
+        images.keep()
+    dataset = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
+    if len(dataset) < config.batch_size:
+        raise UserError(f"{images.root} has {len(dataset):,} usable images: lower --batch-size {config.batch_size}")
+    if is_main and len(dataset) < len(images):
+        print(f"{len(images) - len(dataset):,} of {len(images):,} images have no proposals: left out")
+    steps_per_epoch = len(dataset) // config.batch_size
+    total_steps = config.epochs * steps_per_epoch
+    last_step = min(total_steps, config.max_steps or total_steps)
+
+    def batches(first, last):
+        schedule = Schedule(len(dataset), config.batch_size, config.seed, first, last, rank, world_size)
+        return make_loader(dataset, schedule, workers, pin=device.type == "cuda")
+
+    # A longer queue than a quarter of an epoch's keys holds an image's own earlier features as its negatives.
+    queue = min(config.queue, max(1, 2 * config.boxes * len(dataset) // 4))
+    if is_main and queue < config.queue:
+        print(f"--queue {config.queue:,} is cut to {queue:,}, a quarter of what an epoch enqueues")
+    config = replace(config, queue=queue)
+
+    # The checkpoint to resume from, the same on every rank.
+    settings = {key: list(value) if isinstance(value, tuple) else value
+                for key, value in asdict(config).items() if key not in FREE_ON_RESUME}
+    settings["listing"] = listing(dataset.names())
+    saved = load_checkpoint(out / "last.pt", settings, world_size) if resume == "auto" else None
+    step = saved["step"] if saved else 0
+    device = connect(world_size, local_rank)
+    agree(out, step=step, images=len(dataset), last_step=last_step, settings=settings)
+    if step >= last_step:
+        if is_main:
+            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}: for a longer schedule start anew "
+                  "with another --out")
+        return 0
+
+    # Model and optimiser.
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    amp = amp_dtype(saved["amp"] if saved else config.amp, device)
+    model = D3SSL(config, amp).to(device, memory_format=torch.channels_last)
+    parallel_model = data_parallel(model, world_size)
+    optimizer = make_optimizer(config, model)
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+
+    # Files.
+    def save_backbone(name, statistics):
+        state = {key: value.cpu() for key, value in model.student.backbone.state_dict().items()}
+        save_checkpoint(out / name, {**state, **(statistics["student"] if statistics else {})})
+
+    def save(statistics=None):
+        ensure_finite(model, step, out)
+        if is_main:
+            save_backbone("backbone.pth", statistics)
+            save_checkpoint(out / "last.pt", {
+                "d3ssl": 2, "step": step, "config": settings, "world_size": world_size, "clean": statistics,
+                "amp": "bf16" if amp else "off", "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        gather_objects(None)  # torchrun ends all ranks when one leaves: none does before the files are there
+
+    def snapshot():
+        images = step * config.batch_size
+        passed = images >= 512 and images.bit_length() > (images - config.batch_size).bit_length()
+        if config.snapshots and is_main and (step == 0 or passed):
+            save_backbone(f"backbone-{images}.pth", clean_statistics(model, dataset, device, workers))
+
+    if is_main:
+        print(f"{config.arch} on {len(dataset):,} images of {config.data}, {config.regions}, {world_size} x "
+              f"{device.type}, {'bfloat16' if amp else 'float32'}, steps {step:,} to {last_step:,} of {total_steps:,}",
+              flush=True)
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+        folder = shlex.quote(str(Path(__file__).parent))
+        commit = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null") or None
+        write_json(out / "config.json", dict(config=asdict(config), command=sys.argv, commit=commit,
+                                             python=platform.python_version(), **versions))
+        lines = open(out / "metrics.jsonl").readlines() if step and (out / "metrics.jsonl").exists() else []
+        metrics = open(out / "metrics.jsonl", "w", buffering=1)  # without what came after the checkpoint
+        metrics.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
+    signals = stop_on_signal()
+
+    # Fill the queue. MoCo's random unit vectors are trivial negatives: loss and accuracy would begin at values that
+    # mean nothing. Its batches are those that would follow the last step.
+    if step == 0:
+        number = math.ceil(config.queue / (2 * config.batch_size * config.boxes))
+        if is_main:
+            print(f"filling the queue with {config.queue:,} teacher features of {number} batches", flush=True)
+        for i, batch in enumerate(batches(total_steps, total_steps + number), total_steps):
+            views = load_views(batch, config, i, rank, device)
+            model.queue.enqueue(torch.cat(model.teacher_forward(views)))
+        snapshot()
+
+    # The loop. One collective every LOG_EVERY steps, beside those of the gradients and of the queue, says whether to
+    # stop or to save: at the first log line, so that a full disk shows early, then every SAVE_EVERY seconds.
+    sums, steps, waited, saved_at = torch.zeros(4, device=device), 0, 0.0, -math.inf
+    began = logged = end = time.perf_counter()
+    for batch in batches(step, last_step):
+        waited += time.perf_counter() - end
+        views = load_views(batch, config, step, rank, device)
+        sums += train_step(model, parallel_model, optimizer, views, step, total_steps)
+        step, steps = step + 1, steps + 1
+        stop = 0
+        if step % LOG_EVERY == 0 or step in (1, last_step) or (signals and world_size == 1):
+            state = dict(losses=(sums / steps).tolist(), stop=max(signals, default=0),
+                         save=time.perf_counter() - saved_at > SAVE_EVERY)
+            states = gather_objects(state)
+            losses = np.mean([state["losses"] for state in states], 0).tolist()
+            stop = max(state["stop"] for state in states)
+            if not np.isfinite(losses).all():
+                raise not_finite(step, out)
+            if is_main:
+                elapsed = time.perf_counter() - logged
+                row = dict(step=step, images=step * config.batch_size, epoch=step / steps_per_epoch,
+                           **dict(zip(Output._fields, losses)), lr=optimizer.param_groups[0]["lr"],
+                           images_per_second=steps * config.batch_size / elapsed, wait=waited / elapsed)
+                metrics.write(json.dumps(row) + "\n")
+                left = duration((last_step - step) * elapsed / steps)
+                print(f"step {step:,}/{last_step:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} = "
+                      f"dc {row['loss_dc']:.3f} + dp {row['loss_dp']:.3f}  accuracy {row['accuracy']:.3f}  "
+                      f"{row['images_per_second']:.1f} images/s, {row['wait']:.0%} waiting for data  {left} left",
+                      flush=True)
+            if step < last_step and (stop or any(state["save"] for state in states)):
+                save()
+                saved_at = time.perf_counter()
+            sums, steps, waited, logged = torch.zeros_like(sums), 0, 0.0, time.perf_counter()
+        snapshot()
+        if stop and step < last_step:
+            if is_main:
+                print(f"stopped by {signal.Signals(stop).name} at step {step:,} of {last_step:,} and saved: run the "
+                      "same command again to resume", flush=True)
+            return 128 + stop
+        end = time.perf_counter()
+
+    save(clean_statistics(model, dataset, device, workers))
+    if is_main:
+        draw_curves(out)
+        what = "done" if step == total_steps else f"stopped at --max-steps {step:,} of {total_steps:,}"
+        data = {"scenes": "", "folder": " --data coco --root LABELLED_IMAGES"}
+        data = data.get(config.data, f" --data {config.data} --root {config.root}")
+        print(f"{what} in {duration(time.perf_counter() - began)}, see {out}\n"
+              f"next: python evaluate.py --ckpt {out}/last.pt random{data}")
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
+def interval(text):
+    """'0.2,0.5' -> (0.2, 0.5)."""
+    low, high = map(float, text.split(","))
+    return low, high
+
+
 def parse_config(arguments=None):
-    """The command line -> Config and the parsed arguments. Every field of Config is a flag."""
+    """The command line -> (Config, --resume). Every field of Config is a flag."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for setting in fields(Config):
-        kind, choices = setting.type, setting.metadata["choices"]
-        options = dict(help=setting.metadata["help"] + defaults(setting), default=None)
-        if setting.name == "data":
-            about = setting.metadata["help"] + " (default: scenes)"
-            options.update(choices=list(PRESETS), default="scenes", help=about)
-        elif kind is bool:
-            options.update(action=argparse.BooleanOptionalAction)
-        elif choices:
-            options.update(choices=choices)
+    kinds = {int: positive, tuple: interval, "augs": parse_augs, "seed": whole_number, "workers": whole_number,
+             "warmup": whole_number}
+    for f in fields(Config):
+        default = "" if f.default is None else f" (default {f.default})"
+        if f.name in QUICK:
+            default = f" (default {f.default}; scenes {QUICK[f.name]})"
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
         else:
-            options.update(type={tuple: parse_augs, int: whole_number if setting.name in ("seed", "workers", "warmup")
-                                 else positive}.get(kind, kind))
-        parser.add_argument(flag(setting.name), **options)
-    parser.add_argument("--profile", action="store_true", help="print where a step's time goes and train nothing")
-    parser.add_argument("--resume", choices=("auto", "never"), default="auto")
-    args = parser.parse_args(arguments)
-    names = [setting.name for setting in fields(Config)]
-    return configure({key: value for key, value in vars(args).items() if value is not None and key in names}), args
-
-
-def defaults(setting):
-    """COCO's default of a setting, and the scenes' where it differs, as --help shows them."""
-    if setting.default is None:
-        return ""
-    coco = ",".join(setting.default) if setting.type is tuple else setting.default
-    scenes = f"; scenes: {QUICK[setting.name]}" if setting.name in QUICK else ""
-    return f" (default: {coco}{scenes})"
+            kind = dict(type=kinds.get(f.name, kinds.get(f.type, f.type)), choices=f.metadata["choices"])
+        parser.add_argument(flag(f.name), default=None, help=f.metadata["help"] + default, **kind)
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="never: overwrite OUT/last.pt")
+    given = vars(parser.parse_args(arguments))
+    resume = given.pop("resume")
+    return configure({key: value for key, value in given.items() if value is not None}), resume
 
 
 def configure(given):
     """Config from the settings given by name. Raises UserError where they contradict each other."""
-    config = replace(Config(), **PRESETS[given["data"]])
+    config = replace(Config(), **(QUICK if given.get("data", "scenes") == "scenes" else {}))
     if given.get("objective") == "cosine":
         config = replace(config, **COSINE)
     if given.get("regions", "proposals") != "proposals":
-        if given.get("augs"):
-            raise UserError(f"--augs needs proposals: --regions {given['regions']} implies --augs none --no-dp")
-        if given.get("dp"):
-            raise UserError(f"--dp needs proposals: --regions {given['regions']} implies --augs none --no-dp")
-        if given.get("window"):
-            raise UserError(f"--window needs proposals: leave it out, or --regions {given['regions']}")
+        if given.get("augs") or given.get("dp"):
+            raise UserError(f"--regions {given['regions']} implies --augs none --no-dp: these need proposals")
         config = replace(config, augs=(), dp=False, boxes=1 if given["regions"] == "image" else config.boxes)
     config = replace(config, **given)
     if config.size % 2 or config.size < 64:
@@ -947,38 +768,19 @@ def configure(given):
     if config.dp and config.dp_boxes > config.boxes:
         raise UserError(f"--dp-boxes {config.dp_boxes}: at most --boxes {config.boxes}")
     root, out = config.root or Path("data") / config.data, config.out or Path("runs") / config.data
-    return replace(config, root=str(root), out=str(out))
+    return replace(config, root=str(root), out=str(out), roi=config.roi or config.size // 16)
 
 
 def main():
-    config, args = parse_config()
-    ranks = Ranks()
-    run = Run(config, ranks, "never" if args.profile else args.resume)
-    if args.profile and ranks.ranks > 1:
-        raise UserError("--profile is for one process: start it with python, without torchrun")
-    if args.profile:
-        return profile(run)
-    data = {"scenes": "", "folder": " --data coco --root LABELLED"}.get(config.data)
-    data = f" --data {config.data} --root {config.root}" if data is None else data
-    commands = [f"python {script} --ckpt {run.out}/last.pt random{data}" for script in ("probes.py", "evaluate.py")]
-    following = "\n      ".join(commands)
-    if run.step >= run.last:
-        return ranks.print(f"{run.out}/last.pt is finished at step {run.step:,} of {run.last:,}\nnext: {following}")
-    ranks.print(f"{config.arch} on {len(run.views):,} images of {config.data}, {config.regions}, {ranks.ranks} x "
-                f"{ranks.device.type}, {'bfloat16' if run.model.amp else 'float32'}, "
-                f"steps {run.step:,} to {run.last:,} of {run.total:,}")
-    began = time.monotonic()
+    config, resume = parse_config()
     try:
-        run.train()
+        code = train(config, resume)
     except torch.cuda.OutOfMemoryError:
-        raise out_of_memory(config, ranks) from None
-    if run.step == run.last and ranks.rank == 0:
-        drawn = draw_curves(run.out)
-        files = [run.out / name for name in ("last.pt", "backbone.pth", "metrics.jsonl")] + ([drawn] if drawn else [])
-        print(f"done in {duration(time.monotonic() - began)}; wrote {', '.join(map(str, files))}\nnext: {following}"
-              + ("" if drawn else "\nno curves.png: pip install matplotlib"), flush=True)
-    if ranks.ranks > 1:
+        raise out_of_memory(config.batch_size, torchrun_ranks()[1]) from None
+    if dist.is_initialized():
         dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

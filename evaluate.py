@@ -20,7 +20,6 @@ the order of their names, of two single networks of images.
 Images are RGB with ImageNet's mean and deviation; detectron2's own MSRA networks, which want BGR, are not read.
 """
 import argparse
-import functools
 import glob
 import hashlib
 import io
@@ -37,7 +36,7 @@ import time
 import zipfile
 from collections import OrderedDict, defaultdict, namedtuple
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -59,37 +58,11 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from augment import MEAN, STD, normalise, to_float
-from d3ssl import (Clock, Ranks, agree, clean_statistics, ensure_enough, ensure_finite, load_last, not_finite,
-                   out_of_memory, roi_align)
-from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing,
-                  make_loader, mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
-
-# TEMPORARY, until d3ssl.py has them: delete at the merge, import them from d3ssl.
-precise_batch_norm = clean_statistics
-
-
-def torchrun_ranks():
-    return tuple(int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
-def resnet_stages(network, images):
-    x = images.contiguous(memory_format=torch.channels_last)
-    x, maps = network.maxpool(network.relu(network.bn1(network.conv1(x)))), []
-    for stage in (network.layer1, network.layer2, network.layer3):
-        x = stage(x)
-        maps.append(x)
-    return maps
-
-
-def write_json(path, content):
-    with atomic(path, "w") as file:
-        json.dump(content, file, indent=1)
-
-
-def save(content, path):  # `transfer` calls it
-    write_json(path, content)
-# END OF TEMPORARY
-
+from d3ssl import (agree, connect, data_parallel, ensure_finite, gather_objects, load_checkpoint, lock_folder, not_finite,
+                   out_of_memory, precise_batch_norm, resnet_stages, roi_align, save_checkpoint, stop_on_signal,
+                   torchrun_ranks, write_json)
+from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing, make_loader,
+                  mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
 
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
 SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
@@ -131,16 +104,7 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
             weights.update(flatten(saved["clean"]["teacher" if "teacher" in prefix else "student"]))
         network = build(arch, seed)
         fill(network, weights, prefix, arch)
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    if all(norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() for norm in norms):
-        warn(f"--ckpt {path}: batch norm's running means are 0 and variances 1, as new: add --statistics clean")
     return network.eval(), arch
-
-
-@functools.cache
-def warn(line):
-    """Print a line on stderr, once per process."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def build(arch, seed):
@@ -890,25 +854,28 @@ class Transfer:
     """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs
     ("moco") and the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the rate
     by batch/16, steps, drops and warm-up by 16/batch; --steps replaces the steps, drops and warm-up in proportion."""
-    task: str                     # section 5.2. voc: Faster R-CNN, trainval of 2007 and 2012, test2007;
-                                  # coco: Mask R-CNN, train2017, val2017
+    task: str                   # section 5.2. voc: Faster R-CNN, trainval 2007 and 2012; coco: Mask R-CNN, train2017
     root: str
     ckpt: str
-    arch: str                     # of the backbone; section 5.2: resnet50
-    steps: int                    # moco: 24 k (VOC); d2: 90 k, the "1x schedule" of section 5.2 (COCO)
-    drops: tuple                  # of the learning rate, to a tenth; moco and d2's 1x
-    warmup: int                   # steps of linear warm-up from a thousandth; moco: 100 (VOC), d2: 1,000 (COCO)
-    sides: tuple                  # short sides drawn in training, in pixels; moco; the last, 800, is the test's
-    long_side: int = 1333         # at most; d2
-    batch_size: int = 16          # of all ranks together; moco
-    lr: float = 0.02              # for 16 images; moco
-    momentum: float = 0.9         # d2
-    weight_decay: float = 1e-4    # d2; norms have none
-    rois: int = 512               # boxes an image that train the RoI head, at most a quarter of them objects; d2
-    precise: int = 200            # batches whose statistics batch norm is tested with; d2. At most a tenth of the steps
+    arch: str                   # of the backbone; section 5.2: resnet50
+    steps: int                  # moco: 24 k (VOC); d2: 90 k, the "1x schedule" of section 5.2 (COCO)
+    drops: tuple                # steps at which the learning rate drops to a tenth; moco and d2's 1x
+    warmup: int                 # steps of linear warm-up from a thousandth; moco: 100 (VOC), d2: 1,000 (COCO)
+    sides: tuple                # short sides drawn in training, in pixels; moco; the last, 800, is the test's
+    long_side: int = 1333       # at most; d2
+    batch_size: int = 16        # of all ranks together; moco
+    lr: float = 0.02            # for 16 images; moco
+    momentum: float = 0.9       # d2
+    weight_decay: float = 1e-4  # d2; norms have none
+    rois: int = 512             # boxes per image that train the RoI head, at most a quarter of them objects; d2
+    precise: int = 200          # batches of precise batch norm before the test; d2. At most a tenth of the steps
     seed: int = 0
     limit_images: int = None
-    test_on: str = "val"
+
+    def rate(self, step):
+        """The learning rate at `step`."""
+        rise = min(1.0, step / self.warmup) if self.warmup else 1.0
+        return self.lr * (0.001 + 0.999 * rise) * 0.1 ** sum(step >= drop for drop in self.drops)
 
 
 RECIPES = {"voc": dict(steps=24_000, drops=(18_000, 22_000), warmup=100, sides=tuple(range(480, 801, 32))),
@@ -917,49 +884,36 @@ RECIPES = {"voc": dict(steps=24_000, drops=(18_000, 22_000), warmup=100, sides=t
 
 def transfer_config(args, arch="resnet50"):
     """Transfer from the command line, scaled by its rule."""
-    c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, **RECIPES[args.transfer],
-                 seed=args.seed, limit_images=args.limit_images, test_on=args.test_on)
     given = {key: getattr(args, key) for key in ("batch_size", "lr", "rois") if getattr(args, key) is not None}
-    c = replace(c, **given)
-    steps = args.steps or max(1, round(c.steps * 16 / c.batch_size))
-    drops = tuple(round(drop * steps / c.steps) for drop in c.drops)
-    c = replace(c, steps=steps, drops=drops, warmup=c.warmup * steps / c.steps, lr=c.lr * c.batch_size / 16,
-                precise=max(1, min(c.precise, steps // 10)))
+    c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, **RECIPES[args.transfer],
+                 seed=args.seed, limit_images=args.limit_images, **given)
     if args.short_side:
         c = replace(c, sides=(args.short_side,), long_side=round(args.short_side * 5 / 3))
-    return c
-
-
-class UnroundedAnchors(AnchorGenerator):
-    """torchvision's anchors without the rounding of their sides to whole pixels."""
-
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu"):
-        """Boxes (scales x ratios, 4) around 0 with area scale^2 and height / width = ratio."""
-        scales = torch.tensor(scales, dtype=dtype, device=device)
-        root = torch.tensor(aspect_ratios, dtype=dtype, device=device)[:, None].sqrt()
-        width, height = (scales / root).flatten(), (scales * root).flatten()
-        return torch.stack([-width, -height, width, height], 1) / 2
+    steps = args.steps or max(1, round(c.steps * 16 / c.batch_size))
+    return replace(c, steps=steps, drops=tuple(round(drop * steps / c.steps) for drop in c.drops),
+                   warmup=c.warmup * steps / c.steps, lr=c.lr * c.batch_size / 16,
+                   precise=max(1, min(c.precise, steps // 10)))
 
 
 class RegionProposals(RegionProposalNetwork):
-    """torchvision's RPN with detectron2's losses: L1 for the boxes, and both sums over 256 anchors an image."""
+    """torchvision's RPN with detectron2's losses: L1 for the boxes, and both sums divided by 256 anchors per image."""
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
         positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
         sampled, count = positive | negative, self.fg_bg_sampler.batch_size_per_image * len(labels)
         logits, truth = objectness.flatten()[sampled], torch.cat(labels)[sampled]
-        wanted = torch.cat(regression_targets)[positive]
+        offsets = torch.cat(regression_targets)[positive]
         return (F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / count,
-                F.l1_loss(pred_bbox_deltas[positive], wanted, reduction="sum") / count)
+                F.l1_loss(pred_bbox_deltas[positive], offsets, reduction="sum") / count)
 
 
 class C4Heads(RoIHeads):
     """detectron2's Res5ROIHeads with MoCo's extra norm: res5's map of each region, whose mean the box predictor reads.
-    The mask predictor reads the map itself: in training the sampled objects' rows of the very same map (a second pass
-    would show batch norm objects alone), in test that of the boxes found."""
+    The mask predictor reads the map itself: in training the sampled objects' rows of the same map (a second pass would
+    show batch norm the objects alone), in the test that of the detected boxes."""
 
     def __init__(self, layer4, categories, masks, rois):
-        width = norms_of(layer4)[-1].num_features
+        width = layer4[-1].conv1.in_channels
         super().__init__(None, None, FastRCNNPredictor(width, categories + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
                          batch_size_per_image=rois, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05,
                          nms_thresh=0.5, detections_per_img=100)
@@ -973,63 +927,62 @@ class C4Heads(RoIHeads):
             nn.init.normal_(layer.weight, std=deviation)
             nn.init.zeros_(layer.bias)
 
+    def regions(self, c4, boxes):
+        """C4 (B, 1024, h, w), B lists of boxes (n, 4) in pixels -> (sum of n, 2048, 7, 7)."""
+        regions = torchvision.ops.roi_align(c4, boxes, 14, 1 / 16, sampling_ratio=0, aligned=True)
+        return self.norm(self.layer4(regions))
+
     def forward(self, features, proposals, image_shapes, targets=None):
         """torchvision's interface: C4 as {"0": map}, B lists of boxes -> detections (in test), losses (in training)."""
         if self.training:
-            return [], self.losses(features["0"], proposals, targets)
-        return self.detections(features["0"], proposals, image_shapes), {}
-
-    def regions(self, c4, boxes):
-        """C4 (B, 1024, h, w), B lists of boxes (n, 4) in pixels -> (sum of n, 2048, 7, 7)."""
-        cut = torchvision.ops.roi_align(c4, boxes, 14, 1 / 16, sampling_ratio=0, aligned=True)
-        return self.norm(self.layer4(cut))
-
-    def losses(self, c4, proposals, targets):
-        boxes, matched, labels, offsets = self.select_training_samples(proposals, targets)
-        maps, every = self.regions(c4, boxes), torch.cat(labels)
-        objects = torch.where(every > 0)[0]
-        scores, deltas = self.box_predictor(maps.mean((2, 3)))
-        deltas = deltas.view(len(every), -1, 4)[objects, every[objects]]
-        offset_loss = F.l1_loss(deltas, torch.cat(offsets)[objects], reduction="sum") / len(every)
-        losses = {"loss_classifier": F.cross_entropy(scores, every), "loss_box_reg": offset_loss}
-        if self.mask_predictor is not None:
-            wanted = torch.cat([mask_targets(target["masks"], rows[of > 0], some[of > 0])
-                                for target, rows, some, of in zip(targets, matched, boxes, labels)])
-            logits = self.mask_predictor(maps[objects])[torch.arange(len(objects)), every[objects]]
-            mask_loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
-            losses["loss_mask"] = mask_loss / max(1, wanted.numel())  # the samples may hold no object
-        return losses
-
-    def detections(self, c4, proposals, image_shapes):
-        scores, deltas = self.box_predictor(self.regions(c4, proposals).mean((2, 3)))
+            return [], self.losses(features["0"], *self.select_training_samples(proposals, targets), targets)
+        scores, deltas = self.box_predictor(self.regions(features["0"], proposals).mean((2, 3)))
         boxes, scores, labels = self.postprocess_detections(scores, deltas, proposals, image_shapes)
-        found = [dict(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels)]
+        detections = [dict(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels)]
         if self.mask_predictor is not None:
-            logits = self.mask_predictor(self.regions(c4, boxes))
-            for one, masks in zip(found, maskrcnn_inference(logits, labels)):
+            logits = self.mask_predictor(self.regions(features["0"], boxes))
+            for one, masks in zip(detections, maskrcnn_inference(logits, labels)):
                 one["masks"] = masks
-        return found
+        return detections, {}
+
+    def losses(self, c4, boxes, matched, label_lists, offsets, targets):
+        """Per image: sampled boxes (n, 4), the row of the matched object, label (0: background), offsets to it."""
+        maps, labels = self.regions(c4, boxes), torch.cat(label_lists)
+        objects = torch.where(labels > 0)[0]
+        scores, deltas = self.box_predictor(maps.mean((2, 3)))
+        deltas = deltas.view(len(labels), -1, 4)[objects, labels[objects]]
+        offset_loss = F.l1_loss(deltas, torch.cat(offsets)[objects], reduction="sum") / len(labels)
+        losses = {"loss_classifier": F.cross_entropy(scores, labels), "loss_box_reg": offset_loss}
+        if self.mask_predictor is not None:
+            wanted = torch.cat([mask_targets(target["masks"], rows[label > 0], box[label > 0])
+                                for target, rows, box, label in zip(targets, matched, boxes, label_lists)])
+            logits = self.mask_predictor(maps[objects])[torch.arange(len(objects)), labels[objects]]
+            mask_loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+            losses["loss_mask"] = mask_loss / max(1, wanted.numel())  # the samples may contain no object
+        return losses
 
 
 def mask_targets(masks, matched, boxes):
-    """What the mask head should say of boxes (n, 4), (n, 14, 14) of 0 and 1: the masks of their objects, rows `matched`
-    (n,) of masks (m, H, W), under aligned RoIAlign, cut at 0.5."""
+    """Mask targets (n, 14, 14) of 0 and 1 for boxes (n, 4): the masks of their objects, rows `matched` (n,) of masks
+    (m, H, W), under aligned RoIAlign, cut at 0.5."""
     rows = torch.cat([matched[:, None].to(boxes), boxes], 1)
     share = torchvision.ops.roi_align(masks[:, None].to(boxes), rows, 14, aligned=True)[:, 0]
     return (share >= 0.5).to(boxes)
 
 
 def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
-    """torchvision's GeneralizedRCNN on C4 of its ResNet, whose layers it takes over, none frozen: detectron2's Faster
-    R-CNN C4, with masks=True Mask R-CNN, with MoCo's extra norm. categories: their number; sides, long_side: in pixels.
+    """detectron2's Faster R-CNN C4, with masks=True Mask R-CNN, with MoCo's extra norm, on torchvision's parts. It takes
+    over the layers of `network`, none frozen. categories: their number; sides, long_side: in pixels.
 
-    What differs from detectron2, because torchvision's parts do it so and no method gains by it: images are resized on
-    the device without antialiasing (detectron2: by PIL); batches are not grouped by aspect ratio, and are padded to a
-    multiple of 16 pixels, from which the anchors' stride comes; masks are resized as bitmaps and cut from those
-    (detectron2: from polygons); found masks are pasted into boxes of whole pixels."""
-    stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-    backbone = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in stages))
-    anchors = UnroundedAnchors(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
+    What differs from detectron2, as torchvision does it: images are resized on the device without antialiasing,
+    batches are not grouped by aspect ratio and are padded to a multiple of 16 pixels; masks are resized as bitmaps
+    (detectron2: polygons) and pasted into boxes of integer pixels."""
+    backbone = nn.Sequential(OrderedDict(list(network.named_children())[:-3]))  # without layer4, avgpool and fc
+    sizes, ratios = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)  # sides of a square anchor; height / width
+    anchors = AnchorGenerator((sizes,), (ratios,))
+    root = torch.tensor(ratios)[:, None].sqrt()
+    width, height = (torch.tensor(sizes) / root).flatten(), (torch.tensor(sizes) * root).flatten()
+    anchors.cell_anchors = [torch.stack([-width, -height, width, height], 1) / 2]  # torchvision's are rounded
     rpn = RegionProposals(anchors, RPNHead(network.layer4[0].conv1.in_channels, 15), fg_iou_thresh=0.7,
                           bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, nms_thresh=0.7,
                           pre_nms_top_n=dict(training=12000, testing=6000),
@@ -1038,89 +991,56 @@ def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, 
     return GeneralizedRCNN(backbone, rpn, C4Heads(network.layer4, categories, masks, rois), transform)
 
 
-def load_detector(path):
-    """What --transfer left in `path`, a detector.pth: torchvision's detector in eval mode, [image (3, H, W) in [0, 1]]
-    -> [{boxes, labels from 1, scores, masks}], its run's settings, and the categories by name."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        c, categories = saved["config"], saved["categories"]
-        model = c4_detector(build(c["arch"], 0), len(categories), c["masks"], c["sides"], c["long_side"])
-        model.load_state_dict(saved["model"])
-    except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
-        raise UserError(f"--ckpt {path} is not a detector.pth of --transfer ({type(error).__name__})") from None
-    return model.eval(), c, categories
-
-
-def norms_of(module):
-    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-
 class Detection(torch.utils.data.Dataset):
     """Images and targets of a split for torchvision's detectors, by keys (epoch, index), which alone decide the flip.
 
-    train: crowds are left out (VOC's difficult objects stay), and so are images without boxes; items are (index, image
-    (3, H, W) uint8, {boxes (n, 4), labels (n,) from 1, masks (n, H, W) uint8}); an object without a mask gets its box.
-    Otherwise every image, not flipped, without a target. An image that cannot be read has None in its place."""
+    Items: the image's index in its split; image (3, H, W) uint8; {boxes (n, 4), labels (n,) from 1, masks (n, H, W)
+    uint8}. `kept` (M,) bool: the objects to train on, images without them are left out and half of the others flipped;
+    None: all images, no targets. Raises UserError if an image cannot be read or does not have its annotated size."""
 
-    def __init__(self, found, train, difficult=False, masks=False, limit=None, seed=0):
-        self.found, self.train, self.masks, self.seed = found, train, masks, seed
-        kept = ~found.crowd | difficult
-        n = min(len(found.images), limit or len(found.images))
-        rows = [np.flatnonzero(kept[a:b]) + a for a, b in zip(found.offsets[:n], found.offsets[1:n + 1])]
-        self.index = [i for i in range(n) if len(rows[i]) or not train]
-        self.rows = [rows[i] for i in self.index]
+    def __init__(self, labelled, kept=None, masks=False, limit=None, seed=0):
+        self.labelled, self.masks, self.seed, self.index = labelled, masks, seed, range(len(labelled.images))[:limit]
+        if kept is not None:
+            self.rows = [np.flatnonzero(kept[a:b]) + a for a, b in zip(labelled.offsets, labelled.offsets[1:])]
+            self.index = [i for i in self.index if len(self.rows[i])]
+        self.train = kept is not None
 
     def __len__(self):
         return len(self.index)
 
     def __getitem__(self, key):
-        epoch, j = key
-        i, target = self.index[j], None
+        split, i = self.labelled, self.index[key[1]]
         try:
-            image = self.found.read(i)
+            image, target = split.read(i), {}
         except OSError:
-            return j, None, None
+            raise UserError(f"{split.images.root / split.images.name(i)} cannot be read: download it again") from None
         if self.train:
-            height, width = image.shape[:2]
-            target = self.target(j, height, width)
-            if rng("flip", self.seed, epoch, i).random() < 0.5:
+            rows, width = self.rows[i], image.shape[1]
+            target = dict(boxes=torch.tensor(split.boxes[rows]), labels=torch.tensor(split.labels[rows] + 1))
+            if self.masks:
+                target["masks"] = torch.from_numpy(np.stack([mask_or_box(split, row, image.shape) for row in rows]))
+            if rng("flip", self.seed, key[0], i).random() < 0.5:
                 image = image[:, ::-1].copy()
                 target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
                 if self.masks:
                     target["masks"] = target["masks"].flip(2)
-        return j, torch.from_numpy(image).permute(2, 0, 1), target
-
-    def target(self, j, height, width):
-        """The boxes, labels and masks of image j, which has height x width pixels as it is read."""
-        rows = self.rows[j]
-        boxes = torch.tensor(self.found.boxes[rows])
-        target = dict(boxes=boxes, labels=torch.tensor(self.found.labels[rows] + 1))
-        if self.masks:
-            target["masks"] = torch.zeros(len(rows), height, width, dtype=torch.uint8)
-            for canvas, row, (x1, y1, x2, y2) in zip(target["masks"], rows, boxes.round().int().tolist()):
-                mask = self.found.mask(row)
-                if mask is None:
-                    canvas[y1:y2, x1:x2] = 1
-                elif mask.shape != (height, width):
-                    raise UserError(f"{self.found.images.name(self.index[j])} is {width} x {height} pixels as a viewer "
-                                    f"shows it, its annotations say {mask.shape[1]} x {mask.shape[0]}: is it turned by "
-                                    "EXIF?")
-                else:
-                    canvas[:] = torch.tensor(mask)
-        return target
+        return i, torch.from_numpy(image).permute(2, 0, 1), target
 
     def batches(self, schedule, workers, device):
-        """Lists of (index, image (3, H, W) float32 in [0, 1], target) on the device; `schedule`: lists of keys. Raises
-        UserError if an image cannot be read."""
+        """Lists of items on the device, images float32 in [0, 1]; `schedule`: lists of keys."""
         for batch in make_loader(self, schedule, workers, collate=list):  # images have their own sizes
-            ready = []
-            for j, image, target in batch:
-                if image is None:
-                    images = self.found.images
-                    raise UserError(f"{images.root / images.name(self.index[j])} cannot be read: download it again")
-                target = target and {key: value.to(device) for key, value in target.items()}
-                ready.append((j, image.to(device).float() / 255, target))
-            yield ready
+            yield [(i, image.to(device).float() / 255, {key: value.to(device) for key, value in target.items()})
+                   for i, image, target in batch]
+
+
+def mask_or_box(split, row, shape):
+    """(H, W) uint8 mask of object `row` in an image of `shape` (H, W, ...): its box if it has none, or an empty one."""
+    mask = split.mask(row) if split.mask else None
+    if mask is None or mask.shape != (*shape[:2],) or not mask.any():
+        (x1, y1), (x2, y2) = np.floor(split.boxes[row, :2]).astype(int), np.ceil(split.boxes[row, 2:]).astype(int)
+        mask = np.zeros(shape[:2], bool)
+        mask[y1:y2, x1:x2] = True
+    return mask.astype(np.uint8)
 
 
 def same_classes(ours, theirs, where, whose, cure="give both one list"):
@@ -1129,356 +1049,234 @@ def same_classes(ours, theirs, where, whose, cure="give both one list"):
         raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: {cure}")
 
 
-class FineTuning:
-    """One fine-tuning: data, detector, optimiser, files. `train` is the loop, `test` the metric; last.pt is resumed."""
+def fine_tune(c, network, out, resume="auto", workers=0):
+    """Fine-tune a C4 detector on `network`, which it takes over, by the Transfer `c`, and test it.
 
-    def __init__(self, config, network, ranks, out, resume="auto", workers=0):
-        self.config, self.ranks, self.out, self.workers = config, ranks, Path(out), workers
-        self.step, self.stop_asked, self.backbone = 0, False, digest(network)
-        self.open_splits()
-        saved = load_last(self.out / "last.pt", self.settings(), ranks) if resume == "auto" else None
-        ranks.connect()
-        agree(ranks, self.out, saved["step"] if saved else 0, len(self.trained), config.steps)
-        self.build(network, saved)
+    Writes OUT/last.pt, from which the same command resumes, and OUT/detector.pth, the tested weights. Returns (0, the
+    results and settings, {} on other ranks than the first), (128 + signal, {}) if SIGTERM or SIGINT stopped it."""
+    rank, world_size, local_rank, _ = torchrun_ranks()
+    is_main, lock = rank == 0, lock_folder(out) if rank == 0 else None
 
-    def open_splits(self):
-        c = self.config
-        found, tested = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", c.test_on))
-        same_classes(found.categories, tested.categories, f"the {c.test_on} split of {c.root}", "the train split")
-        self.categories = found.categories
-        self.masks = c.task == "coco" and found.mask is not None
-        self.trained = Detection(found, True, c.task == "voc", self.masks, c.limit_images, c.seed)
-        self.tested = Detection(tested, False, limit=c.limit_images)
-        if c.batch_size % self.ranks.ranks:
-            raise UserError(f"--batch-size {c.batch_size} cannot be split over {self.ranks.ranks} ranks: choose a "
-                            "multiple")
-        ensure_enough(c.root, len(self.trained), "images with objects", c)
+    # Data: both splits, and every test image once: a day of training must not end with an error in one of them.
+    train, val = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", "val"))
+    same_classes(train.categories, val.categories, f"the val split of {c.root}", "the train split")
+    masks = c.task == "coco" and train.mask is not None
+    kept = ~train.crowd | (c.task == "voc")  # VOC's difficult objects are trained on
+    trained, tested = Detection(train, kept, masks, c.limit_images, c.seed), Detection(val, limit=c.limit_images)
+    if c.batch_size % world_size:
+        raise UserError(f"--batch-size {c.batch_size} cannot be split over {world_size} ranks: choose a multiple")
+    if len(trained) < c.batch_size:
+        raise UserError(f"{c.root} has {len(trained):,} images with objects: lower --batch-size {c.batch_size}")
+    for j in range(rank, len(tested), world_size):
+        tested[0, j]
 
-    def settings(self):
-        """What a resumed run must share with the first one, as plain values: how it trains, what, and on what."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()
-                 if key not in ("root", "test_on")}
-        names = [self.trained.found.images.name(i) for i in self.trained.index]
-        of_all = listing([name.encode() for name in names + self.categories])
-        return {**plain, "ckpt": self.backbone, "masks": self.masks, "listing": of_all}
+    # The checkpoint to resume from; the data may have moved.
+    settings = {**asdict(c), "drops": list(c.drops), "sides": list(c.sides), "ckpt": digest(network), "masks": masks}
+    names = [train.images.names[i] for i in trained.index] + [name.encode() for name in train.categories]
+    settings.update(root=None, listing=listing(names))
+    saved = load_checkpoint(out / "last.pt", settings, world_size) if resume == "auto" else None
+    step = saved["step"] if saved else 0
+    device = connect(world_size, local_rank)
+    agree(out, step=step, settings=settings)
 
-    def build(self, network, saved):
-        """Model and optimiser, as `saved` or from the seed; norms are synchronised on GPUs and do not decay."""
-        c, device = self.config, self.ranks.device
-        torch.manual_seed(c.seed)
-        self.model = c4_detector(network, len(self.categories), self.masks, c.sides, c.long_side, c.rois)
-        self.model.to(device, memory_format=torch.channels_last)
-        if self.ranks.ranks > 1 and device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        norms = {p: None for norm in norms_of(self.model) for p in norm.parameters()}  # a dict, for its order
-        others = [p for p in self.model.parameters() if p not in norms]
-        groups = [dict(params=others, weight_decay=c.weight_decay), dict(params=list(norms), weight_decay=0.0)]
-        self.optimizer = torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum)
-        if saved:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step = saved["step"]
-        self.parallel = self.model if self.ranks.ranks == 1 else nn.parallel.DistributedDataParallel(
-            self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Model and optimiser.
+    torch.manual_seed(c.seed)
+    model = c4_detector(network, len(train.categories), masks, c.sides, c.long_side, c.rois)
+    model.to(device, memory_format=torch.channels_last)
+    parallel_model = data_parallel(model, world_size)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    of_norms = {p: None for norm in norms for p in norm.parameters()}  # a dict keeps their order
+    others = [p for p in model.parameters() if p not in of_norms]
+    optimizer = torch.optim.SGD([dict(params=others, weight_decay=c.weight_decay),
+                                 dict(params=list(of_norms), weight_decay=0.0)], lr=c.lr, momentum=c.momentum)
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
 
-    def save(self, name="last.pt"):
-        """Write last.pt, or detector.pth without the optimiser, unless a parameter is not finite. Rank 0 only."""
-        ensure_finite(self.model, self.step, self.out)
-        content = {"config": self.settings(), "ranks": self.ranks.ranks, "categories": self.categories,
-                   "step": self.step, "model": self.model.state_dict()}
-        if name == "last.pt":
-            content["optimizer"] = self.optimizer.state_dict()
-        if self.ranks.rank == 0:
-            with atomic(self.out / name) as file:
-                torch.save(content, file)
-
-    def batches(self, first, last):
-        """(images, targets) of this rank's share of steps first to last, on the device. The random state, which the
-        model's sampling uses, is set before each: a function of (seed, step, rank)."""
-        c, ranks = self.config, self.ranks
-        schedule = Schedule(len(self.trained), c.batch_size, c.seed, first, last, ranks.rank, ranks.ranks)
-        for step, batch in enumerate(self.trained.batches(schedule, self.workers, ranks.device), first):
-            torch.manual_seed(int(rng("sampling", c.seed, step, ranks.rank).integers(2**63)))
+    def batches(first, last):
+        """(images, targets) of steps first to last. What the model samples is a function of (seed, step, rank)."""
+        schedule = Schedule(len(trained), c.batch_size, c.seed, first, last, rank, world_size)
+        for n, batch in enumerate(trained.batches(schedule, workers, device), first):
+            torch.manual_seed(int(rng("sampling", c.seed, n, rank).integers(2**63)))
             yield [image for _, image, _ in batch], [target for _, _, target in batch]
 
-    def learning_rate(self):
-        c = self.config
-        rise = min(1.0, self.step / c.warmup) if c.warmup else 1.0
-        return c.lr * (0.001 + 0.999 * rise) * 0.1 ** sum(self.step >= drop for drop in c.drops)
+    def save(name, **more):
+        ensure_finite(model, step, out)
+        if is_main:
+            save_checkpoint(out / name, {"config": settings, "world_size": world_size, "categories": train.categories,
+                                         "step": step, "model": model.state_dict(), **more})
 
-    def update(self, images, targets):
-        """One step; returns its losses by name."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        losses = self.parallel(images, targets)
+    if is_main:
+        print(f"{c.arch}-C4 of {c.ckpt}{' with masks' if masks else ''} on {len(trained):,} images of {c.root}, "
+              f"{world_size} x {device.type}, steps {step:,} to {c.steps:,}; test on {len(tested):,} images", flush=True)
+
+    # The loop.
+    signals, saved_at, recent, lap = stop_on_signal(), -math.inf, [], time.perf_counter()
+    parallel_model.train()
+    for images, targets in batches(step, c.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = c.rate(step)
+        losses = parallel_model(images, targets)
         sum(losses.values()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return {name: value.detach() for name, value in losses.items()}
-
-    def train(self):
-        """From self.step to the last: log every 20 steps; save when `Clock.save_due` says so, at the end and on
-        SIGTERM, all ranks at the same step. Returns whether the end was reached."""
-        handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            self.loop()
-        finally:  # the test that follows ends at once: it has nothing to save
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return self.step == self.config.steps
-
-    def ask_to_stop(self, number, frame):
-        """Stop after this step; a second signal ends the process at once."""
-        self.stop_asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def loop(self):
-        clock, per_epoch = Clock(), len(self.trained) // self.config.batch_size
-        self.parallel.train()
-        for images, targets in self.batches(self.step, self.config.steps):
-            losses = self.update(images, targets)
-            clock.add(torch.stack(list(losses.values())))
-            stop, save_due = self.ranks.maximum(self.stop_asked, clock.save_due(self.step, per_epoch))
-            save_due = save_due or stop or self.step == self.config.steps
-            if save_due or self.step % 20 == 0:
-                self.report(clock, losses.keys())
-            if save_due:
-                self.save()
-                clock.saved = time.monotonic()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(torch.stack(list(losses.values())).detach())
+        step += 1
+        if step % 20 == 0 or step == c.steps or (signals and world_size == 1):
+            # The only collective of the loop beside the gradients': means, and whether to stop or to save.
+            due = step == c.steps or time.perf_counter() - saved_at > 300
+            states = gather_objects((torch.stack(recent).mean(0).tolist(), max(signals, default=0), due))
+            means, stop = np.mean([values for values, _, _ in states], 0), max(number for _, number, _ in states)
+            if not np.isfinite(means).all():
+                raise not_finite(step, out)
+            if is_main:
+                rate = len(recent) * c.batch_size / (time.perf_counter() - lap)
+                parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(losses, means))
+                print(f"step {step:,}/{c.steps:,}  loss {means.sum():.3f}  {parts}  {rate:.1f} images/s  "
+                      f"{duration((c.steps - step) * c.batch_size / rate)} left", flush=True)
+            if stop or any(due for _, _, due in states):
+                save("last.pt", optimizer=optimizer.state_dict())
+                saved_at = time.perf_counter()
             if stop:
-                self.ranks.print(f"stopped at step {self.step:,} and saved: the same command goes on from there")
-                break
+                if is_main:
+                    print(f"stopped at step {step:,} and saved: run the same command again to resume", flush=True)
+                return 128 + stop, {}
+            recent, lap = [], time.perf_counter()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the test has nothing to save
 
-    def report(self, clock, names):
-        """Mean losses since the last line: refuse to go on if they are not finite, and print them."""
-        c, values = self.config, self.ranks.mean(clock.losses / clock.steps)
-        if not all(map(math.isfinite, values)):
-            raise not_finite(self.step, self.out)
-        parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(names, values))
-        rate = clock.steps * c.batch_size / clock.elapsed()
-        left = duration((c.steps - self.step) * c.batch_size / rate)
-        self.ranks.print(f"step {self.step:,}/{c.steps:,}  loss {sum(values):.3f}  {parts}  {rate:.1f} images/s  "
-                         f"{left} left")
-        clock.lap()
-
-    def test(self):
-        """Statistics of the final weights over `precise` batches, and over ranks; detector.pth; its `results`."""
-        c = self.config
-        with torch.no_grad():
-            clean_statistics(self.model, self.batches(c.steps, c.steps + c.precise))
-        for norm in norms_of(self.model) if self.ranks.ranks > 1 else ():
-            for statistic in (norm.running_mean, norm.running_var):
-                dist.all_reduce(statistic)
-                statistic /= self.ranks.ranks
-        self.save("detector.pth")
-        found = results(c, self.model, self.tested, self.ranks, self.workers)
-        return {**found, **self.settings(), **asdict(c), "backbone": self.backbone, "images": len(self.trained),
-                "ranks": self.ranks.ranks}
-
-
-@torch.inference_mode()
-def detect(model, views, ranks, workers=0):
-    """What the detector finds in the test images `views`, in order, on rank 0 (the others get []): [(index of the image
-    in its split, boxes (n, 4), labels (n,) from 0, scores (n,), masks in RLE or None)], in pixels of the image."""
+    # The test, with batch norm's statistics of the final weights.
+    with torch.no_grad():
+        precise_batch_norm(model, batches(c.steps, c.steps + c.precise))
+        for statistic in [s for norm in norms for s in (norm.running_mean, norm.running_var) if world_size > 1]:
+            dist.all_reduce(statistic)
+            statistic /= world_size
+    save("detector.pth")
+    mine, detections, progress = range(rank, len(tested), world_size), [], Progress("test", len(tested))
     model.eval()
-    mine, found, progress = range(ranks.rank, len(views), ranks.ranks), [], Progress("test", len(views))
-    for (j, image, _), in views.batches([[(0, j)] for j in mine], workers, ranks.device):
-        out = model([image])[0]
-        masks = run_lengths(out["masks"]) if "masks" in out else None
-        boxes, labels, scores = (out[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
-        found.append((views.index[j], boxes, labels - 1, scores, masks))
-        if ranks.rank == 0:
-            progress.update(min(j + ranks.ranks, len(views)))  # the other ranks are about as far
-    if ranks.ranks > 1:
-        everyone = [None] * ranks.ranks if ranks.rank == 0 else None
-        dist.gather_object(found, everyone)
-        found = sum(everyone or [], [])
-    return sorted(found, key=lambda one: one[0])
-
-
-def results(config, model, views, ranks, workers=0):
-    """{box: `summary` of the test images, mask: the same if the model has masks, tested: their number} on rank 0, which
-    alone computes it; {} on the others."""
-    found, split = detect(model, views, ranks, workers), views.found
-    if ranks.rank:
-        return {}
-    if config.task == "voc":
-        return {"box": voc_ap(split, views.index, found), "tested": len(views)}
-    path = Path(config.root) / "annotations" / f"instances_{config.test_on}2017.json"
-    names = [split.images.name(i) for i in range(len(split.images))]
-    kinds = ("box", "mask") if model.roi_heads.mask_predictor is not None else ("box",)
-    return {**{kind: coco_ap(path, names, views.index, found, kind) for kind in kinds}, "tested": len(views)}
+    with torch.inference_mode():
+        for (i, image, _), in tested.batches([[(0, j)] for j in mine], workers, device):
+            output = {key: value.cpu().numpy() for key, value in model([image])[0].items()}
+            masks_found = [run_length(mask[0] >= 0.5) for mask in output.get("masks", ())]
+            detections.append((i, output["boxes"], output["labels"] - 1, output["scores"], masks_found))
+            if is_main:
+                progress.update(min(len(detections) * world_size, len(tested)))  # the other ranks are about as far
+    detections = sorted(sum(gather_objects(detections), []), key=lambda one: one[0])
+    if not is_main:
+        return 0, {}
+    measures = {"box": voc_ap if c.task == "voc" else partial(coco_ap, kind="box")}
+    if masks and val.mask:
+        measures["mask"] = partial(coco_ap, kind="mask")
+    ap = {name: measure(val, tested.index, detections) for name, measure in measures.items()}
+    return 0, {**ap, **asdict(c), "backbone": settings["ckpt"], "images": len(trained), "tested": len(tested),
+               "world_size": world_size}
 
 
 # ------------------------------------------------------------------------------------------------ average precision
 
 THRESHOLDS = np.arange(50, 100, 5) / 100  # of IoU; COCO's ten, as detectron2 has them for VOC too
-AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # COCO's all, small, medium, large objects; pixels
 
 
-def summary(table, categories):
-    """{AP, AP50, AP75, APs, APm, APl, classes: {category: AP}} in percent, None where no object counts: means of
-    table (areas, categories, thresholds), in which NaN stands for that."""
-    def percent(values):
-        values = values[~np.isnan(values)]
-        return 100 * float(values.mean()) if values.size else None
-    everything, small, medium, large = table
-    return dict(AP=percent(everything), AP50=percent(everything[:, 0]), AP75=percent(everything[:, 5]),
-                APs=percent(small), APm=percent(medium), APl=percent(large),
-                classes=dict(zip(categories, map(percent, everything))))
+def summary(table):
+    """{AP, AP50, AP75} in percent of table (categories, thresholds), NaN: no object counts; None if none does at all."""
+    columns = dict(AP=table, AP50=table[:, 0], AP75=table[:, 5])
+    return {name: None if np.isnan(some).all() else 100 * float(np.nanmean(some)) for name, some in columns.items()}
 
 
-def average_precision(overlap, best, neither, ignored, threshold):
-    """VOC2007's 11-point AP of one category, as detectron2 computes it: a detection hits if its IoU is over `threshold`
-    and its object has no earlier hit. Detections of an ignored object count neither way.
+def voc_ap(labelled, index, detections):
+    """`summary` of VOC2007's 11-point AP as detectron2 computes it, but for its rounding of scores to 0.001 and boxes to
+    0.1 pixels: a detection is right if its IoU with the object that it overlaps most is over the threshold and no
+    earlier one was right about that object; those of a difficult object do not count.
 
-    Args, by falling score: overlap, best (D,): largest IoU of each detection with an object of its image and that
-    object's index; neither (D,) bool: counts neither way unless it hits; ignored (G,) bool: objects that do not count.
-    Returns AP in [0, 1], NaN if no object counts."""
-    if ignored.all():
-        return math.nan
-    over = overlap > threshold
-    on_ignored = over & np.append(ignored, False)[best]
-    counted = np.flatnonzero(over & ~on_ignored)
-    _, first = np.unique(best[counted], return_index=True)  # of each object
-    hit = np.zeros(len(over), bool)
-    hit[counted[first]] = True
-    right, wrong = np.cumsum(hit), np.cumsum(~hit & ~on_ignored & ~neither)
-    recall, precision = right / (~ignored).sum(), right / np.maximum(right + wrong, 1)
-    return float(np.mean([precision[recall >= t].max(initial=0.0) for t in np.arange(0, 1.1, 0.1)]))
-
-
-def match(truth, rows, found, label):
-    """One category's detections by falling score: largest IoU with the objects `rows` of their image, the place in
-    `rows` of that object (-1: none there), area in square pixels; (D,) each."""
-    scores, overlaps, bests, areas = [], [], [], []
-    for i, boxes, labels, confidence, _ in found:
-        boxes = torch.as_tensor(boxes[labels == label]).double()
-        start, end = np.searchsorted(rows, truth.offsets[i:i + 2])
-        iou = torchvision.ops.box_iou(boxes, torch.as_tensor(truth.boxes[rows[start:end]]).double()).numpy()
-        scores.append(confidence[labels == label])
-        overlaps.append(iou.max(1, initial=0.0))
-        bests.append(start + iou.argmax(1) if end > start else np.full(len(boxes), -1))
-        areas.append(torchvision.ops.box_area(boxes).numpy())
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    return [np.concatenate(values)[order] for values in (overlaps, bests, areas)]
+    Args: labelled: the split; index: its tested images, rising; detections: [(index of the image, boxes (n, 4) in its
+    pixels, labels (n,) from 0, scores (n,), masks in RLE)]."""
+    tested = np.concatenate([np.arange(*labelled.offsets[i:i + 2]) for i in index])
+    table = np.full((len(labelled.categories), len(THRESHOLDS)), math.nan)
+    for label in range(len(labelled.categories)):
+        rows, ranked = tested[labelled.labels[tested] == label], []
+        difficult, number = np.append(labelled.crowd[rows], False), (~labelled.crowd[rows]).sum()
+        for i, boxes, labels, scores, _ in detections:
+            start, end = np.searchsorted(rows, labelled.offsets[i:i + 2])
+            pair = boxes[labels == label], labelled.boxes[rows[start:end]]
+            iou = torchvision.ops.box_iou(*(torch.as_tensor(some).double() for some in pair)).numpy()
+            iou = np.pad(iou, ((0, 0), (0, 1)))  # a last column of zeros: no object
+            ranked.append((scores[labels == label], iou.max(1), start + iou.argmax(1)))
+        scores, overlap, best = map(np.concatenate, zip(*ranked))
+        order = np.argsort(-scores, kind="stable")
+        for t, threshold in enumerate(THRESHOLDS if number else ()):
+            over = overlap[order] > threshold
+            ignored = over & difficult[best[order]]
+            candidates = np.flatnonzero(over & ~ignored)
+            right = np.zeros(len(order), bool)
+            right[candidates[np.unique(best[order][candidates], return_index=True)[1]]] = True  # the first of each object
+            hits, misses = np.cumsum(right), np.cumsum(~right & ~ignored)
+            recall, precision = hits / number, hits / np.maximum(hits + misses, 1)
+            table[label, t] = np.mean([precision[recall >= r].max(initial=0.0) for r in np.arange(0, 1.1, 0.1)])
+    return summary(table)
 
 
-def voc_ap(truth, index, found):
-    """`summary` of detectron2's VOC2007 AP. It rounds scores to 0.001 and boxes to 0.1 pixels on the way; not here.
-    Sizes are COCO's: objects of another size are ignored, and so are detections of another size that hit nothing.
-
-    Args: truth: Labelled, its crowd VOC's difficult; index: its tested images, rising; found: what `detect` gives."""
-    tested = np.concatenate([np.arange(truth.offsets[i], truth.offsets[i + 1]) for i in index])
-    table = np.empty((len(AREAS), len(truth.categories), len(THRESHOLDS)))
-    for label in range(len(truth.categories)):
-        rows = tested[truth.labels[tested] == label]
-        overlap, best, area = match(truth, rows, found, label)
-        object_area = torchvision.ops.box_area(torch.as_tensor(truth.boxes[rows])).numpy()
-        for a, (low, high) in enumerate(AREAS):
-            ignored = truth.crowd[rows] | (object_area < low) | (object_area > high)
-            outside = (area < low) | (area > high)
-            table[a, label] = [average_precision(overlap, best, outside, ignored, t) for t in THRESHOLDS]
-    return summary(table, truth.categories)
+def run_length(mask):
+    """COCO's compressed RLE of a mask (H, W)."""
+    return mask_coder().encode(np.asfortranarray(mask, np.uint8))
 
 
-def coco_tools():
-    """pycocotools' COCO and COCOeval."""
-    try:
-        from pycocotools import coco, cocoeval
-    except ImportError:
-        raise UserError("COCO AP needs pycocotools: pip install pycocotools") from None
-    return coco.COCO, cocoeval.COCOeval
+def coco_ap(labelled, index, detections, kind):
+    """`summary` of pycocotools' AP of `kind`, box or mask; arguments as voc_ap's. The ground truth is made of our labels:
+    a raw JSON may lack what pycocotools needs. An object without a mask gets its box as mask, as in training."""
+    from pycocotools import coco, cocoeval
 
+    def truth(i):
+        rows = range(*labelled.offsets[i:i + 2])
+        masks = [run_length(mask_or_box(labelled, row, labelled.sizes[i][::-1])) for row in rows if kind == "mask"]
+        part = slice(rows.start, rows.stop)
+        return i, labelled.boxes[part], labelled.labels[part], labelled.crowd[part], masks
 
-def run_lengths(masks):
-    """COCO's compressed RLE of probabilities (n, 1, H, W), cut at 0.5 as detectron2 does."""
-    binary = (masks[:, 0] >= 0.5).to(torch.uint8).cpu().numpy()
-    return [mask_coder().encode(np.asfortranarray(mask)) for mask in binary]
-
-
-def coco_ap(path, names, index, found, kind):
-    """`summary` of pycocotools' AP of `kind`, box or mask, on images `index` of `names`; found: what `detect` returns;
-    path: the annotations."""
-    COCO, COCOeval = coco_tools()
+    def as_coco(entries, key):
+        """Of entries like `detections`, whose fourth value pycocotools calls `key`."""
+        annotations = [dict(image_id=i, category_id=int(label), bbox=[x1, y1, x2 - x1, y2 - y1], **{key: float(value)},
+                            area=(x2 - x1) * (y2 - y1), segmentation=mask)  # the area counts nowhere: AP is over all
+                       for i, boxes, labels, values, masks in entries
+                       for (x1, y1, x2, y2), label, value, mask in zip(
+                           boxes.tolist(), labels, values, masks if kind == "mask" else [None] * len(boxes))]
+        result = coco.COCO()
+        result.dataset = dict(images=[dict(id=i, height=None, width=None) for i in index],
+                              categories=[dict(id=label) for label in range(len(labelled.categories))],
+                              annotations=[dict(id=n, **one) for n, one in enumerate(annotations, 1)])
+        result.createIndex()
+        return result
     with redirect_stdout(io.StringIO()):  # pycocotools talks
-        truth = COCO(str(path))
-        truth.dataset.setdefault("info", {})  # which some versions ask for
-        ids = {image["file_name"]: image["id"] for image in truth.dataset["images"]}
-        categories = truth.loadCats(sorted(truth.getCatIds()))
-        rows = []
-        for i, boxes, labels, scores, masks in found:
-            for n, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-                where = dict(bbox=[x1, y1, x2 - x1, y2 - y1]) if kind == "box" else dict(segmentation=masks[n])
-                rows.append(dict(image_id=ids[names[i]], category_id=categories[labels[n]]["id"],
-                                 score=float(scores[n]), **where))
-        judge = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), "bbox" if kind == "box" else "segm")
-        judge.params.imgIds = [ids[names[i]] for i in index]
-        judge.evaluate()
-        judge.accumulate()
-    precision = judge.eval["precision"][..., -1].mean(1)  # (thresholds, categories, areas), at 100 detections an image
-    table = np.where(precision < 0, math.nan, precision).transpose(2, 1, 0)
-    return summary(table, [one["name"] for one in categories])
-
-
-def default_out(task, ckpt):
-    """runs/voc-coco-last of runs/coco/last.pt, runs/voc-coco-last-teacher of runs/coco/last.pt:teacher."""
-    path, _, part = ckpt.partition(":")
-    names = [name for name in Path(path).with_suffix("").parts[-2:] if name.strip("./\\")]
-    return "-".join([f"runs/{task}", *names, *part.split()])
-
-
-def fine_tune(args, ranks, workers):
-    """(results of a fine-tuning, where to write them), (None, None) if it was stopped."""
-    network, arch = load_from(args, args.ckpt[0])
-    c = transfer_config(args, arch)
-    run = FineTuning(c, network, ranks, args.out or default_out(c.task, c.ckpt), args.resume, workers)
-    boxes_alone = " (boxes alone, no masks)" if c.task == "coco" and not run.masks else ""
-    ranks.print(f"{arch}-C4 of {c.ckpt} on {len(run.trained):,} images of {c.root}{boxes_alone}, {ranks.ranks} x "
-                f"{ranks.device.type}, steps {run.step:,} to {c.steps:,}; test on {len(run.tested):,} images")
-    try:
-        ended = run.train()
-    except torch.cuda.OutOfMemoryError:
-        raise out_of_memory(c, ranks) from None
-    return (run.test(), args.json or run.out / "results.json") if ended else (None, None)
-
-
-def test_again(args, ranks, workers):
-    """(results of a detector.pth, --json), at the size and on the classes of its training."""
-    path = args.ckpt[0]
-    model, settings, categories = load_detector(path)
-    if settings["task"] != args.transfer:
-        raise UserError(f"--ckpt {path} was fine-tuned on {settings['task']}: use --transfer {settings['task']}")
-    known = {field.name: settings.get(field.name) for field in fields(Transfer)}
-    c = Transfer(**{**known, "root": args.root or f"data/{args.transfer}", "ckpt": path,
-                    "test_on": args.test_on, "limit_images": args.limit_images})
-    split = open_labelled(c.task, c.root, c.test_on, strict=True)
-    same_classes(split.categories, categories, f"the {c.test_on} split of {c.root}", path, "name its own data")
-    ranks.connect()
-    found = results(c, model.to(ranks.device), Detection(split, False, limit=c.limit_images), ranks, workers)
-    return {**found, **settings, **asdict(c), "backbone": settings["ckpt"]}, args.json
+        evaluation = cocoeval.COCOeval(as_coco(map(truth, index), "iscrowd"), as_coco(detections, "score"),
+                                       "bbox" if kind == "box" else "segm")
+        vars(evaluation.params).update(areaRng=[[0, 1e10]], areaRngLbl=["all"], maxDets=[100])
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., 0, 0].mean(1).T  # (thresholds, recalls, categories) before
+    return summary(np.where(precision < 0, math.nan, precision))
 
 
 def transfer(args):
-    """--transfer: fine-tune, test, print the table, write OUT/results.json; with --test-only test a detector.pth."""
+    """--transfer: fine-tune, test, print AP, write OUT/results.json; exits with 128 + signal if it is stopped."""
     if args.transfer == "coco":
-        coco_tools()  # that it is missing should not show after a day of training
-    ranks = Ranks()
+        mask_coder()  # that pycocotools is missing should not show after a day of training
+    _, world_size, _, local_world_size = torchrun_ranks()
     torch.set_float32_matmul_precision("high")
-    workers = min(args.workers, max(1, usable_cores() // ranks.on_machine))
-    table, path = (test_again if args.test_only else fine_tune)(args, ranks, workers)
-    if table and ranks.rank == 0:
-        columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-        print(" " * 4 + "".join(f"{name:>8}" for name in columns))
-        for kind in ("box", "mask"):
-            if kind in table:
-                values = (table[kind][name] for name in columns)
-                print(f"{kind:4}" + "".join(f"{'-':>8}" if value is None else f"{value:8.1f}" for value in values))
-        if path:
-            save(table, path)
-    if ranks.ranks > 1:
+    network, arch = load_from(args, args.ckpt[0])
+    c, workers = transfer_config(args, arch), min(args.workers, max(1, usable_cores() // local_world_size))
+    path, _, part = c.ckpt.partition(":")  # runs/voc-coco-last-teacher is the default of runs/coco/last.pt:teacher
+    names = [name for name in (*Path(path).with_suffix("").parts[-2:], part) if name.strip("./\\")]
+    out = Path(args.out or "-".join([f"runs/{c.task}", *names]))
+    try:
+        code, results = fine_tune(c, network, out, args.resume, workers)
+    except torch.cuda.OutOfMemoryError:
+        raise out_of_memory(c.batch_size, world_size) from None
+    for kind in [kind for kind in ("box", "mask") if kind in results]:
+        print(f"{kind:4}", *(f"  {name} {value:.1f}" for name, value in results[kind].items() if value is not None))
+    if results:
+        write_json(args.json or out / "results.json", results)
+    if world_size > 1:
         dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -1570,13 +1368,11 @@ def parse_arguments(arguments=None):
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
     add("--out", help="folder for last.pt, detector.pth, results.json (default: runs/TASK-CKPT)")
     add("--resume", choices=("auto", "never"), default="auto", help="whether to resume OUT/last.pt (default: auto)")
-    add("--test-only", action="store_true", help="test the detector.pth that --ckpt names")
     add("--batch-size", type=positive, help="of all ranks together; rate and steps scale with it (default: 16, MoCo's)")
     add("--steps", type=positive, help="length of the schedule; drops and warm-up stay in proportion (default: MoCo's)")
     add("--short-side", type=positive, help="one for training and test (default: MoCo's 480-800, coco 640-800; 800)")
     add("--lr", type=float, help="learning rate for 16 images (default: 0.02, MoCo's)")
     add("--rois", type=positive, help="boxes per image that train the RoI head (default: 512, detectron2's)")
-    add("--test-on", choices=("train", "val"), default="val", help="split; train: can it overfit? (default: val)")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
     args.head = args.head or ("roi" if args.data == "scenes" else "map")

@@ -35,11 +35,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from augment import normalise, to_float
-from d3ssl import roi_align
+from d3ssl import resnet_stages, roi_align, write_json
 from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, positive, resize, rng
 from evaluate import (SIZE, VERSIONS, add_checkpoint_arguments, clean_batches, load_source, measure_rows, open_rows,
                       print_table, ratio_of_means, save_picture)
-from evaluate import resnet_stages, write_json  # TEMPORARY: from d3ssl after the merge
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
