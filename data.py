@@ -502,7 +502,7 @@ class Faults:
 EMPTY_BOX = "box empty or outside its image"
 
 
-def sort_by_image(images, categories, index, boxes, labels, crowd, mask=None, sizes=None):
+def labelled(images, categories, index, boxes, labels, crowd, mask=None, sizes=None):
     """A Labelled from boxes in any order, with masks in that of their images; index (M,) is the image of each box."""
     order = np.argsort(index, kind="stable")
     offsets = np.searchsorted(np.asarray(index)[order], np.arange(len(images) + 1))
@@ -526,7 +526,7 @@ def read_scenes(scenes):
     index = np.repeat(np.arange(len(scenes)), [len(some) for some in labels])
     boxes, labels, masks = np.concatenate(boxes), np.concatenate(labels), np.concatenate(masks)
     # A method of an array can be pickled; a lambda cannot.
-    return sort_by_image(scenes, SCENE_CATEGORIES, index, boxes, labels, np.zeros(len(index), bool), masks.__getitem__)
+    return labelled(scenes, SCENE_CATEGORIES, index, boxes, labels, np.zeros(len(index), bool), masks.__getitem__)
 
 
 def read_coco(root, split, strict=False):
@@ -534,8 +534,9 @@ def read_coco(root, split, strict=False):
     The whole file is in memory while it is read."""
     path, folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
     content, faults = read_json(path, "annotations", "images", "categories"), Faults(path)
-    listed = read_entries(path, content, "images", id=(int, str), file_name=str, width=(int, float), height=(int, float))
-    categories = sorted(read_entries(path, content, "categories", id=(int, str), name=str), key=lambda c: str(c[0]))
+    number_or_text, number = (int, str), (int, float)
+    listed = read_entries(path, content, "images", id=number_or_text, file_name=str, width=number, height=number)
+    categories = sorted(read_entries(path, content, "categories", id=number_or_text, name=str), key=lambda c: str(c[0]))
     if all(isinstance(number, int) for number, _ in categories):
         categories.sort()
     here = set(list_images(folder)) if folder.is_dir() else set()
@@ -553,13 +554,13 @@ def read_coco(root, split, strict=False):
     faults.report(rows)
     index, boxes, labels, crowd, shapes = zip(*rows)
     masks = Masks(shapes, [sizes[i] for i in index]) if any(shapes) else None
-    return sort_by_image(Images(folder, names), [name for _, name in categories], index, boxes, labels, crowd, masks,
+    return labelled(Images(folder, names), [name for _, name in categories], index, boxes, labels, crowd, masks,
                          np.int64(sizes))
 
 
 def read_entries(path, content, kind, **types):
-    """A list of a COCO file, its images or categories, as tuples of the values of `types`, {key: type}. Raises UserError
-    if a value is missing or of another type, a side is below one pixel, or two entries share an id or a file."""
+    """A list of a COCO file, its images or categories, as tuples of the values of `types`, {key: type}. Raises
+    UserError if a value is missing or of another type, a side is below one pixel, or two share an id or a file."""
     rows, seen = [], set()
     for n, entry in enumerate(content[kind]):
         for key, type_ in types.items():
@@ -604,7 +605,7 @@ def coco_rows(annotations, place, sizes, absent, label, faults):
         else:
             try:
                 shape = check_segmentation(a.get("segmentation"), *size)
-            except (KeyError, TypeError, ValueError, OverflowError):
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
                 faults.add("segmentation neither polygons [[x, y, ...], ...] nor run lengths of its image", where)
                 continue
             yield place[image], box, label[category], crowd, shape
@@ -629,7 +630,7 @@ class Masks:
 
 def check_segmentation(shape, width, height):
     """What can be drawn of COCO's segmentation: polygons of at least three corners or run lengths; None without any.
-    Raises ValueError, KeyError, TypeError or OverflowError if it is neither."""
+    Raises what Python does for other types, or ValueError, if it is neither."""
     if not shape:
         return None
     if isinstance(shape, list):
@@ -639,27 +640,35 @@ def check_segmentation(shape, width, height):
             if part and not (math.isfinite(sum(part)) and max(part) < 1e6 and min(part) > -1e6):
                 raise ValueError
         return [part for part in shape if len(part) >= 6] or None
-    counts = shape["counts"]
-    if shape["size"] != [height, width] or not counts:
+    runs = run_lengths(shape["counts"])
+    if shape["size"] != [height, width] or min(runs) < 0 or sum(runs) != height * width:
         raise ValueError
-    if isinstance(counts, list):
-        if not set(map(type, counts)) == {int} or min(counts) < 0 or sum(counts) != height * width:
-            raise ValueError
-    else:
-        with suppress(UserError):  # without pycocotools; then nothing is drawn either
-            draw_segmentation(shape, height, width)
     return shape
+
+
+def run_lengths(counts):
+    """COCO's run lengths as a list of integers; compressed they are text, six bits per character (pycocotools)."""
+    if isinstance(counts, list):
+        return [int(run) for run in counts]
+    runs, value, shift = [], 0, 0
+    for code in counts.encode():
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if not code - 48 & 32:  # the last character of a number, with its sign; numbers are differences
+            value -= (code - 48 & 16) << shift - 4
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
 
 
 def draw_segmentation(shape, height, width):
     """(height, width) bool of COCO's segmentation, as pycocotools draws it: polygons whose parts join, or run lengths,
     compressed or not."""
-    coder = mask_coder()
     if isinstance(shape, list):
-        shape = coder.merge(coder.frPyObjects(shape, height, width))
-    elif isinstance(shape["counts"], list):
-        shape = coder.frPyObjects(shape, height, width)
-    return coder.decode(shape).astype(bool)
+        coder = mask_coder()
+        return coder.decode(coder.merge(coder.frPyObjects(shape, height, width))).astype(bool)
+    runs = run_lengths(shape["counts"])
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T  # column by column
 
 
 def mask_coder():
@@ -756,7 +765,7 @@ def read_voc(images, strict=False):
             else:
                 faults.add(EMPTY_BOX, f"{path} object {n}")
     faults.report(rows)
-    return sort_by_image(images, VOC_CATEGORIES, *zip(*rows), sizes=sizes)
+    return labelled(images, VOC_CATEGORIES, *zip(*rows), sizes=sizes)
 
 
 def read_classes(root):
@@ -778,8 +787,8 @@ def read_classes(root):
 
 
 def read_boxes(path, classes, faults):
-    """OpenImages' box CSV: images (M,) uint64 (the 16 hex digits of ImageID), labels (M,) int16 by `classes` ({label id:
-    label}), boxes (M, 4) float32 xyxy in shares of the sides, group (M,) bool. 14.6 million rows take 27 bytes each.
+    """OpenImages' box CSV: images (M,) uint64 (the 16 hex digits of ImageID), labels (M,) int16 by `classes` ({label
+    id: label}), boxes (M, 4) float32 xyxy in shares of the sides, group (M,) bool. 14.6 million rows take 27 bytes each.
     Broken lines go to `faults`. Raises UserError if the file is missing, not a box CSV or cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
@@ -839,7 +848,7 @@ def read_openimages(root, split, images, listed=False, strict=False):
     kept = sizes[index].any(1)
     faults.report(kept.any(), "image")
     boxes *= np.tile(sizes[index], 2)
-    return sort_by_image(images, categories, index[kept], boxes[kept], labels[kept], group[kept])
+    return labelled(images, categories, index[kept], boxes[kept], labels[kept], group[kept])
 
 
 def image_size(path):
@@ -951,10 +960,10 @@ def proposal_settings(images):
 def compute_proposals(images, folder, workers=None, local_rank=0):
     """Selective search over `images` into `folder`, by `workers` processes; resumable after a kill.
 
-    On each machine local rank 0 searches and the others wait until it has finished. Chunks of CHUNK images are files of
-    their own until all are there and are joined; machines or runs that share the folder use each other's chunks. Raises
-    UserError if the folder cannot be written, no image can be read, a process dies or, in a rank that waits, if there is
-    no new chunk for TIMEOUT seconds."""
+    On each machine local rank 0 searches and the others wait until it has finished. Chunks of CHUNK images are files
+    of their own until all are there and are joined; machines or runs that share the folder use each other's chunks.
+    Raises UserError if the folder cannot be written, no image can be read, a process dies or, in a rank that waits,
+    if there is no new chunk for TIMEOUT seconds."""
     state = proposals_state(images, folder)
     if state == "ready":
         return
@@ -1365,16 +1374,16 @@ def print_table2(images, index, label, paper=None):
 
 def print_stats(data, root, split, given=None):
     """Print Table 2's row of a data set's split (train | val), and how many proposals (in `given`) it has per image."""
-    labelled = open_labelled(data, root, split)
-    number = len(labelled.images)
-    index = np.repeat(np.arange(number), np.diff(labelled.offsets))
-    print_table2(number, index, labelled.labels, TABLE2.get((data, split)))
+    objects = open_labelled(data, root, split)
+    number = len(objects.images)
+    index = np.repeat(np.arange(number), np.diff(objects.offsets))
+    print_table2(number, index, objects.labels, TABLE2.get((data, split)))
     folder = Path(given or proposals_folder(data, root, folder_of(data, split)))
     if not (folder / "settings.json").exists():
         return print(f"no proposals in {folder}: make them with data.py proposals")
     proposals = Proposals(folder)
     counts = dict(zip(proposals.names.tolist(), np.diff(proposals.offsets).tolist()))
-    own = [counts.get(name, 0) for name in labelled.images.names.tolist()]
+    own = [counts.get(name, 0) for name in objects.images.names.tolist()]
     print(f"proposals: {np.mean(own):.1f} boxes per image, {own.count(0):,} images without any ({folder})")
 
 

@@ -3385,12 +3385,14 @@ def coco(root, annotations, images=None, categories=None, encoding="utf-8"):
 
 def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
     """Polygons of all sizes, with parts that overlap, and run lengths, compressed or not, against COCO's own reader."""
+    import pycocotools.mask
     from pycocotools.coco import COCO as Reader
     random, shapes = np.random.default_rng(0), [None, [], [[1, 2, 3, 4]]]  # no mask: none, no part, two corners
     for size in (6, 12, 24, 32) * 3:
         corners = random.uniform(0, 33 - size, (2, 1, 2)) + random.uniform(0, size, (2, 7, 2))
         shapes.append(corners.reshape(2, -1).round(2).tolist())
-    shapes += [{"size": [32, 64], "counts": [100, 30, 2, 600, 1316]}, {"size": [32, 64], "counts": "d3>2N000000000Qh0"}]
+    runs = {"size": [32, 64], "counts": [100, 30, 2, 600, 1316]}
+    shapes += [runs, {**runs, "counts": pycocotools.mask.frPyObjects(runs, 32, 64)["counts"].decode()}]
     path = coco(tmp_path, [dict(id=n, segmentation=shape) for n, shape in enumerate(shapes, 1)])
     ours, reader = pickle.loads(pickle.dumps(data.open_labelled("coco", tmp_path, "train"))), Reader(str(path))
     for row in range(3, len(shapes)):
@@ -3408,9 +3410,9 @@ def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
 SHAPE, SQUARE = "segmentation neither", [0, 0, 9, 0, 9, 9]
 BROKEN_ANNOTATIONS = [
     *((data.EMPTY_BOX, dict(bbox=box)) for box in ([500, 5, 9, 9], [5, 5, 1e-6, 9], [64 - 1e-9, 5, 5, 9], [9, 9, -5, 5],
-                                                   [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5])),
-    *(("of four numbers", dict(bbox=box)) for box in (None, [1, 2, 3], "1234", ["1", 2, 3, 4], [[1], 2, 3, 4], {},
-                                                      [10 ** 400, 0, 5, 5], 7)),
+                                                   [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5],
+                                                   [10 ** 400, 0, 5, 5])),
+    *(("of four numbers", dict(bbox=box)) for box in (None, [1, 2, 3], "1234", ["1", 2, 3, 4], [[1], 2, 3, 4], {}, 7)),
     *(("of four numbers", a) for a in (None, [], "text", dict(image_id=[5]), dict(category_id={}))),
     ("category id unknown", dict(category_id=99)), ("image id unknown", dict(image_id="5")),
     *(("iscrowd is not 0 or 1", dict(iscrowd=value)) for value in ("0", None, 2, [])),
@@ -3418,7 +3420,7 @@ BROKEN_ANNOTATIONS = [
         SQUARE, [SQUARE, 3], [SQUARE[:5]], [[*SQUARE, "1", 2]], [[*SQUARE, float("nan"), 1]], [[*SQUARE, 1e30, 1]],
         "text", 5, {"size": [32, 64]}, {"size": [64, 32], "counts": [2048]}, {"size": [32, 64], "counts": [2047]},
         {"size": [32, 64], "counts": [2049, -1]}, {"size": [32, 64], "counts": "zzz"}, {"size": [32, 64], "counts": ""},
-        {"size": [32, 64], "counts": [True] * 2048}, {"size": [32, 64], "counts": 7}))]
+        {"size": [32, 64], "counts": [None]}, {"size": [32, 64], "counts": 7}))]
 
 
 @pytest.mark.parametrize("kind, broken", BROKEN_ANNOTATIONS)
@@ -3439,7 +3441,7 @@ IMAGE = dict(id=5, file_name="1.jpg", width=64, height=32)
 
 
 @pytest.mark.parametrize("said, lists", [
-    *(("images.0. 1.jpg: width is", dict(images=[{**IMAGE, "width": w}])) for w in (None, "64", 0, -3, [], True, 1e400)),
+    *(("images.0. 1.jpg: width is", dict(images=[{**IMAGE, "width": w}])) for w in (None, "64", 0, -3, [], 1e400)),
     ("images.1.*id 5 occurs twice", dict(images=[IMAGE, {**IMAGE, "file_name": "2.jpg"}])),
     ("images.1.*file_name '1.jpg' occurs twice", dict(images=[IMAGE, {**IMAGE, "id": 6}])),
     *(("images.0.*each needs", dict(images=[image])) for image in (None, 3, {}, {**IMAGE, "id": [1]},
