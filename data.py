@@ -111,6 +111,7 @@ def error_exit(main):
     rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     if rank.isdecimal() and int(rank):  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
+    message = message.replace("\n", " ")  # of a file's name
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for what is killed here
     for process in multiprocessing.active_children():  # the loaders': some would stay for half a minute
@@ -231,20 +232,17 @@ def list_images(root):
     images, others, seen, folders = [], Counter(), set(), deque([""])
     while folders:
         folder = folders.popleft()
-        path = os.path.join(root, folder)
-        real = os.path.realpath(path)
-        if real in seen:
+        path = os.path.realpath(os.path.join(root, folder))
+        if path in seen:
             continue
-        seen.add(real)
+        seen.add(path)
         try:
             entries = {entry.name: entry for entry in os.scandir(path) if not entry.name.startswith(".")}
         except OSError as error:
             others[f"folder {path} ({error.strerror})"] += 1
             continue
-        if "metrics.jsonl" in entries:
-            if folder:
-                continue
-            entries.pop("curves.png", None)  # of a run with --out in the root itself
+        if "metrics.jsonl" in entries:  # a run's folder; the root itself keeps its images
+            entries = {name: entry for name, entry in entries.items() if not folder and name != "curves.png"}
         for name, entry in entries.items():
             suffix, below = os.path.splitext(name)[1].lower(), os.path.join(folder, name)
             if entry.is_dir():  # links last: a folder that is reached in two ways goes by its own name
@@ -436,13 +434,13 @@ class Labelled(NamedTuple):
     labels: np.ndarray       # (M,) int64
     crowd: np.ndarray        # (M,) bool: COCO's crowds, VOC's difficult, OpenImages' groups
     mask: Callable = None    # mask(row) -> (H, W) bool of box `row`, or None if it has none; None if no box has one
-    sizes: np.ndarray = None  # (N, 2) int64: width and height as annotated, None if they are the files' own
+    sizes: np.ndarray = None  # (N, 2) int64: width and height as annotated, 0 or None: unknown
 
     def read(self, i):
         """(H, W, 3) uint8 RGB of image i, to which its boxes belong. Raises OSError if it cannot be read and UserError
         if it has another size than its annotations."""
         image = self.images.read(i)
-        if self.sizes is not None:
+        if self.sizes is not None and self.sizes[i].all():
             check_size(self.images, i, image, self.sizes[i], "in its annotations: was it resized, or is it turned by "
                                                              "EXIF? Annotate the images as they are")
         return image
@@ -536,9 +534,8 @@ def read_coco(root, split, strict=False):
     content, faults = read_json(path, "annotations", "images", "categories"), Faults(path)
     number_or_text, number = (int, str), (int, float)
     listed = read_entries(path, content, "images", id=number_or_text, file_name=str, width=number, height=number)
-    categories = sorted(read_entries(path, content, "categories", id=number_or_text, name=str), key=lambda c: str(c[0]))
-    if all(isinstance(number, int) for number, _ in categories):
-        categories.sort()
+    categories = read_entries(path, content, "categories", id=number_or_text, name=str)
+    categories.sort(key=lambda c: (isinstance(c[0], str), c[0]))  # numbers before texts
     here = set(list_images(folder)) if folder.is_dir() else set()
     place, names, sizes, absent = {}, [], [], set()
     for number, name, width, height in sorted(listed, key=itemgetter(1)):
@@ -555,7 +552,7 @@ def read_coco(root, split, strict=False):
     index, boxes, labels, crowd, shapes = zip(*rows)
     masks = Masks(shapes, [sizes[i] for i in index]) if any(shapes) else None
     return labelled(Images(folder, names), [name for _, name in categories], index, boxes, labels, crowd, masks,
-                         np.int64(sizes))
+                    np.int64(sizes))
 
 
 def read_entries(path, content, kind, **types):
@@ -589,7 +586,7 @@ def coco_rows(annotations, place, sizes, absent, label, faults):
             if image in absent:
                 continue
             if image not in place:
-                faults.add("image id unknown", f"{where}: {image}")
+                faults.add("image id unknown", f"{where}: {image!r}")
                 continue
             size, known = sizes[place[image]], category in label
             box = clip_box(x, y, x2, y2, *size)
@@ -597,7 +594,7 @@ def coco_rows(annotations, place, sizes, absent, label, faults):
             faults.add("no image_id, category_id or bbox of four numbers", where)
             continue
         if not known:
-            faults.add("category id unknown", f"{where}: {category}")
+            faults.add("category id unknown", f"{where}: {category!r}")
         elif box is None:
             faults.add(EMPTY_BOX, where)
         elif crowd not in (0, 1):
@@ -788,7 +785,7 @@ def read_classes(root):
 
 def read_boxes(path, classes, faults):
     """OpenImages' box CSV: images (M,) uint64 (the 16 hex digits of ImageID), labels (M,) int16 by `classes` ({label
-    id: label}), boxes (M, 4) float32 xyxy in shares of the sides, group (M,) bool. 14.6 million rows take 27 bytes each.
+    id: label}), boxes (M, 4) float32 xyxy in shares of the sides, group (M,) bool; 27 bytes per row.
     Broken lines go to `faults`. Raises UserError if the file is missing, not a box CSV or cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
@@ -820,8 +817,8 @@ def read_boxes(path, classes, faults):
                 labels.append(classes[name])
                 boxes.extend(box)
                 groups.append(group == "1")
-    return (np.array(images, np.uint64), np.array(labels, np.int16), np.array(boxes, np.float32).reshape(-1, 4),
-            np.array(groups, bool))
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    return np.array(images, np.uint64), np.array(labels, np.int16), boxes, np.array(groups, bool)
 
 
 def read_openimages(root, split, images, listed=False, strict=False):
@@ -935,10 +932,12 @@ def proposals_folder(data, root, split=None):
 def proposals_state(images, folder):
     """'ready', 'missing' or the reason to make them again."""
     try:
-        settings = dict(json.loads((Path(folder) / "settings.json").read_text()))
+        settings = json.loads((Path(folder) / "settings.json").read_text())
     except OSError:
         return "missing"
-    except (ValueError, TypeError):
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
         return "settings.json is not a JSON object"
     if settings.get("method") != SEARCH["method"]:
         return "ready"  # somebody else's boxes, as they are
@@ -1078,8 +1077,7 @@ class ProposalWriter:
             np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 5))
 
     def wait(self):
-        """Return once another process has made the proposals. Raises UserError after TIMEOUT seconds without a new
-        chunk."""
+        """Return once the proposals are there. Raises UserError after TIMEOUT seconds without a new chunk."""
         missing, since = None, time.monotonic()
         while not self.ready():
             last, missing = missing, len(self.missing())
@@ -1091,8 +1089,7 @@ class ProposalWriter:
             time.sleep(0.5)
 
     def join(self):
-        """Make one folder for Proposals of the chunks' files. Raises UserError if a chunk or all images cannot be
-        read."""
+        """Make the files of Proposals from the chunks. Raises UserError if a chunk or all images cannot be read."""
         boxes, rows = [], []
         for chunk in range(self.number):
             try:
@@ -1125,8 +1122,7 @@ class ProposalWriter:
             print(f"left out, cannot be read: {len(unreadable):,} images, the first: "
                   f"{self.images.name(unreadable[0])}", file=sys.stderr, flush=True)
         levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
-        print(f"proposals of {len(indices):,} images ({len(boxes) / len(indices):.1f} boxes per image; {levels}) in "
-              f"{self.folder}", flush=True)
+        print(f"{len(boxes) / len(indices):.1f} proposals per image ({levels}) in {self.folder}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- the loaders
