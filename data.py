@@ -100,14 +100,10 @@ def error_exit(main):
         # One from a loading process comes with its traceback and a line break.
         message = str(error).rpartition("UserError: ")[2].rstrip()
     except RuntimeError as error:
-        message = str(error)
-        if "shared memory(shm)" in message or "Bus error" in message:
-            message = "/dev/shm is too small for the loading processes: docker run --shm-size 8g, or fewer --workers"
-        elif "DataLoader worker (pid" in message:
-            message = ("a loading process died (is memory short?): run the same command again to resume, "
-                       "with fewer --workers if it happens again")
-        else:
+        if not any(sign in str(error) for sign in ("shared memory(shm)", "Bus error", "DataLoader worker (pid")):
             raise
+        message = ("a loading process died: is memory or /dev/shm short (docker run --shm-size 8g)? Run the same "
+                   "command again to resume, with fewer --workers if it happens again")
     rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     if rank.isdecimal() and int(rank):  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
@@ -987,9 +983,9 @@ def search_chunks(writer, workers=None):
     if not missing:
         return
     workers = max(1, min(workers or usable_cores(), len(missing)))
-    print(f"selective search: {len(writer.images):,} images, {len(missing):,} of {writer.number:,} chunks to do, "
+    print(f"selective search: {len(writer.images):,} images, {len(missing):,} of {len(writer.indices):,} chunks to do, "
           f"{workers} processes, kept in {writer.folder}", flush=True)
-    progress = Progress("selective search", sum(len(writer.indices(chunk)) for chunk in missing))
+    progress = Progress("selective search", sum(len(writer.indices[chunk]) for chunk in missing))
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(workers, initializer=_start_searcher, initargs=(writer,))
     try:
@@ -1029,7 +1025,7 @@ def _search(chunk):
     """Write a chunk, unless another run or machine has; returns how many images it is of."""
     if not _writer.file(chunk).exists() and not _writer.ready():
         _writer.write(chunk)
-    return len(_writer.indices(chunk))
+    return len(_writer.indices[chunk])
 
 
 class ProposalWriter:
@@ -1037,8 +1033,8 @@ class ProposalWriter:
     settings, until all are joined. Raises UserError if a name cannot be a line of names.txt."""
 
     def __init__(self, images, folder):
-        self.images, self.folder, self.settings, self.size = images, Path(folder), proposal_settings(images), CHUNK
-        self.number = math.ceil(len(images) / self.size)
+        self.images, self.folder, self.settings = images, Path(folder), proposal_settings(images)
+        self.indices = [range(i, min(i + CHUNK, len(images))) for i in range(0, len(images), CHUNK)]  # of each chunk
         kind = hashlib.sha1(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
         self.chunks = self.folder / f".chunks-{kind}"
         for name in images.names.tolist():
@@ -1052,19 +1048,15 @@ class ProposalWriter:
     def file(self, chunk):
         return self.chunks / f"{chunk:06d}.npz"
 
-    def indices(self, chunk):
-        """The indices of a chunk's images."""
-        return range(chunk * self.size, min(len(self.images), (chunk + 1) * self.size))
-
     def missing(self):
         """The chunks that nobody has written yet."""
         written = set(self.chunks.glob("*.npz"))
-        return [chunk for chunk in range(self.number) if self.file(chunk) not in written]
+        return [chunk for chunk in range(len(self.indices)) if self.file(chunk) not in written]
 
     def write(self, chunk):
         """Search the images of a chunk and keep their boxes and sizes as one file; none of an unreadable image."""
         boxes, rows = [np.empty((0, 4), np.float32)], []
-        for i in self.indices(chunk):
+        for i in self.indices[chunk]:
             try:
                 image = self.images.read(i)
             except OSError:
@@ -1091,7 +1083,7 @@ class ProposalWriter:
     def join(self):
         """Make the files of Proposals from the chunks. Raises UserError if a chunk or all images cannot be read."""
         boxes, rows = [], []
-        for chunk in range(self.number):
+        for chunk in range(len(self.indices)):
             try:
                 with np.load(self.file(chunk)) as part:
                     boxes.append(part["boxes"])
