@@ -99,8 +99,9 @@ def error_exit(main):
     except UserError as error:
         # One from a loading process comes with its traceback and a line break.
         message = str(error).rpartition("UserError: ")[2].rstrip()
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("shared memory(shm)", "Bus error", "DataLoader worker (pid")):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died while it handed over a batch
+        signs = ("shared memory(shm)", "Bus error", "DataLoader worker (pid")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
             raise
         message = ("a loading process died: is memory or /dev/shm short (docker run --shm-size 8g)? Run the same "
                    "command again to resume, with fewer --workers if it happens again")
