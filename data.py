@@ -103,8 +103,8 @@ def error_exit(main):
         signs = ("shared memory(shm)", "Bus error", "DataLoader worker (pid")
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
             raise
-        message = ("a loading process died: is memory or /dev/shm short (docker run --shm-size 8g)? Run the same "
-                   "command again to resume, with fewer --workers if it happens again")
+        message = ("a loading process died: is memory or /dev/shm short (docker run --shm-size 8g)? To resume, run "
+                   "the same command again, with fewer --workers if it happens again")
     rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     if rank.isdecimal() and int(rank):  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
