@@ -2568,9 +2568,9 @@ def test_heads(head, size):
 
 @pytest.mark.parametrize("head, calls", [("map", 2), ("roi", 8)])
 def test_clean_statistics_are_of_clean_images_along_the_head(head, calls):
-    """The first layer's are the mean over batches of 20 images, C5's those of one box per image for each call (roi) or
+    """The first layer's are the mean over two batches, C5's those of one box per image for each call (roi) or
     of maps (map); what precise_batch_norm averages has its own test."""
-    batches = list(evaluate.clean_batches(Scenes("train"), 64, seed=1, number=40))
+    batches = list(evaluate.clean_batches(Scenes("train"), 64, seed=1, number=64))
     source = evaluate.Source("random", arch="resnet18", bins=4, statistics="clean")
     network = evaluate.load_source(source, head, lambda: batches, "cpu")
     x = [F.conv2d(images, network.conv1.weight, stride=2, padding=3) for images, _ in batches]
@@ -2579,7 +2579,7 @@ def test_clean_statistics_are_of_clean_images_along_the_head(head, calls):
     torch.testing.assert_close(network.bn1.running_var, torch.stack(variances).mean(0), atol=1e-5, rtol=1e-4)
     assert not network.training and network.layer4[0].bn1.num_batches_tracked == calls
     sides = torch.cat([(boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt() / 64 for _, boxes in batches])
-    assert sides.shape == (40, 4) and 0.29 < sides.min() < 0.4 and 0.7 < sides.max() < 0.81
+    assert sides.shape == (64, 4) and 0.29 < sides.min() < 0.4 and 0.7 < sides.max() < 0.81
 
 
 class Pictures(list):
