@@ -32,7 +32,6 @@ import traceback
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
