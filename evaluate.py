@@ -380,7 +380,7 @@ def backbones(names):
             resnets[bodies[0]] = {**under(heads[0], names), **under(bodies[0], names)}
             norm = [name for name in names if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", name)]
             if norm:
-                warn(f"left out, an extra norm after res5: {', '.join(norm)}")
+                print(f"left out, an extra norm after res5: {', '.join(norm)}", file=sys.stderr, flush=True)
     return resnets
 
 
@@ -884,15 +884,14 @@ RECIPES = {"voc": dict(steps=24_000, drops=(18_000, 22_000), warmup=100, sides=t
 
 def transfer_config(args, arch="resnet50"):
     """Transfer from the command line, scaled by its rule."""
-    given = {key: getattr(args, key) for key in ("batch_size", "lr", "rois") if getattr(args, key) is not None}
     c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, **RECIPES[args.transfer],
-                 seed=args.seed, limit_images=args.limit_images, **given)
+                 batch_size=args.batch_size, lr=args.lr, rois=args.rois, seed=args.seed, limit_images=args.limit_images)
     if args.short_side:
         c = replace(c, sides=(args.short_side,), long_side=round(args.short_side * 5 / 3))
     steps = args.steps or max(1, round(c.steps * 16 / c.batch_size))
-    return replace(c, steps=steps, drops=tuple(round(drop * steps / c.steps) for drop in c.drops),
-                   warmup=c.warmup * steps / c.steps, lr=c.lr * c.batch_size / 16,
-                   precise=max(1, min(c.precise, steps // 10)))
+    drops, warmup = tuple(round(drop * steps / c.steps) for drop in c.drops), c.warmup * steps / c.steps
+    precise = max(1, min(c.precise, steps // 10))
+    return replace(c, steps=steps, drops=drops, warmup=warmup, lr=c.lr * c.batch_size / 16, precise=precise)
 
 
 class RegionProposals(RegionProposalNetwork):
@@ -934,19 +933,16 @@ class C4Heads(RoIHeads):
 
     def forward(self, features, proposals, image_shapes, targets=None):
         """torchvision's interface: C4 as {"0": map}, B lists of boxes -> detections (in test), losses (in training)."""
-        if self.training:
-            return [], self.losses(features["0"], *self.select_training_samples(proposals, targets), targets)
-        scores, deltas = self.box_predictor(self.regions(features["0"], proposals).mean((2, 3)))
-        boxes, scores, labels = self.postprocess_detections(scores, deltas, proposals, image_shapes)
-        detections = [dict(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels)]
-        if self.mask_predictor is not None:
-            logits = self.mask_predictor(self.regions(features["0"], boxes))
-            for one, masks in zip(detections, maskrcnn_inference(logits, labels)):
-                one["masks"] = masks
-        return detections, {}
-
-    def losses(self, c4, boxes, matched, label_lists, offsets, targets):
-        """Per image: sampled boxes (n, 4), the row of the matched object, label (0: background), offsets to it."""
+        c4 = features["0"]
+        if not self.training:
+            scores, deltas = self.box_predictor(self.regions(c4, proposals).mean((2, 3)))
+            boxes, scores, labels = self.postprocess_detections(scores, deltas, proposals, image_shapes)
+            detections = [dict(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels)]
+            if self.mask_predictor is not None:
+                masks = maskrcnn_inference(self.mask_predictor(self.regions(c4, boxes)), labels)
+                detections = [dict(one, masks=m) for one, m in zip(detections, masks)]
+            return detections, {}
+        boxes, matched, label_lists, offsets = self.select_training_samples(proposals, targets)
         maps, labels = self.regions(c4, boxes), torch.cat(label_lists)
         objects = torch.where(labels > 0)[0]
         scores, deltas = self.box_predictor(maps.mean((2, 3)))
@@ -959,7 +955,7 @@ class C4Heads(RoIHeads):
             logits = self.mask_predictor(maps[objects])[torch.arange(len(objects)), labels[objects]]
             mask_loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
             losses["loss_mask"] = mask_loss / max(1, wanted.numel())  # the samples may contain no object
-        return losses
+        return [], losses
 
 
 def mask_targets(masks, matched, boxes):
@@ -971,12 +967,10 @@ def mask_targets(masks, matched, boxes):
 
 
 def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
-    """detectron2's Faster R-CNN C4, with masks=True Mask R-CNN, with MoCo's extra norm, on torchvision's parts. It takes
-    over the layers of `network`, none frozen. categories: their number; sides, long_side: in pixels.
-
-    What differs from detectron2, as torchvision does it: images are resized on the device without antialiasing,
-    batches are not grouped by aspect ratio and are padded to a multiple of 16 pixels; masks are resized as bitmaps
-    (detectron2: polygons) and pasted into boxes of integer pixels."""
+    """detectron2's Faster R-CNN C4, with masks=True Mask R-CNN, with MoCo's extra norm, on torchvision's parts. All
+    layers of `network` become its own. categories: their number; sides, long_side: in pixels. As torchvision does
+    it, not detectron2: images are resized without antialiasing, masks as bitmaps, not polygons; batches are not
+    grouped by aspect ratio, and padded to a multiple of 16 pixels; masks are pasted into boxes of integer pixels."""
     backbone = nn.Sequential(OrderedDict(list(network.named_children())[:-3]))  # without layer4, avgpool and fc
     sizes, ratios = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)  # sides of a square anchor; height / width
     anchors = AnchorGenerator((sizes,), (ratios,))
@@ -1055,7 +1049,8 @@ def fine_tune(c, network, out, resume="auto", workers=0):
     Writes OUT/last.pt, from which the same command resumes, and OUT/detector.pth, the tested weights. Returns (0, the
     results and settings, {} on other ranks than the first), (128 + signal, {}) if SIGTERM or SIGINT stopped it."""
     rank, world_size, local_rank, _ = torchrun_ranks()
-    is_main, lock = rank == 0, lock_folder(out) if rank == 0 else None
+    is_main = rank == 0
+    lock = lock_folder(out) if is_main else None  # noqa: F841: held until the end
 
     # Data: both splits, and every test image once: a day of training must not end with an error in one of them.
     train, val = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", "val"))
@@ -1063,10 +1058,9 @@ def fine_tune(c, network, out, resume="auto", workers=0):
     masks = c.task == "coco" and train.mask is not None
     kept = ~train.crowd | (c.task == "voc")  # VOC's difficult objects are trained on
     trained, tested = Detection(train, kept, masks, c.limit_images, c.seed), Detection(val, limit=c.limit_images)
-    if c.batch_size % world_size:
-        raise UserError(f"--batch-size {c.batch_size} cannot be split over {world_size} ranks: choose a multiple")
-    if len(trained) < c.batch_size:
-        raise UserError(f"{c.root} has {len(trained):,} images with objects: lower --batch-size {c.batch_size}")
+    if c.batch_size % world_size or c.batch_size > len(trained):
+        raise UserError(f"--batch-size {c.batch_size}: choose a multiple of the {world_size} ranks, and at most the "
+                        f"{len(trained):,} images with objects in {c.root}")
     for j in range(rank, len(tested), world_size):
         tested[0, j]
 
@@ -1106,11 +1100,10 @@ def fine_tune(c, network, out, resume="auto", workers=0):
             save_checkpoint(out / name, {"config": settings, "world_size": world_size, "categories": train.categories,
                                          "step": step, "model": model.state_dict(), **more})
 
-    if is_main:
-        print(f"{c.arch}-C4 of {c.ckpt}{' with masks' if masks else ''} on {len(trained):,} images of {c.root}, "
-              f"{world_size} x {device.type}, steps {step:,} to {c.steps:,}; test on {len(tested):,} images", flush=True)
-
     # The loop.
+    if is_main:
+        print(f"{c.arch}-C4 of {c.ckpt}, {'boxes and masks' if masks else 'boxes'} of {len(trained):,} images of "
+              f"{c.root}, {world_size} x {device.type}, steps {step:,} to {c.steps:,}", flush=True)
     signals, saved_at, recent, lap = stop_on_signal(), -math.inf, [], time.perf_counter()
     parallel_model.train()
     for images, targets in batches(step, c.steps):
@@ -1138,8 +1131,6 @@ def fine_tune(c, network, out, resume="auto", workers=0):
                 save("last.pt", optimizer=optimizer.state_dict())
                 saved_at = time.perf_counter()
             if stop:
-                if is_main:
-                    print(f"stopped at step {step:,} and saved: run the same command again to resume", flush=True)
                 return 128 + stop, {}
             recent, lap = [], time.perf_counter()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1157,60 +1148,55 @@ def fine_tune(c, network, out, resume="auto", workers=0):
     with torch.inference_mode():
         for (i, image, _), in tested.batches([[(0, j)] for j in mine], workers, device):
             output = {key: value.cpu().numpy() for key, value in model([image])[0].items()}
-            masks_found = [run_length(mask[0] >= 0.5) for mask in output.get("masks", ())]
-            detections.append((i, output["boxes"], output["labels"] - 1, output["scores"], masks_found))
+            rles = [run_length(mask[0] >= 0.5) for mask in output.get("masks", ())]
+            detections.append((i, output["boxes"], output["labels"] - 1, output["scores"], rles))
             if is_main:
                 progress.update(min(len(detections) * world_size, len(tested)))  # the other ranks are about as far
     detections = sorted(sum(gather_objects(detections), []), key=lambda one: one[0])
     if not is_main:
         return 0, {}
-    measures = {"box": voc_ap if c.task == "voc" else partial(coco_ap, kind="box")}
-    if masks and val.mask:
-        measures["mask"] = partial(coco_ap, kind="mask")
-    ap = {name: measure(val, tested.index, detections) for name, measure in measures.items()}
-    return 0, {**ap, **asdict(c), "backbone": settings["ckpt"], "images": len(trained), "tested": len(tested),
-               "world_size": world_size}
+    measure, kinds = voc_ap if c.task == "voc" else coco_ap, ("box", "mask") if masks and val.mask else ("box",)
+    return 0, {**{kind: measure(val, tested.index, detections, kind) for kind in kinds}, **asdict(c), "images":
+               len(trained), "tested": len(tested), "backbone": settings["ckpt"], "world_size": world_size}
 
-
-# ------------------------------------------------------------------------------------------------ average precision
 
 THRESHOLDS = np.arange(50, 100, 5) / 100  # of IoU; COCO's ten, as detectron2 has them for VOC too
 
 
 def summary(table):
-    """{AP, AP50, AP75} in percent of table (categories, thresholds), NaN: no object counts; None if none does at all."""
+    """AP, AP50 and AP75 in percent of table (categories, thresholds); NaN: no object, None: no object at all."""
     columns = dict(AP=table, AP50=table[:, 0], AP75=table[:, 5])
     return {name: None if np.isnan(some).all() else 100 * float(np.nanmean(some)) for name, some in columns.items()}
 
 
-def voc_ap(labelled, index, detections):
-    """`summary` of VOC2007's 11-point AP as detectron2 computes it, but for its rounding of scores to 0.001 and boxes to
-    0.1 pixels: a detection is right if its IoU with the object that it overlaps most is over the threshold and no
-    earlier one was right about that object; those of a difficult object do not count.
+def voc_ap(labelled, index, detections, kind="box"):
+    """`summary` of VOC2007's 11-point AP as detectron2 computes it, without its rounding of scores and boxes: a
+    detection is right if its IoU with the object that it overlaps most is over the threshold and no earlier one was
+    right about that object; those of difficult objects do not count.
 
-    Args: labelled: the split; index: its tested images, rising; detections: [(index of the image, boxes (n, 4) in its
-    pixels, labels (n,) from 0, scores (n,), masks in RLE)]."""
-    tested = np.concatenate([np.arange(*labelled.offsets[i:i + 2]) for i in index])
+    Args: labelled: the split; index: its tested images; detections: [(image, boxes (n, 4) in its pixels, labels (n,)
+    from 0, scores (n,), masks in RLE)] of all of them."""
     table = np.full((len(labelled.categories), len(THRESHOLDS)), math.nan)
     for label in range(len(labelled.categories)):
-        rows, ranked = tested[labelled.labels[tested] == label], []
-        difficult, number = np.append(labelled.crowd[rows], False), (~labelled.crowd[rows]).sum()
+        ranked, objects = [], 0
         for i, boxes, labels, scores, _ in detections:
-            start, end = np.searchsorted(rows, labelled.offsets[i:i + 2])
-            pair = boxes[labels == label], labelled.boxes[rows[start:end]]
+            rows = np.arange(*labelled.offsets[i:i + 2])
+            rows = rows[labelled.labels[rows] == label]
+            objects += (~labelled.crowd[rows]).sum()
+            pair = boxes[labels == label], labelled.boxes[rows]
             iou = torchvision.ops.box_iou(*(torch.as_tensor(some).double() for some in pair)).numpy()
-            iou = np.pad(iou, ((0, 0), (0, 1)))  # a last column of zeros: no object
-            ranked.append((scores[labels == label], iou.max(1), start + iou.argmax(1)))
+            iou, rows = np.pad(iou, ((0, 0), (0, 1))), np.append(rows, -1)  # a last column of zeros: no object
+            ranked.append((-scores[labels == label], iou.max(1), rows[iou.argmax(1)]))
         scores, overlap, best = map(np.concatenate, zip(*ranked))
-        order = np.argsort(-scores, kind="stable")
-        for t, threshold in enumerate(THRESHOLDS if number else ()):
-            over = overlap[order] > threshold
-            ignored = over & difficult[best[order]]
-            candidates = np.flatnonzero(over & ~ignored)
-            right = np.zeros(len(order), bool)
-            right[candidates[np.unique(best[order][candidates], return_index=True)[1]]] = True  # the first of each object
-            hits, misses = np.cumsum(right), np.cumsum(~right & ~ignored)
-            recall, precision = hits / number, hits / np.maximum(hits + misses, 1)
+        order = np.argsort(scores, kind="stable")
+        overlap, best = overlap[order], best[order]
+        for t, threshold in enumerate(THRESHOLDS if objects else ()):
+            difficult = (overlap > threshold) & labelled.crowd[best]
+            candidates = np.flatnonzero((overlap > threshold) & ~difficult)
+            _, first = np.unique(best[candidates], return_index=True)  # of each object
+            right = np.isin(np.arange(len(best)), candidates[first])
+            hits, misses = np.cumsum(right), np.cumsum(~right & ~difficult)
+            recall, precision = hits / objects, hits / np.maximum(hits + misses, 1)
             table[label, t] = np.mean([precision[recall >= r].max(initial=0.0) for r in np.arange(0, 1.1, 0.1)])
     return summary(table)
 
@@ -1221,33 +1207,33 @@ def run_length(mask):
 
 
 def coco_ap(labelled, index, detections, kind):
-    """`summary` of pycocotools' AP of `kind`, box or mask; arguments as voc_ap's. The ground truth is made of our labels:
-    a raw JSON may lack what pycocotools needs. An object without a mask gets its box as mask, as in training."""
+    """`summary` of pycocotools' AP of `kind`, box or mask; arguments as voc_ap's. Its ground truth is made of our
+    labels: a raw JSON may lack what pycocotools needs. An object without a mask gets its box, as in training."""
     from pycocotools import coco, cocoeval
 
-    def truth(i):
-        rows = range(*labelled.offsets[i:i + 2])
-        masks = [run_length(mask_or_box(labelled, row, labelled.sizes[i][::-1])) for row in rows if kind == "mask"]
-        part = slice(rows.start, rows.stop)
-        return i, labelled.boxes[part], labelled.labels[part], labelled.crowd[part], masks
-
     def as_coco(entries, key):
-        """Of entries like `detections`, whose fourth value pycocotools calls `key`."""
-        annotations = [dict(image_id=i, category_id=int(label), bbox=[x1, y1, x2 - x1, y2 - y1], **{key: float(value)},
-                            area=(x2 - x1) * (y2 - y1), segmentation=mask)  # the area counts nowhere: AP is over all
-                       for i, boxes, labels, values, masks in entries
-                       for (x1, y1, x2, y2), label, value, mask in zip(
-                           boxes.tolist(), labels, values, masks if kind == "mask" else [None] * len(boxes))]
-        result = coco.COCO()
-        result.dataset = dict(images=[dict(id=i, height=None, width=None) for i in index],
-                              categories=[dict(id=label) for label in range(len(labelled.categories))],
-                              annotations=[dict(id=n, **one) for n, one in enumerate(annotations, 1)])
+        """Of entries like `detections`, whose fourth value is pycocotools' `key`."""
+        annotations, result = [], coco.COCO()
+        for i, boxes, labels, values, masks in entries:
+            for n, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+                mask = masks[n] if kind == "mask" else None
+                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": int(labels[n]), "area": 1,
+                                    "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": mask, key: float(values[n])})
+        result.dataset = dict(annotations=annotations, images=[dict(id=i, height=0, width=0) for i in index],
+                              categories=[dict(id=label) for label in range(len(labelled.categories))])
         result.createIndex()
         return result
+
+    def truth(i):
+        start, end = labelled.offsets[i:i + 2]
+        masks = [run_length(mask_or_box(labelled, row, labelled.sizes[i][::-1])) for row in range(start, end)
+                 if kind == "mask"]
+        return i, labelled.boxes[start:end], labelled.labels[start:end], labelled.crowd[start:end], masks
     with redirect_stdout(io.StringIO()):  # pycocotools talks
         evaluation = cocoeval.COCOeval(as_coco(map(truth, index), "iscrowd"), as_coco(detections, "score"),
                                        "bbox" if kind == "box" else "segm")
-        vars(evaluation.params).update(areaRng=[[0, 1e10]], areaRngLbl=["all"], maxDets=[100])
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.params.maxDets = [100]
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0, 0].mean(1).T  # (thresholds, recalls, categories) before
@@ -1258,7 +1244,7 @@ def transfer(args):
     """--transfer: fine-tune, test, print AP, write OUT/results.json; exits with 128 + signal if it is stopped."""
     if args.transfer == "coco":
         mask_coder()  # that pycocotools is missing should not show after a day of training
-    _, world_size, _, local_world_size = torchrun_ranks()
+    rank, world_size, _, local_world_size = torchrun_ranks()
     torch.set_float32_matmul_precision("high")
     network, arch = load_from(args, args.ckpt[0])
     c, workers = transfer_config(args, arch), min(args.workers, max(1, usable_cores() // local_world_size))
@@ -1273,6 +1259,8 @@ def transfer(args):
         print(f"{kind:4}", *(f"  {name} {value:.1f}" for name, value in results[kind].items() if value is not None))
     if results:
         write_json(args.json or out / "results.json", results)
+    if code and rank == 0:
+        print(f"stopped and saved {out}/last.pt: run the same command again to resume", flush=True)
     if world_size > 1:
         dist.destroy_process_group()
     if code:

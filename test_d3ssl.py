@@ -32,6 +32,7 @@ import traceback
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1442,15 +1443,6 @@ def test_two_runs_in_one_folder_and_a_broken_environment_are_one_line(pictures, 
 
 # --------------------------------------------------------------------------------------------------------------- speed
 
-def bare_run(config):
-    """A Run without data and files: a model, an optimiser and a step counter."""
-    run = object.__new__(d3ssl.Run)
-    run.config, run.ranks, run.step, run.total = config, Ranks(), 0, 100
-    run.model = run.parallel = d3ssl.D3SSL(config)
-    run.optimizer = d3ssl.make_optimizer(config, run.model)
-    return run
-
-
 def loaded_batch(config, device="cpu"):
     """What the loader brings: two views and their boxes."""
     pixels = [torch.zeros(4, config.size, config.size, 3, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -2656,14 +2648,6 @@ def test_files_that_are_no_checkpoints(tmp_path):
             evaluate.load_backbone(tmp_path / name)
 
 
-def test_statistics_as_new_are_announced_once(plain, tmp_path, capfd):
-    for name, state in (("new", evaluate.build("resnet18", 0).state_dict()), ("trained", plain)):
-        torch.save(state, tmp_path / name)
-        for _ in range(2):
-            evaluate.load_backbone(tmp_path / name)
-        assert capfd.readouterr().err.count("--statistics clean") == (name == "new")
-
-
 def test_random_is_seeded_and_leaves_the_global_state():
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -3413,7 +3397,7 @@ def test_openimages_mini_trains_on_its_list_and_is_evaluated_on_validation(tmp_p
     train, val = (data.open_labelled("openimages-mini", tmp_path, split) for split in ("train", "val"))
     assert train.offsets.tolist() == [0, 1, 2] and train.images.names.tolist() == images.names.tolist()
     assert val.images.root == tmp_path / "validation" and len(val.labels) == 2
-    config, _ = parse_config(["--data", "openimages-mini", "--root", str(tmp_path)])
+    config, _ = d3ssl.parse_config(["--data", "openimages-mini", "--root", str(tmp_path)])
     assert config.arch == "resnet50" and config.root == str(tmp_path)
 
 
