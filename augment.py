@@ -68,11 +68,10 @@ def boxes_mask(boxes, size):
 def proposal_random_cutout(mask, boxes, share=PRC_SHARE, threshold=PRC_THRESHOLD, generator=None):
     """PRC, section 4.1: cut a part out of every proposal, from the largest proposal to the smallest.
 
-    R_i are the whole pixels of box i, c the share of them that is hidden already. If c > threshold, R_i is recovered
-    (made visible) and c = 0. Then s ~ U(share); if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect ratio is
-    hidden, placed uniformly inside R_i. So s is an upper bound: a cut may fall on what is hidden already, and a smaller
-    box may recover part of it. Not in the paper: the value of `threshold`, that `share` is a share of the area, and the
-    subtraction of c (from the authors' follow-up at ICLR 2024, "Mind Your Augmentation").
+    R_i are the whole pixels of box i, c the share of them that is hidden already. If c > threshold, R_i is made visible
+    and c = 0. Then s ~ U(share); if s > c, a rectangle of area (s - c)|R_i| with R_i's aspect ratio is hidden, placed
+    uniformly inside R_i. Not in the paper: the value of `threshold`, that `share` is one of areas, and the subtraction
+    of c (from the authors' follow-up at ICLR 2024, "Mind Your Augmentation").
 
     Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one stays."""
     size, dtype = mask.shape[-2:], mask.dtype
@@ -124,9 +123,9 @@ def proposal_random_mask(boxes, size, scale=PRM_SCALE, ratio=PRM_RATIO, reading=
 
 
 def restricted_box_jitter(boxes, size, scale=RBJ_SCALE, shift=RBJ_SHIFT, generator=None):
-    """RBJ, section 4.1: jittered boxes (B, K, 4) that are never larger than the original, though 75 % of them cross one
-    of its edges. Width and height are multiplied by U(scale), the centre moves by U(-shift, shift) of the side; the
-    result is clipped to the view `size` (H, W). Not in the paper: both ranges."""
+    """RBJ, section 4.1: jittered boxes (B, K, 4), never larger than the original. Width and height are multiplied by
+    U(scale), the centre moves by U(-shift, shift) of the side; the result is clipped to the view `size` (H, W). Not in
+    the paper: both ranges."""
     low = constant((scale[0], scale[0], -shift, -shift), boxes.device)
     high = constant((scale[1], scale[1], shift, shift), boxes.device)
     factors, shifts = uniform(boxes.shape, low, high, boxes, generator).split(2, -1)
@@ -138,16 +137,14 @@ def restricted_box_jitter(boxes, size, scale=RBJ_SCALE, shift=RBJ_SHIFT, generat
 
 def box_jitter(boxes, size, p=0.5, generator=None):
     """Not in the paper: a box jitter in SoCo's manner, for Table 5. With probability p a box (B, K, 4) has its centre
-    shifted and its sides scaled by up to 10 % of the side, so that it may grow; clipped to the view `size` (H, W).
-    (SoCo's code moves each corner instead.)"""
+    shifted and its sides scaled by up to 10 % of the side; it may grow; clipped to the view `size` (H, W)."""
     chosen = torch.rand(boxes.shape[:2] + (1,), generator=generator, device=boxes.device) < p
     return torch.where(chosen, restricted_box_jitter(boxes, size, (0.9, 1.1), 0.1, generator), boxes)
 
 
 def random_cutout(mask, boxes, share=(0.1, 0.3), p=0.5, generator=None):
     """Not in the paper: a cutout in SoCo's manner, for Tables 5 and 6. With probability p a box (B, K, 4) loses a
-    square of area share U(share), centred uniformly in the box and clipped to it (by SoCo to the image). Returns the
-    new mask (B, 1, H, W)."""
+    square of area share U(share), centred uniformly in the box and clipped to it. Returns the new mask (B, 1, H, W)."""
     size = mask.shape[-2:]
     boxes = whole_pixels(boxes, size)
     extent = boxes[..., 2:] - boxes[..., :2]
@@ -215,8 +212,7 @@ def colour_augment(images, colour=Colour(), generator=None):
 
     Brightness, contrast, saturation, hue (a rotation in YIQ) and grey, in this fixed order, are affine in a pixel's
     colour: one 3x3 matrix and offset per sample, one product; contrast's pivot, the mean grey after brightness, follows
-    from the mean colour. One final clamp. Blur is one product with a band matrix along each axis. Not in the paper: the
-    fixed order and the single clamp, as DALI has them.
+    from the mean colour. Blur is one product with a band matrix along each axis. Fixed order and one clamp: as DALI.
 
     Args: images (B, 3, H, W) in [0, 1]. Returns the same shape, in [0, 1]."""
     matrix, offset = colour_transform(images.mean((2, 3)), colour, generator)
@@ -364,9 +360,6 @@ def parse_augs(text):
 COLOURS = ("#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f", "#ff8c1a", "#b18cff", "#ffffff", "#ff5050")
 
 
-LEGEND = "thick boxes: made the masks; thin: jittered, read by RoIAlign; grey: hidden; white in m^: moved onto x_b"
-
-
 def contact_sheet(views, tile=224):
     """A PIL picture, a row per image of `views` (Views): x1, x2, x1^, x2s^, m^ and x3 with their boxes."""
     from PIL import ImageDraw
@@ -394,23 +387,22 @@ def contact_sheet(views, tile=224):
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(columns):
         draw.text((4 + column * (tile + 4), 2), title, fill="white")
-    draw.text((4, sheet.height - 15), LEGEND, fill="white")
+    legend = "thick boxes: made the masks; thin: jittered, read by RoIAlign; grey: hidden; white in m^: moved onto x_b"
+    draw.text((4, sheet.height - 15), legend, fill="white")
     return sheet
 
 
 def main():
     import tempfile
 
-    import numpy as np
-
     from data import (Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals, make_loader,
-                      open_images, positive, whole_number)
+                      open_images, positive, rng, whole_number)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=("scenes", "coco", "voc", "openimages-mini", "folder"), default="scenes")
-    add("--root", help="the data set's folder (default data/DATA)")
-    add("--proposals", help="a folder of proposals (default: search in the images that are shown)")
-    add("--out", default="views.png", help="the PNG to write (default views.png)")
+    add("--root", help="folder of the data set (default data/DATA)")
+    add("--proposals", help="folder of proposals (default: search in the images that are shown)")
+    add("--out", default="views.png", help="PNG to write (default views.png)")
     add("--rows", type=positive, default=6, help="images to show (default 6)")
     add("--size", type=positive, help="side of a view in pixels, even (default: scenes 112, else 224)")
     add("--boxes", type=positive, default=4, help="K, boxes per image (default 4)")
@@ -424,16 +416,15 @@ def main():
     args.dp = args.dp_boxes > 0
     if args.dp_boxes > args.boxes or (args.size or 0) % 2:
         raise UserError(f"--dp-boxes is at most --boxes {args.boxes}, --size is even: view 2-s has half of it")
-    images = open_images(args.data, args.root)
-    if args.data == "scenes":
-        shown = Scenes(number=args.rows)
-    else:
-        shown = Images(images.root, images.names[np.random.default_rng(args.seed).permutation(len(images))[:args.rows]])
+    shown = Scenes(number=args.rows)
+    if args.data != "scenes":
+        images = open_images(args.data, args.root)
+        shown = Images(images.root, images.names[rng("sheet", args.seed).permutation(len(images))[:args.rows]])
     with tempfile.TemporaryDirectory() as folder:
         if args.proposals is None:
             compute_proposals(shown, folder, workers=2)
-        dataset = TwoViews(shown, Proposals(args.proposals or folder), args.size or shown.size, args.boxes,
-                           seed=args.seed)
+        proposals, size = Proposals(args.proposals or folder), args.size or shown.size
+        dataset = TwoViews(shown, proposals, size, args.boxes, seed=args.seed)
         batch = next(iter(make_loader(dataset, [[(0, i) for i in range(len(dataset))]], workers=0)))
     sheet = contact_sheet(make_views(batch, args, torch.Generator().manual_seed(args.seed)))
     with atomic(args.out) as file:
