@@ -3,7 +3,7 @@
     python data.py scenes --out DIR --n 800                      the embedded data set as files, in COCO's layout
     python data.py proposals --data coco --root data/coco        selective search, parallel and resumable
     python data.py openimages-mini --annotations DIR --coco instances_train2017.json --out openimages-mini.txt
-    python data.py stats --data coco --root data/coco            Table 2's row, and the number of proposals
+    python data.py stats --data coco --root data/coco            Table 2's row
 
 Proposals on disk are a folder that any other source of boxes can write as well:
 
@@ -166,9 +166,13 @@ class Progress:
                   end="\n" if finished else self.end, flush=True)
 
 
+def left_out(what):
+    """One line on stderr about input that cannot be used."""
+    print(f"left out, {what}", file=sys.stderr, flush=True)
+
+
 def usable_cores():
-    """The cores that this process may use: an affinity mask or a batch system can leave it fewer than the machine
-    has."""
+    """The cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -248,12 +252,12 @@ def list_images(root):
                 images.append(below)
             else:
                 others[f"*{suffix}" if entry.is_file() else "broken links, pipes, devices"] += 1
-    left_out = ", ".join(f"{count:,} {kind}" for kind, count in others.items())
+    rest = ", ".join(f"{count:,} {kind}" for kind, count in others.items())
     if not images:
         raise UserError(f"{root} contains no image ({', '.join(sorted(SUFFIXES))})"
-                        + (f", but {left_out}" if left_out else ": name a folder of images with --root"))
-    if left_out:
-        print(f"left out, not called as images are: {left_out} below {root}", file=sys.stderr, flush=True)
+                        + (f", but {rest}" if rest else ": name a folder of images with --root"))
+    if rest:
+        left_out(f"not called as images are: {rest} below {root}")
     return sorted(images)
 
 
@@ -488,8 +492,7 @@ class Faults:
     def report(self, valid, what="box"):
         """Raises UserError if nothing `valid` is left."""
         for kind, count in self.count.items():
-            print(f"left out, {kind}: {count:,} in {self.path}, the first: {self.first[kind]}", file=sys.stderr,
-                  flush=True)
+            left_out(f"{kind}: {count:,} in {self.path}, the first: {self.first[kind]}")
         if not valid:
             raise UserError(f"{self.path} contains no valid {what}: " + (", ".join(self.count) or "it is empty"))
 
@@ -507,11 +510,13 @@ def labelled(images, categories, index, boxes, labels, crowd, mask=None, sizes=N
 
 
 def clip_box(x1, y1, x2, y2, width, height):
-    """A box clipped to its image; None if it is not finite or nothing is left of it: a side below a millionth of the
-    image's could be empty in float32."""
+    """A box clipped to its image. Raises ValueError if it is not finite or nothing is left of it: a side below a
+    millionth of the image's could be empty in float32."""
     box = [max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)]
     large = box[2] - box[0] > 1e-6 * width and box[3] - box[1] > 1e-6 * height  # so written, false for a NaN
-    return box if large and math.isfinite(x2 - x1 + y2 - y1) else None
+    if not (large and math.isfinite(x2 - x1 + y2 - y1)):
+        raise ValueError(EMPTY_BOX)
+    return box
 
 
 def read_scenes(scenes):
@@ -576,40 +581,34 @@ def coco_rows(annotations, place, sizes, absent, label, faults):
     Args: place: {image id: index into `sizes`, (width, height) each}; absent: ids of images whose annotations are
     passed over; label: {category id: label}."""
     for n, a in enumerate(annotations):
-        where = f"annotations[{n}]"
         try:
-            image, category, (x, y, w, h) = a["image_id"], a["category_id"], a["bbox"]
-            x2, y2, crowd = x + w, y + h, a.get("iscrowd", 0)
-            if image in absent:
+            kind = "no image_id, category_id or bbox of four numbers"  # what is wrong if the next lines raise
+            number, category, (x, y, w, h) = a["image_id"], a["category_id"], a["bbox"]
+            x2, y2, crowd = 0 + x + w, 0 + y + h, a.get("iscrowd", 0)
+            if number in absent:
                 continue
-            if image not in place:
-                faults.add("image id unknown", f"{where}: {image!r}")
-                continue
-            size, known = sizes[place[image]], category in label
-            box = clip_box(x, y, x2, y2, *size)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            faults.add("no image_id, category_id or bbox of four numbers", where)
-            continue
-        if not known:
-            faults.add("category id unknown", f"{where}: {category!r}")
-        elif box is None:
-            faults.add(EMPTY_BOX, where)
-        elif crowd not in (0, 1):
-            faults.add("iscrowd is not 0 or 1", f"{where}: {crowd!r}")
+            kind = "image id unknown"
+            image = place[number]
+            kind = "category id unknown"
+            category = label[category]
+            kind = EMPTY_BOX
+            box = clip_box(x, y, x2, y2, *sizes[image])
+            kind = "iscrowd is not 0 or 1"
+            crowd = (0, 1).index(crowd)
+            kind = "segmentation neither polygons [[x, y, ...], ...] nor run lengths of its image"
+            shape = check_segmentation(a.get("segmentation"), *sizes[image])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            faults.add(kind, f"annotations[{n}]")
         else:
-            try:
-                shape = check_segmentation(a.get("segmentation"), *size)
-            except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-                faults.add("segmentation neither polygons [[x, y, ...], ...] nor run lengths of its image", where)
-                continue
-            yield place[image], box, label[category], crowd, shape
+            yield image, box, category, crowd, shape
 
 
 class Masks:
-    """COCO's segmentations of M boxes as a function: row -> (H, W) bool, None where a box has none.
+    """COCO's segmentations of M boxes as a function: row -> (H, W) bool, as pycocotools draws it, None where a box has
+    none. sizes: width, height.
 
-    They stay what the annotations hold, a polygon's numbers or run lengths, pickled one after the other into one
-    buffer: COCO's 50 million Python numbers would be copied page by page into every worker. sizes: width, height."""
+    They stay a polygon's numbers or run lengths, pickled one after the other into one buffer: COCO's 50 million Python
+    numbers would be copied page by page into every worker."""
 
     def __init__(self, shapes, sizes):
         codes = [pickle.dumps(shape) for shape in shapes]
@@ -619,29 +618,35 @@ class Masks:
     def __call__(self, row):
         shape = pickle.loads(self.codes[self.offsets[row]:self.offsets[row + 1]])
         width, height = self.sizes[row].tolist()
-        return draw_segmentation(shape, height, width) if shape else None
+        if not shape:
+            return None
+        if isinstance(shape[0], int):  # run lengths, column by column
+            return np.repeat(np.arange(len(shape)) % 2 == 1, shape).reshape(width, height).T
+        coder = mask_coder()
+        return coder.decode(coder.merge(coder.frPyObjects(shape, height, width))).astype(bool)
 
 
 def check_segmentation(shape, width, height):
-    """What can be drawn of COCO's segmentation: polygons of at least three corners or run lengths; None without any.
-    Raises what Python does for other types, or ValueError, if it is neither."""
+    """What can be drawn of COCO's segmentation: a list of polygons of at least three corners or of run lengths, None
+    without any. Raises what Python does for other types, or ValueError, if it is neither."""
     if not shape:
         return None
     if isinstance(shape, list):
         for part in shape:
             if not isinstance(part, list) or len(part) % 2 or not set(map(type, part)) <= {int, float}:
                 raise ValueError
-            if part and not (math.isfinite(sum(part)) and max(part) < 1e6 and min(part) > -1e6):
+            if not all(abs(value) < 1e6 for value in part):  # so written, true for a NaN
                 raise ValueError
         return [part for part in shape if len(part) >= 6] or None
     runs = run_lengths(shape["counts"])
     if shape["size"] != [height, width] or min(runs) < 0 or sum(runs) != height * width:
         raise ValueError
-    return shape
+    return runs
 
 
 def run_lengths(counts):
-    """COCO's run lengths as a list of integers; compressed they are text, six bits per character (pycocotools)."""
+    """COCO's run lengths as a list of integers; compressed they are text, six bits per character (pycocotools, which
+    does not check them)."""
     if isinstance(counts, list):
         return [int(run) for run in counts]
     runs, value, shift = [], 0, 0
@@ -655,16 +660,6 @@ def run_lengths(counts):
     return runs
 
 
-def draw_segmentation(shape, height, width):
-    """(height, width) bool of COCO's segmentation, as pycocotools draws it: polygons whose parts join, or run lengths,
-    compressed or not."""
-    if isinstance(shape, list):
-        coder = mask_coder()
-        return coder.decode(coder.merge(coder.frPyObjects(shape, height, width))).astype(bool)
-    runs = run_lengths(shape["counts"])
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T  # column by column
-
-
 def mask_coder():
     """pycocotools' module of masks, which nothing needs but masks. Raises UserError without it."""
     try:
@@ -674,14 +669,20 @@ def mask_coder():
     return mask
 
 
+def read_file(path):
+    """The bytes of an annotation file. Raises UserError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: download it (README, section Data)") from None
+
+
 def read_json(path, *keys, hook=None):
     """A JSON object that has lists under `keys`; `hook` replaces every object in it. Raises UserError that names file
     and line."""
+    text = read_file(path)
     try:
-        text = path.read_bytes()
         content = json.loads(text, object_hook=hook)  # of UTF-8, 16 or 32, with or without a byte-order mark
-    except OSError as error:
-        raise UserError(f"annotations are missing: {path}: {error.strerror} (README, section Data)") from None
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         line = getattr(error, "lineno", text.count(b"\n", 0, getattr(error, "start", None)) + 1)
         raise UserError(f"{path}, line {line}: not JSON in UTF-8 ({error}); download the file again") from None
@@ -694,10 +695,7 @@ def read_list(path, pattern, form, root, strict=False):
     """Sorted images of a text list: form.format(group) for each line that `pattern` (one group) matches, where that
     exists below `root`; other lines are named and counted. Raises UserError if the list is missing or none is left, or,
     if it is strict, one is absent."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()  # a broken byte then matches no pattern
-    except OSError as error:
-        raise UserError(f"the list of images {path}: {error.strerror} (README, section Data)") from None
+    lines = read_file(path).decode("utf-8-sig", "replace").splitlines()  # a broken byte then matches no pattern
     names, faults = set(), Faults(path)
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(pattern, line.strip())
@@ -746,18 +744,15 @@ def read_voc(images, strict=False):
             continue
         sizes[i] = width, height
         for n, element in enumerate(tree.findall("object"), 1):
-            name = element.findtext("name", "").strip()
+            name, kind = element.findtext("name", "").strip(), "category unknown or no corners"
             try:
                 label = VOC_CATEGORIES.index(name)
                 x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-            except (TypeError, ValueError):
-                faults.add("category unknown or no corners", f"{path} object {n} {name!r}")
-                continue
-            box = clip_box(x1 - 1, y1 - 1, x2, y2, width, height)
-            if box:
+                kind = EMPTY_BOX
+                box = clip_box(x1 - 1, y1 - 1, x2, y2, width, height)
                 rows.append((i, box, label, element.findtext("difficult", "0").strip() == "1"))
-            else:
-                faults.add(EMPTY_BOX, f"{path} object {n}")
+            except (TypeError, ValueError):
+                faults.add(kind, f"{path} object {n} {name!r}")
     faults.report(rows)
     return labelled(images, VOC_CATEGORIES, *zip(*rows), sizes=sizes)
 
@@ -766,10 +761,8 @@ def read_classes(root):
     """OpenImages' class-descriptions-boxable.csv: {label id: index} and the names. A class without a name (the
     published file has one) goes by its id."""
     path, index, names = root / "class-descriptions-boxable.csv", {}, []
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: download it (README, section Data)")
     faults = Faults(path)
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+    for number, line in enumerate(read_file(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         label, comma, name = line.decode("utf-8", "replace").partition(",")
         if "\ufffd" in label + name or not comma:
             faults.add("not a label id and a name in UTF-8", f"line {number}")
@@ -794,25 +787,23 @@ def read_boxes(path, classes, faults):
         except ValueError as error:
             raise UserError(f"{path}, line 1: not OpenImages' box CSV ({error})") from None
         for number, line in enumerate(file, 2):
-            cells = line.strip().split(",")
+            cells, kind = line.strip().split(","), "line cannot be read"
             try:
                 image, name, *sides, group = [cells[column] for column in columns]
                 if len(cells) != len(header) or len(image) != 16 or not image.isalnum() or not cells[-1]:
                     raise ValueError
-                image, box = int(image, 16), clip_box(*map(float, sides), 1, 1)
-            except (ValueError, IndexError):
-                if not line.endswith("\n"):
+                image, sides = int(image, 16), [float(side) for side in sides]
+                kind = "category id unknown"
+                label = classes[name]
+                kind = EMPTY_BOX
+                boxes.extend(clip_box(*sides, 1, 1))
+            except (ValueError, LookupError):
+                if kind == "line cannot be read" and not line.endswith("\n"):
                     raise UserError(f"{path}, line {number}: the file is cut short here; download it again") from None
-                faults.add("line cannot be read", f"line {number}")
-                continue
-            if name not in classes:
-                faults.add("category id unknown", f"line {number}: {name}")
-            elif box is None:
-                faults.add(EMPTY_BOX, f"line {number}")
+                faults.add(kind, f"line {number}")
             else:
                 images.append(image)
-                labels.append(classes[name])
-                boxes.extend(box)
+                labels.append(label)
                 groups.append(group == "1")
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     return np.array(images, np.uint64), np.array(labels, np.int16), boxes, np.array(groups, bool)
@@ -957,41 +948,62 @@ def compute_proposals(images, folder, workers=None, local_rank=0):
     """Selective search over `images` into `folder`, by `workers` processes; resumable after a kill.
 
     On each machine local rank 0 searches and the others wait until it has finished. Chunks of CHUNK images are files
-    of their own until all are there and are joined; machines or runs that share the folder use each other's chunks.
-    Raises UserError if the folder cannot be written, no image can be read, a process dies or, in a rank that waits,
-    if there is no new chunk for TIMEOUT seconds."""
-    state = proposals_state(images, folder)
+    of their own, in a hidden folder that belongs to the settings, until all are there and are joined; machines or runs
+    that share the folder use each other's chunks. Raises UserError if the folder cannot be written, no image can be
+    read, a name has a line break, a process dies or, in a rank that waits, if there is no new chunk for TIMEOUT
+    seconds."""
+    folder, state = Path(folder), proposals_state(images, folder)
     if state == "ready":
         return
-    writer = ProposalWriter(images, folder)
+    for name in images.names.tolist():
+        if len(name.splitlines()) != 1:
+            raise UserError(f"{images.root}: the name {os.fsdecode(name)!r} has a line break, which names.txt cannot "
+                            "hold: rename the file")
+    chunks = folder / f".chunks-{listing([json.dumps(proposal_settings(images), sort_keys=True).encode()])}"
     if local_rank:
-        return writer.wait()
+        return wait_for_proposals(images, folder, chunks)
     if state != "missing":
         print(f"proposals in {folder} are made again: {state}", flush=True)
     try:
-        search_chunks(writer, workers)
-        writer.join()
+        search_chunks(images, folder, chunks, workers)
+        join_chunks(images, folder, chunks)
     except UserError:
-        if not writer.ready():  # else another run has joined the chunks, and removed them, meanwhile
+        if proposals_state(images, folder) != "ready":  # else another run has joined and removed the chunks meanwhile
             raise
-    shutil.rmtree(writer.chunks, ignore_errors=True)
+    shutil.rmtree(chunks, ignore_errors=True)
 
 
-def search_chunks(writer, workers=None):
-    """Write the missing chunks by several processes, in random order: machines that share the folder share the work.
+def wait_for_proposals(images, folder, chunks):
+    """Return once the proposals are there. Raises UserError after TIMEOUT seconds without a new chunk."""
+    number, since = None, time.monotonic()
+    while proposals_state(images, folder) != "ready":
+        last, number = number, len(list(chunks.glob("*.npz")))
+        if number != last:
+            since = time.monotonic()
+        if time.monotonic() - since > TIMEOUT:
+            raise UserError(f"local rank 0 has written no proposals to {folder} for {duration(TIMEOUT)}: run the same "
+                            "command again to resume")
+        time.sleep(0.5)
+
+
+def chunk_files(images, chunks):
+    """{file of a chunk: the range of its images}."""
+    starts = range(0, len(images), CHUNK)
+    return {chunks / f"{start:08d}.npz": range(start, min(start + CHUNK, len(images))) for start in starts}
+
+
+def search_chunks(images, folder, chunks, workers=None):
+    """Write the chunks by several processes, in random order: machines that share the folder share the work.
     Raises UserError if one of the processes dies."""
-    missing, done = np.random.default_rng().permutation(writer.missing()).tolist(), 0
-    if not missing:
-        return
-    workers = max(1, min(workers or usable_cores(), len(missing)))
-    print(f"selective search: {len(writer.images):,} images, {len(missing):,} of {len(writer.indices):,} chunks to do, "
-          f"{workers} processes, kept in {writer.folder}", flush=True)
-    progress = Progress("selective search", sum(len(writer.indices[chunk]) for chunk in missing))
+    tasks, done, progress = list(chunk_files(images, chunks).items()), 0, Progress("selective search", len(images))
+    workers = max(1, min(workers or usable_cores(), len(tasks)))
+    print(f"selective search: {len(images):,} images, {workers} processes, kept in {folder}", flush=True)
+    np.random.default_rng().shuffle(tasks)
     others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(workers, initializer=_start_searcher, initargs=(writer,))
+    executor = ProcessPoolExecutor(workers, initializer=_start_searcher, initargs=(images, folder))
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the processes inherit it: Ctrl-C ends this one,
-        futures = [executor.submit(_search, chunk) for chunk in missing]
+        futures = [executor.submit(_search, *task) for task in tasks]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             done += future.result()
@@ -1007,12 +1019,12 @@ def search_chunks(writer, workers=None):
         executor.shutdown(cancel_futures=True)
 
 
-_writer = None  # of a process of search_chunks; sent once, for a large set's names are not small
+_job = None  # images and folder, of a process of search_chunks: sent once, for a large set's names are not small
 
 
-def _start_searcher(writer):
-    global _writer
-    _writer = writer
+def _start_searcher(*job):
+    global _job
+    _job = job
     torch.set_num_threads(1)  # of `resize`: processes are our parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -1022,100 +1034,57 @@ def _start_searcher(writer):
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def _search(chunk):
-    """Write a chunk, unless another run or machine has; returns how many images it is of."""
-    if not _writer.file(chunk).exists() and not _writer.ready():
-        _writer.write(chunk)
-    return len(_writer.indices[chunk])
-
-
-class ProposalWriter:
-    """Writes the proposals of `images` into `folder`: one file per chunk, in a hidden folder that belongs to the
-    settings, until all are joined. Raises UserError if a name cannot be a line of names.txt."""
-
-    def __init__(self, images, folder):
-        self.images, self.folder, self.settings = images, Path(folder), proposal_settings(images)
-        self.indices = [range(i, min(i + CHUNK, len(images))) for i in range(0, len(images), CHUNK)]  # of each chunk
-        kind = hashlib.sha1(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
-        self.chunks = self.folder / f".chunks-{kind}"
-        for name in images.names.tolist():
-            if len(name.splitlines()) != 1:
-                raise UserError(f"{images.root}: the name {os.fsdecode(name)!r} has a line break, which names.txt "
-                                "cannot hold: rename the file")
-
-    def ready(self):
-        return proposals_state(self.images, self.folder) == "ready"
-
-    def file(self, chunk):
-        return self.chunks / f"{chunk:06d}.npz"
-
-    def missing(self):
-        """The chunks that nobody has written yet."""
-        written = set(self.chunks.glob("*.npz"))
-        return [chunk for chunk in range(len(self.indices)) if self.file(chunk) not in written]
-
-    def write(self, chunk):
-        """Search the images of a chunk and keep their boxes and sizes as one file; none of an unreadable image."""
-        boxes, rows = [np.empty((0, 4), np.float32)], []
-        for i in self.indices[chunk]:
-            try:
-                image = self.images.read(i)
-            except OSError:
-                continue
+def _search(file, indices):
+    """Write a chunk, boxes and sizes but of unreadable images, unless somebody has; returns how many images it has."""
+    images, folder = _job
+    if file.exists() or proposals_state(images, folder) == "ready":
+        return len(indices)
+    boxes, rows = [np.empty((0, 4), np.float32)], []
+    for i in indices:
+        with suppress(OSError):
+            image = images.read(i)
             height, width = image.shape[:2]
             kept, level = filter_proposals(selective_search(image), height, width)
             boxes.append(kept)
             rows.append((i, len(kept), level, width, height))
-        with atomic(self.file(chunk)) as file:
-            np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 5))
+    with atomic(file) as stream:
+        np.savez(stream, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 5))
+    return len(indices)
 
-    def wait(self):
-        """Return once the proposals are there. Raises UserError after TIMEOUT seconds without a new chunk."""
-        missing, since = None, time.monotonic()
-        while not self.ready():
-            last, missing = missing, len(self.missing())
-            if missing != last:
-                since = time.monotonic()
-            if time.monotonic() - since > TIMEOUT:
-                raise UserError(f"local rank 0 has written no proposals to {self.folder} for {duration(TIMEOUT)}: run "
-                                "the same command again to resume")
-            time.sleep(0.5)
 
-    def join(self):
-        """Make the files of Proposals from the chunks. Raises UserError if a chunk or all images cannot be read."""
-        boxes, rows = [], []
-        for chunk in range(len(self.indices)):
-            try:
-                with np.load(self.file(chunk)) as part:
-                    boxes.append(part["boxes"])
-                    rows.append(part["rows"])
-            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-                with suppress(OSError):
-                    self.file(chunk).unlink()
-                raise UserError(f"{self.file(chunk)} cannot be read ({error}): run the same command again to search "
-                                "its images again") from None
-        boxes, rows = np.concatenate(boxes), np.concatenate(rows)
-        indices, counts, levels = rows.T[:3]
-        unreadable = np.setdiff1d(np.arange(len(self.images)), indices)
-        if not len(indices):
-            raise UserError(f"none of the {len(self.images):,} images in {self.images.root} can be read")
-        relaxed = {name: int((levels == level).sum()) for level, name in enumerate(RELAXED)}
-        report = {**self.settings, "filtered": relaxed, "unreadable": len(unreadable), "boxes": len(boxes)}
-        contents = {"boxes.npy": boxes, "offsets.npy": np.concatenate([[0], counts.cumsum()]),
-                    "sizes.npy": np.int32(rows[:, 3:]),
-                    "names.txt": b"".join(name + b"\n" for name in self.images.names[indices].tolist()),
-                    "settings.json": json.dumps(report, indent=1).encode()}
-        if self.ready():  # another run, joining at the same moment, was first
-            return
-        (self.folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is complete
-        for name, content in contents.items():
-            with atomic(self.folder / name) as file:
-                file.write(content) if isinstance(content, bytes) else np.save(file, content)
-        if len(unreadable):
-            print(f"left out, cannot be read: {len(unreadable):,} images, the first: "
-                  f"{self.images.name(unreadable[0])}", file=sys.stderr, flush=True)
-        levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
-        print(f"{len(boxes) / len(indices):.1f} proposals per image ({levels}) in {self.folder}", flush=True)
+def join_chunks(images, folder, chunks):
+    """Make the files of Proposals from the chunks. Raises UserError if a chunk or all images cannot be read."""
+    parts = []
+    for file in chunk_files(images, chunks):
+        try:
+            with np.load(file) as part:
+                parts.append((part["boxes"], part["rows"]))
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            with suppress(OSError):
+                file.unlink()
+            raise UserError(f"{file} cannot be read ({error}): run the same command again to search its images "
+                            "again") from None
+    boxes, rows = map(np.concatenate, zip(*parts))
+    indices, counts, levels = rows.T[:3]
+    unreadable = np.setdiff1d(np.arange(len(images)), indices)
+    if not len(indices):
+        raise UserError(f"none of the {len(images):,} images in {images.root} can be read")
+    relaxed = {name: int((levels == level).sum()) for level, name in enumerate(RELAXED)}
+    report = {**proposal_settings(images), "filtered": relaxed, "unreadable": len(unreadable), "boxes": len(boxes)}
+    contents = {"boxes.npy": boxes, "offsets.npy": np.concatenate([[0], counts.cumsum()]),
+                "sizes.npy": np.int32(rows[:, 3:]),
+                "names.txt": b"".join(name + b"\n" for name in images.names[indices].tolist()),
+                "settings.json": json.dumps(report, indent=1).encode()}
+    if proposals_state(images, folder) == "ready":  # another run, joining at the same moment, was first
+        return
+    (folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is complete
+    for name, content in contents.items():
+        with atomic(folder / name) as file:
+            file.write(content) if isinstance(content, bytes) else np.save(file, content)
+    if len(unreadable):
+        left_out(f"cannot be read: {len(unreadable):,} images, the first: {images.name(unreadable[0])}")
+    levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
+    print(f"{len(boxes) / len(indices):.1f} proposals per image ({levels}) in {folder}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- the loaders
@@ -1213,7 +1182,7 @@ class TwoViews(torch.utils.data.Dataset):
             try:
                 return i, self.images.read(which)
             except OSError:
-                print(f"left out, cannot be read: {self.images.name(which)}", file=sys.stderr, flush=True)
+                left_out(f"cannot be read: {self.images.name(which)}")
         raise UserError(f"none of the {len(self):,} images in {self.images.root} can be read")
 
     def _regions(self, index, height, width):
@@ -1298,8 +1267,7 @@ def write_mini(annotations, coco, out, seed=0):
     faults.report(len(image))
     ids, index = np.unique(image, return_inverse=True)
     cap = np.full(len(names), -1)
-    shared = shared_names(caps)
-    for ours, theirs in shared.items():
+    for ours, theirs in shared_names(caps).items():
         if theirs in names:
             cap[names.index(theirs)] = caps[ours]
         else:
@@ -1311,7 +1279,6 @@ def write_mini(annotations, coco, out, seed=0):
     with atomic(out, "w") as file:
         file.writelines(f"train/{i:016x}\n" for i in ids[chosen].tolist())
     print_table2(len(chosen), index[kept], label[kept], TABLE2["openimages-mini", "train"])
-    print("COCO's categories without a counterpart: " + ", ".join(sorted(caps.keys() - shared.keys())))
     print(f"wrote {out}: {len(chosen):,} of {len(ids):,} images")
 
 
@@ -1319,11 +1286,7 @@ def coco_counts(path):
     """{category's name: boxes} of a COCO annotation file. Of an annotation only the category stays in memory."""
     content = read_json(path, "annotations", "images", "categories", hook=lambda o: o.get("category_id", o))
     names = dict(read_entries(path, content, "categories", id=(int, str), name=str))
-    faults = Faults(path)
-    count = Counter(a if isinstance(a, (int, str)) else None for a in content["annotations"])
-    for number in count.keys() - names.keys():
-        faults.add("category id unknown", f"{count[number]:,} of id {number}")
-    faults.report(names, "category")
+    count = Counter(a for a in content["annotations"] if isinstance(a, (int, str)))
     return {name: count[number] for number, name in names.items()}
 
 
@@ -1357,23 +1320,14 @@ def print_table2(images, index, label, paper=None):
     here = (images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
     for name, row in (("here", here), ("paper", paper)):
         if row:
-            n, objects, categories, number = row
-            print(f"{name:10}{n:12,}{objects:16.2f}{categories:19.2f}{number:13,}")
+            print("{:10}{:12,}{:16.2f}{:19.2f}{:13,}".format(name, *row))
 
 
-def print_stats(data, root, split, given=None):
-    """Print Table 2's row of a data set's split (train | val), and how many proposals (in `given`) it has per image."""
+def print_stats(data, root, split):
+    """Print Table 2's row of a data set's split (train | val)."""
     objects = open_labelled(data, root, split)
-    number = len(objects.images)
-    index = np.repeat(np.arange(number), np.diff(objects.offsets))
-    print_table2(number, index, objects.labels, TABLE2.get((data, split)))
-    folder = Path(given or proposals_folder(data, root, folder_of(data, split)))
-    if not (folder / "settings.json").exists():
-        return print(f"no proposals in {folder}: make them with data.py proposals")
-    proposals = Proposals(folder)
-    counts = dict(zip(proposals.names.tolist(), np.diff(proposals.offsets).tolist()))
-    own = [counts.get(name, 0) for name in objects.images.names.tolist()]
-    print(f"proposals: {np.mean(own):.1f} boxes per image, {own.count(0):,} images without any ({folder})")
+    index = np.repeat(np.arange(len(objects.images)), np.diff(objects.offsets))
+    print_table2(len(objects.images), index, objects.labels, TABLE2.get((data, split)))
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -1397,11 +1351,10 @@ def main():
     mini.add_argument("--coco", required=True, help="COCO's instances_train2017.json")
     mini.add_argument("--out", default="openimages-mini.txt")
     mini.add_argument("--seed", type=whole_number, default=0)
-    stats = commands.add_parser("stats", help="Table 2's row of a data set, and the number of its proposals")
+    stats = commands.add_parser("stats", help="Table 2's row of a data set")
     stats.add_argument("--data", choices=labelled_data, required=True)
     stats.add_argument("--root", help="the data set's folder (default data/DATA)")
     stats.add_argument("--split", choices=("train", "val"), default="train")
-    stats.add_argument("--proposals", help="the folder they are kept in (default: under the root)")
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n, args.seed)
@@ -1413,7 +1366,7 @@ def main():
     elif args.command == "openimages-mini":
         write_mini(args.annotations, args.coco, args.out, args.seed)
     elif args.command == "stats":
-        print_stats(args.data, args.root, args.split, args.proposals)
+        print_stats(args.data, args.root, args.split)
 
 
 if __name__ == "__main__":
