@@ -72,17 +72,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def positive(text):
-    """The type of a flag that counts at least 1."""
-    return whole_number(text, 1)
-
-
 def whole_number(text, least=0):
     """The type of a flag that counts. Raises argparse.ArgumentTypeError below `least`."""
     value = int(text)
     if value < least:
         raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return value
+
+
+def positive(text):
+    return whole_number(text, 1)
 
 
 def error_exit(main):
@@ -96,24 +95,24 @@ def error_exit(main):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message, code = "interrupted: run the same command again to resume", 128 + signal.SIGINT
-    except UserError as error:
-        # One from a loading process comes with its traceback and a line break.
+    except UserError as error:  # one from a loading process comes with its traceback and a line break
         message = str(error).rpartition("UserError: ")[2].rstrip()
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died while it handed over a batch
-        signs = ("shared memory(shm)", "Bus error", "DataLoader worker (pid")
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
+        if isinstance(error, RuntimeError) and not re.search(r"shared memory\(shm\)|Bus error|DataLoader worker \(pid",
+                                                             str(error)):
             raise
         message = ("a loading process died: is memory or /dev/shm short (docker run --shm-size 8g)? To resume, run "
                    "the same command again, with fewer --workers if it happens again")
-    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    if rank.isdecimal() and int(rank):  # every rank fails alike: let the first one speak, torchrun ends the others
+    rank, world_size = (int(value) if value.isdecimal() else 0
+                        for value in (os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")))
+    if rank:  # every rank fails alike: let the first one speak, torchrun ends the others
         time.sleep(2)
     message = message.replace("\n", " ")  # of a file's name
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for what is killed here
     for process in multiprocessing.active_children():  # the loaders': some would stay for half a minute
         process.kill()
-    if world_size.isdecimal() and int(world_size) > 1:  # an orderly exit waits for collectives of the other ranks
+    if world_size > 1:  # an orderly exit waits for collectives of the other ranks
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
@@ -160,9 +159,9 @@ class Progress:
         now, finished = time.monotonic(), done >= self.total
         if finished or now - self.shown > self.wait:
             self.shown, seconds = now, max(now - self.start, 1e-9)
-            left = duration((self.total - done) * seconds / max(done, 1))
+            left = f"{duration((self.total - done) * seconds / max(done, 1))} left"
             print(f"{self.what}: {done:,}/{self.total:,} images, {done / seconds:,.1f} images/s, "
-                  + (f"done in {duration(seconds)}   " if finished else f"{left} left   "),
+                  f"{f'done in {duration(seconds)}' if finished else left}   ",
                   end="\n" if finished else self.end, flush=True)
 
 
@@ -242,9 +241,10 @@ def list_images(root):
         except OSError as error:
             others[f"folder {path} ({error.strerror})"] += 1
             continue
-        if "metrics.jsonl" in entries:  # a run's folder; the root itself keeps its images
-            entries = {name: entry for name, entry in entries.items() if not folder and name != "curves.png"}
-        for name, entry in entries.items():
+        run = "metrics.jsonl" in entries  # the root itself keeps its images
+        for name, entry in entries.items() if not (run and folder) else ():
+            if run and name == "curves.png":
+                continue
             suffix, below = os.path.splitext(name)[1].lower(), os.path.join(folder, name)
             if entry.is_dir():  # links last: a folder that is reached in two ways goes by its own name
                 (folders.append if entry.is_symlink() else folders.appendleft)(below)
@@ -449,26 +449,24 @@ class Labelled(NamedTuple):
 
 def check_size(images, i, image, size, where):
     """Raises UserError if image i (H, W, 3) has not the size (width, height)."""
-    height, width = image.shape[:2]
-    if (width, height) != tuple(size):
-        raise UserError(f"{images.root / images.name(i)} is {width} x {height} pixels, but {size[0]} x {size[1]} "
-                        f"{where}")
+    if image.shape[1::-1] != tuple(size):
+        raise UserError(f"{images.root / images.name(i)} is {image.shape[1]} x {image.shape[0]} pixels, but {size[0]} x "
+                        f"{size[1]} {where}")
 
 
 def open_labelled(data, root=None, split="val", strict=False):
     """Labelled boxes of `split` (train | val) of a data set (scenes | coco | voc | openimages | openimages-mini),
     sorted by image name. All of it can be pickled. Raises UserError if the annotations are missing or unreadable;
     single broken ones are left out and counted. strict: an image that is listed and absent is a UserError too."""
-    root = Path(root or Path("data") / data)
-    if data == "scenes":
-        return read_scenes(open_images(data, root, split))
+    root, folder = Path(root or Path("data") / data), folder_of(data, split)
     if data == "coco":
         return read_coco(root, split, strict)
+    images = open_images(data, root, folder, strict)
+    if data == "scenes":
+        return read_scenes(images)
     if data == "voc":
-        return read_voc(open_images(data, root, split, strict), strict)
-    folder = folder_of(data, split)
-    listed = data == "openimages-mini" and split == "train"
-    return read_openimages(root, folder, open_images(data, root, folder, strict), listed, strict)
+        return read_voc(images, strict)
+    return read_openimages(root, folder, images, data == "openimages-mini" and split == "train", strict)
 
 
 def folder_of(data, split):
@@ -534,27 +532,23 @@ def read_coco(root, split, strict=False):
     The whole file is in memory while it is read."""
     path, folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
     content, faults = read_json(path, "annotations", "images", "categories"), Faults(path)
-    number_or_text, number = (int, str), (int, float)
-    listed = read_entries(path, content, "images", id=number_or_text, file_name=str, width=number, height=number)
-    categories = read_entries(path, content, "categories", id=number_or_text, name=str)
+    number = (int, float)
+    listed = read_entries(path, content, "images", id=(int, str), file_name=str, width=number, height=number)
+    categories = read_entries(path, content, "categories", id=(int, str), name=str)
     categories.sort(key=lambda c: (isinstance(c[0], str), c[0]))  # numbers before texts
-    here = set(list_images(folder)) if folder.is_dir() else set()
-    place, names, sizes, absent = {}, [], [], set()
-    for number, name, width, height in sorted(listed, key=itemgetter(1)):
-        if name in here:
-            place[number] = len(names)
-            names.append(name)
-            sizes.append((int(width), int(height)))
-        else:
-            absent.add(number)
-            faults.add(f"image listed but absent from {folder}", name, strict)
+    files = set(list_images(folder)) if folder.is_dir() else set()
+    here = sorted((entry for entry in listed if entry[1] in files), key=itemgetter(1))
+    place, names = {entry[0]: i for i, entry in enumerate(here)}, [entry[1] for entry in here]
+    sizes = [(int(width), int(height)) for _, _, width, height in here]
+    absent = {number: name for number, name, _, _ in listed if name not in files}
+    for name in sorted(absent.values()):
+        faults.add(f"image listed but absent from {folder}", name, strict)
     label = {number: i for i, (number, _) in enumerate(categories)}
     rows = sorted(coco_rows(content["annotations"], place, sizes, absent, label, faults), key=itemgetter(0))
     faults.report(rows)
-    index, boxes, labels, crowd, shapes = zip(*rows)
-    masks = Masks(shapes, [sizes[i] for i in index]) if any(shapes) else None
-    return labelled(Images(folder, names), [name for _, name in categories], index, boxes, labels, crowd, masks,
-                    np.int64(sizes))
+    *columns, shapes = zip(*rows)
+    masks = Masks(shapes, [sizes[i] for i in columns[0]]) if any(shapes) else None
+    return labelled(Images(folder, names), [name for _, name in categories], *columns, masks, np.int64(sizes))
 
 
 def read_entries(path, content, kind, **types):
@@ -562,11 +556,12 @@ def read_entries(path, content, kind, **types):
     UserError if a value is missing or of another type, a side is below one pixel, or two share an id or a file."""
     rows, seen = [], set()
     for n, entry in enumerate(content[kind]):
+        entry = entry if isinstance(entry, dict) else {}
         for key, type_ in types.items():
-            value = entry.get(key) if isinstance(entry, dict) else None
+            value = entry.get(key)
             if not isinstance(value, type_) or (key in ("width", "height") and not 1 <= value < 1e6):
-                name = entry.get("file_name", "") if isinstance(entry, dict) else ""
-                raise UserError(f"{path}: {kind}[{n}] {name}: {key} is {value!r}: each needs {', '.join(types)}")
+                raise UserError(f"{path}: {kind}[{n}] {entry.get('file_name', '')}: {key} is {value!r}: each needs "
+                                f"{', '.join(types)}")
             if key in ("id", "file_name"):
                 if (key, value) in seen:
                     raise UserError(f"{path}: {kind}[{n}]: {key} {value!r} occurs twice: give each its own")
@@ -633,9 +628,8 @@ def check_segmentation(shape, width, height):
         return None
     if isinstance(shape, list):
         for part in shape:
-            if not isinstance(part, list) or len(part) % 2 or not set(map(type, part)) <= {int, float}:
-                raise ValueError
-            if not all(abs(value) < 1e6 for value in part):  # so written, true for a NaN
+            numbers = isinstance(part, list) and set(map(type, part)) <= {int, float}
+            if not numbers or len(part) % 2 or not all(abs(number) < 1e6 for number in part):  # a NaN is not below
                 raise ValueError
         return [part for part in shape if len(part) >= 6] or None
     runs = run_lengths(shape["counts"])
@@ -779,7 +773,7 @@ def read_boxes(path, classes, faults):
     Broken lines go to `faults`. Raises UserError if the file is missing, not a box CSV or cut short."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: download it (README, section Data)")
-    images, labels, boxes, groups = array("Q"), array("h"), array("f"), array("b")
+    images, labels, boxes, groups = map(array, "Qhfb")
     with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
         header = file.readline().strip().split(",")
         try:
@@ -827,20 +821,15 @@ def read_openimages(root, split, images, listed=False, strict=False):
     sizes, faults = np.zeros((len(images), 2), np.float32), Faults(images.root)
     for i in np.unique(index):
         try:
-            sizes[i] = image_size(images.root / images.name(i))
+            with Image.open(images.root / images.name(i)) as picture:
+                turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+                sizes[i] = picture.size[::-1] if turned else picture.size
         except Exception:  # PIL raises a different class per format
             faults.add("image cannot be read", images.name(i))
     kept = sizes[index].any(1)
     faults.report(kept.any(), "image")
     boxes *= np.tile(sizes[index], 2)
     return labelled(images, categories, index[kept], boxes[kept], labels[kept], group[kept])
-
-
-def image_size(path):
-    """Width and height of an image as a viewer shows it, from its header alone. Raises what PIL raises."""
-    with Image.open(path) as picture:
-        turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-        return picture.size[::-1] if turned else picture.size
 
 
 # ----------------------------------------------------------------------------------------------------------- proposals
@@ -896,11 +885,9 @@ class Proposals:
             self.names = np.array((self.folder / "names.txt").read_bytes().splitlines(), dtype="S")
             if (self.folder / "sizes.npy").exists():
                 self.sizes = np.load(self.folder / "sizes.npy", mmap_mode="r")
-            sizes = (len(self.names), 2) if self.sizes is None else self.sizes.shape
-            if (len(self.offsets) != len(self.names) + 1 or self.boxes.shape != (self.offsets[-1], 4)
-                    or sizes != (len(self.names), 2)):
-                raise ValueError(f"{len(self.names)} names, {len(self.offsets)} offsets, boxes {self.boxes.shape}, "
-                                 f"sizes {sizes}")
+            n, shapes = len(self.names), [len(self.offsets) - 1, self.boxes.shape, np.shape(self.sizes)]
+            if shapes != [n, (self.offsets[-1], 4), () if self.sizes is None else (n, 2)]:
+                raise ValueError(f"{n} names; offsets, boxes, sizes {shapes}")
         except (OSError, EOFError, ValueError) as error:  # EOFError: an empty file
             raise UserError(f"proposals in {folder} cannot be read, or do not fit each other ({error}): delete that "
                             "folder to have them made again") from None
@@ -1338,11 +1325,7 @@ def main():
     scenes = commands.add_parser("scenes", help="write the embedded data set in COCO's layout, with masks")
     scenes.add_argument("--out", required=True)
     scenes.add_argument("--n", type=positive, default=800, help="train images; a quarter as many val images are added")
-    scenes.add_argument("--seed", type=whole_number, default=0)
     search = commands.add_parser("proposals", help="selective search over a data set")
-    labelled_data = ("scenes", "coco", "voc", "openimages", "openimages-mini")
-    search.add_argument("--data", choices=(*labelled_data, "folder"), required=True)
-    search.add_argument("--root", help="the data set's folder (default data/DATA)")
     search.add_argument("--split", help="the data set's own name of it (default: its train split)")
     search.add_argument("--workers", type=positive, help="processes (default: all cores)")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
@@ -1350,11 +1333,14 @@ def main():
     mini.add_argument("--annotations", required=True, help="folder of OpenImages' two CSVs (README, section Data)")
     mini.add_argument("--coco", required=True, help="COCO's instances_train2017.json")
     mini.add_argument("--out", default="openimages-mini.txt")
-    mini.add_argument("--seed", type=whole_number, default=0)
     stats = commands.add_parser("stats", help="Table 2's row of a data set")
-    stats.add_argument("--data", choices=labelled_data, required=True)
-    stats.add_argument("--root", help="the data set's folder (default data/DATA)")
     stats.add_argument("--split", choices=("train", "val"), default="train")
+    labelled_data = ("scenes", "coco", "voc", "openimages", "openimages-mini")
+    for command, names in ((search, (*labelled_data, "folder")), (stats, labelled_data)):
+        command.add_argument("--data", choices=names, required=True)
+        command.add_argument("--root", help="the data set's folder (default data/DATA)")
+    for command in (scenes, mini):
+        command.add_argument("--seed", type=whole_number, default=0)
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n, args.seed)
@@ -1365,7 +1351,7 @@ def main():
         compute_proposals(open_images(args.data, args.root, args.split), folder, args.workers)
     elif args.command == "openimages-mini":
         write_mini(args.annotations, args.coco, args.out, args.seed)
-    elif args.command == "stats":
+    else:
         print_stats(args.data, args.root, args.split)
 
 
