@@ -450,8 +450,8 @@ class Labelled(NamedTuple):
 def check_size(images, i, image, size, where):
     """Raises UserError if image i (H, W, 3) has not the size (width, height)."""
     if image.shape[1::-1] != tuple(size):
-        raise UserError(f"{images.root / images.name(i)} is {image.shape[1]} x {image.shape[0]} pixels, but {size[0]} x "
-                        f"{size[1]} {where}")
+        raise UserError(f"{images.root / images.name(i)} is {image.shape[1]} x {image.shape[0]} pixels, but "
+                        f"{size[0]} x {size[1]} {where}")
 
 
 def open_labelled(data, root=None, split="val", strict=False):

@@ -3302,7 +3302,8 @@ def test_openimages_boxes_are_pixels_of_their_image(tmp_path, run_data):
     exif[0x0112] = 6
     Image.open(path).save(path, exif=exif)
     found = data.open_labelled("openimages", tmp_path, "val")
-    assert found.images.names.tolist() == [b"%016x.jpg" % i for i in (1, 2, 3)] and found.offsets.tolist() == [0, 1, 3, 4]
+    assert found.images.names.tolist() == [b"%016x.jpg" % i for i in (1, 2, 3)]
+    assert found.offsets.tolist() == [0, 1, 3, 4]
     assert found.boxes.tolist() == [[10, 10, 30, 20], [10, 10, 30, 20], [0, 0, 20, 20], [5, 20, 15, 40]]
     assert found.labels.tolist() == [0, 2, 0, 0] and found.crowd.tolist() == [True, False, False, False]
     assert found.categories == ["Person", "Cattle", "Accordion"]
