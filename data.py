@@ -668,7 +668,7 @@ def read_file(path):
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: download it (README, section Data)") from None
+        raise UserError(f"annotations are missing: {path}: {error.strerror} (README, section Data)") from None
 
 
 def read_json(path, *keys, hook=None):
