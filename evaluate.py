@@ -94,8 +94,6 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
     saved = read_checkpoint(path)
     with reading(path):
         prefix, weights = choose(dict(flatten(saved)), teacher, prefix)
-        if "conv1.0.weight" in weights:
-            raise UserError(f"has a deep stem, {prefix}conv1, of a ResNet-D (or C): torchvision has none")
         last = [max(int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
         arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *(block + 1 for block in last)))
         if arch is None:
@@ -145,7 +143,7 @@ def read_checkpoint(path):
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 STORAGES = dict(zip("Double Float Half BFloat16 Long Int Short Char Byte Bool".split(), DTYPES.values()),
-                Untyped=torch.uint8, QInt8=torch.int8, QUInt8=torch.uint8, QInt32=torch.int32)
+                Untyped=torch.uint8)
 MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER: begins the files from before torch 1.6
 MOST = 10_000_000  # bytes of a JSON header and steps of a pickle, each of which may take 100 bytes of memory
 
@@ -155,22 +153,17 @@ def read_safetensors(content):
     length = int.from_bytes(content[:8], "little")
     if length > MOST:
         raise UserError(f"has a header of {length:,} bytes: it is damaged")
-    header, numbers, tensors, end = json.loads(bytes(content[8:8 + length])), content[8 + length:], {}, 0
+    header, numbers = json.loads(bytes(content[8:8 + length])), content[8 + length:]
     header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, stop), dtype = entry["data_offsets"], DTYPES.get(entry["dtype"])
-        if start != end or stop < start or stop > len(numbers):
-            raise UserError(f"is cut short or damaged: the bytes of {name} are not between those of its neighbours")
-        if dtype and stop > start:
-            tensors[name] = torch.frombuffer(numbers[start:stop], dtype=dtype).reshape(entry["shape"])
-        end = stop
-    return tensors
+    return {name: torch.frombuffer(numbers[slice(*entry["data_offsets"])], dtype=DTYPES[entry["dtype"]])
+            .reshape(entry["shape"]) for name, entry in header.items()
+            if entry["dtype"] in DTYPES and 0 not in entry["shape"]}
 
 
 def read_torch(file, content):
     """What torch.save wrote, as a zip archive or, before torch 1.6, as pickles with each storage's length and bytes
     behind; or a plain pickle. file: open at its start; content: a view of its bytes."""
-    storages, pickled = {}, 0
+    storages = {}
     if content[:4] != b"PK\3\4":
         first = Unpickler(file, storages).load()
         if first != MAGIC:
@@ -189,12 +182,7 @@ def read_torch(file, content):
             raise UserError("is a compressed archive, which torch.save never writes: unpack it")
         start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", content, entry.header_offset + 26))
         storages[name.removeprefix("data/")] = content[start:start + entry.file_size]
-        if name == "data.pkl":
-            pickled = start
-    if storages.get("byteorder") == b"big":
-        raise UserError("was written on a big-endian machine: save it again on another")
-    file.seek(pickled)
-    return Unpickler(file, storages).load()
+    return Unpickler(io.BytesIO(storages["data.pkl"]), storages).load()
 
 
 class StandIn(dict):
@@ -204,7 +192,6 @@ class StandIn(dict):
     __hash__ = object.__hash__
 
     def __init__(self, name, arguments=()):
-        super().__init__()
         self.name, self.arguments, self.state = name, arguments, None
 
     def __call__(self, *arguments, **_):
@@ -265,7 +252,7 @@ def limited(load):
 
 
 Unpickler.dispatch.update({code: limited(load) for code, load in Unpickler.dispatch.items()})
-ARRAYS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state", "Parameter",
+ARRAYS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state",
           "_rebuild_from_type_v2", "_reconstruct", "_frombuffer")
 
 
@@ -274,19 +261,35 @@ def flatten(tree, prefix="", seen=None):
     joined by dots, in torchvision's words."""
     seen = set() if seen is None else seen
     if isinstance(tree, torch.Tensor) or (isinstance(tree, StandIn) and tree.name in ARRAYS):
-        yield torchvision_name(prefix), tree
+        for pattern, word in SPELLINGS.items():
+            prefix = re.sub(pattern, word, prefix)
+        yield prefix, tree
     elif isinstance(tree, dict) and id(tree) not in seen:
         seen.add(id(tree))
         entries = list(tree.items())
-        if isinstance(tree, StandIn):
+        if isinstance(tree, StandIn):  # an object: its attributes, and what it was made of, as a wrapped module
             entries += tree.state.items() if isinstance(tree.state, dict) else ()
-            for argument in tree.arguments:  # a wrapped module, or an OrderedDict's pairs (Python 2)
-                entries += argument if isinstance(argument, list) and tree.name == "OrderedDict" else [("", argument)]
+            entries += [("", argument) for argument in tree.arguments]
         for key, value in entries:
             if key in ("", "_modules", "_parameters", "_buffers"):  # of a module that was saved with its class
                 yield from flatten(value, prefix, seen)
             elif isinstance(key, (str, int)) and len(prefix) < 1000:
                 yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), seen)
+
+
+# In torchvision's words: wrappers' names are left out; Hugging Face's (transformers, modeling_resnet.py); detectron2's;
+# the numbers of nn.Sequential(*children), as lightly and others keep it.
+SPELLINGS = {
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)": "", r"^\.": "",
+    r"(^|\.)embedder\.embedder\.": r"\1layer.0.",
+    r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)": lambda m: f"{m[1]}layer{int(m[2]) + 1}.",
+    r"\blayer\.([0-2])\.convolution\.": lambda m: f"conv{int(m[1]) + 1}.",
+    r"\blayer\.([0-2])\.normalization\.": lambda m: f"bn{int(m[1]) + 1}.",
+    r"\.shortcut\.convolution\.": ".downsample.0.", r"\.shortcut\.normalization\.": ".downsample.1.",
+    r"(^|\.)stem\.(?=conv1\.)": r"\1", r"(^|\.)res([2-5])\.(?=\d)": lambda m: f"{m[1]}layer{int(m[2]) - 1}.",
+    r"\bconv(\d)\.norm\.": r"bn\1.", r"\bshortcut\.norm\.": "downsample.1.", r"\bshortcut\.": "downsample.0.",
+    r"(^|\.)(?<!downsample\.)0\.(?=weight$)": r"\1conv1.", r"(^|\.)(?<!downsample\.)1\.(?=\w+$)": r"\1bn1.",
+    r"(^|\.)([4-7])\.(?=\d+\.(conv|bn|downsample))": lambda m: f"{m[1]}layer{int(m[2]) - 3}."}
 
 
 def as_tensor(leaf):
@@ -308,8 +311,8 @@ def as_tensor(leaf):
         return local
     if name == "_rebuild_from_type_v2":
         return as_tensor(given[0](*given[2]))
-    if name not in ("_rebuild_tensor", "_rebuild_tensor_v2"):  # a parameter
-        return as_tensor(given[0] if given else leaf.state[0])
+    if name.startswith("_rebuild_parameter"):
+        return as_tensor(given[0])
     storage, offset, size, stride = given[:4]
     if not isinstance(storage, Storage):  # in a plain pickle: torch.storage._load_from_bytes(what torch.save wrote)
         content = bytearray(as_bytes(storage.arguments[0]))
@@ -323,97 +326,56 @@ def as_tensor(leaf):
 
 def array(content, dtype, shape, order):
     """A numpy array of floats, integers or bools as a tensor; dtype: the StandIn of numpy's."""
-    kind = re.fullmatch("[fiu][1248]|b1", dtype.arguments[0])[0]
-    values = np.frombuffer(as_bytes(content), (">" if dtype.state[1] == ">" else "<") + kind)
-    return torch.from_numpy(values.reshape(shape, order=order).astype(kind))
+    kind = re.fullmatch("[<>|]([fiu][1248]|b1)", dtype.state[1] + dtype.arguments[0])
+    return torch.from_numpy(np.frombuffer(as_bytes(content), kind[0]).reshape(shape, order=order).astype(kind[1]))
 
 
 def as_bytes(content):
-    """Bytes, which protocol 2 has as _codecs.encode(text, "latin1") and Python 2 as text."""
-    content = content.arguments[0] if isinstance(content, StandIn) else content
-    return content.encode("latin1") if isinstance(content, str) else content
+    """Bytes, which protocol 2 has as _codecs.encode(text, "latin1")."""
+    return content.arguments[0].encode("latin1") if isinstance(content, StandIn) else content
 
 
-# In torchvision's words: wrappers' names are left out; Hugging Face's (transformers, modeling_resnet.py); detectron2's.
-SPELLINGS = [(re.compile(pattern), word) for pattern, word in (
-    (r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", ""), (r"^\.", ""),
-    (r"(^|\.)embedder\.embedder\.", r"\1layer.0."),
-    (r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) + 1}."),
-    (r"\blayer\.([0-2])\.convolution\.", lambda m: f"conv{int(m[1]) + 1}."),
-    (r"\blayer\.([0-2])\.normalization\.", lambda m: f"bn{int(m[1]) + 1}."),
-    (r"\.shortcut\.convolution\.", ".downsample.0."), (r"\.shortcut\.normalization\.", ".downsample.1."),
-    (r"(^|\.)stem\.(?=conv1\.)", r"\1"), (r"(^|\.)res([2-5])\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) - 1}."),
-    (r"\bconv(\d)\.norm\.", r"bn\1."), (r"\bshortcut\.norm\.", "downsample.1."), (r"\bshortcut\.", "downsample.0."))]
-
-
-def torchvision_name(name):
-    for pattern, word in SPELLINGS:
-        name = pattern.sub(word, name)
-    return name
-
-
-def to_detectron2(name):
-    """layer1.0.bn1.weight -> res2.0.conv1.norm.weight, as MoCo's and detectron2's own converters name them."""
-    name = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", name) if name.startswith("layer") else f"stem.{name}"
-    name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
-    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-
-
-# A stage is where its convolutions are: an optimiser's state by name ends otherwise, clean statistics are norms' alone.
-STAGE = re.compile(r"(.*?\.)??(layer[1-4]|[4-7])\.\d+\.conv\d\.weight")
-# Of nn.Sequential(*children), as lightly and others keep it.
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-
-
-def backbones(names):
-    """{prefix: {torchvision's name: leaf}} for each prefix under which all four stages of a ResNet lie, by name or as
-    numbered children; and for a C4 detector, whose fourth stage is in its head, that of the first three."""
-    stages = defaultdict(set)  # {prefix: those of layer1 to layer4 that lie under it}
-    for match in filter(None, map(STAGE.fullmatch, names)):
-        stages[match[1] or ""].add(CHILDREN.get(match[2], match[2]))
-    resnets = {prefix: under(prefix, names) for prefix, present in stages.items() if len(present) == 4}
-    for momentum in (False, True):  # C4 detectors: one body and one head among the momentum encoders, or the others
-        alike = [prefix for prefix in stages if bool(MOMENTUM.search(prefix)) == momentum]
-        bodies = [prefix for prefix in alike if stages[prefix] == {"layer1", "layer2", "layer3"}]
-        heads = [prefix for prefix in alike if stages[prefix] == {"layer4"}]
-        if len(bodies) == len(heads) == 1:
-            resnets[bodies[0]] = {**under(heads[0], names), **under(bodies[0], names)}
-            norm = [name for name in names if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", name)]
-            if norm:
-                print(f"left out, an extra norm after res5: {', '.join(norm)}", file=sys.stderr, flush=True)
-    return resnets
-
-
-def under(prefix, names):
-    """{torchvision's name: leaf} of the stem and the stages under a prefix."""
-    own = {}
-    for name, leaf in names.items():
-        first, dot, rest = name[len(prefix):].partition(".")
-        first = CHILDREN.get(first, first)
-        if name.startswith(prefix) and re.fullmatch(r"conv1|bn1|layer\d+", first):
-            own[first + dot + rest] = leaf
-    return own
-
-
-def choose(names, teacher, prefix):
+def choose(leaves, teacher, prefix):
     """The one (prefix, {torchvision's name: leaf}) that is asked for. Raises UserError if there is none or several."""
-    resnets, left = backbones(names), {}
+    resnets = backbones(leaves)
     if not resnets:
         raise UserError("holds no ResNet: no layer1 to layer4 (detectron2's res2 to res5, Hugging Face's stages) under "
                         "one prefix")
-    for name, weights in resnets.items():
-        if prefix is not None:
-            asked = f"under --prefix {prefix}"
-            fits = f".{name}".endswith(f".{prefix.rstrip('.')}.") if prefix else not name
-        else:  # OpenSelfSup saves its backbone under two names: equal weights count once
-            asked = "that are momentum encoders" if teacher else "that are not momentum encoders (--teacher)"
-            fits = bool(MOMENTUM.search(name)) == teacher and not any(equal(weights, one) for one in left.values())
-        if fits:
-            left[name] = weights
-    if len(left) != 1:
+    if prefix is not None:
+        asked, end = f"under --prefix {prefix}", f".{prefix.rstrip('.')}."
+        fits = [name for name in resnets if (f".{name}".endswith(end) if prefix else not name)]
+    else:
+        asked, fits = "that are momentum encoders" if teacher else "that are not momentum encoders (--teacher)", []
+        for name in resnets:  # OpenSelfSup saves its backbone under two names: equal weights count once
+            if bool(MOMENTUM.search(name)) == teacher and not any(equal(resnets[name], resnets[one]) for one in fits):
+                fits.append(name)
+    if len(fits) != 1:
         listing = ", ".join(name or "''" for name in resnets)
-        raise UserError(f"holds {len(left)} ResNets {asked}: name one of {listing} with --prefix, or FILE:PREFIX")
-    return left.popitem()
+        raise UserError(f"holds {len(fits)} ResNets {asked}: name one of {listing} with --prefix, or FILE:PREFIX")
+    return fits[0], resnets[fits[0]]
+
+
+def backbones(leaves):
+    """{prefix: {torchvision's name: leaf}} for each prefix under which all four stages of a ResNet lie; and for a C4
+    detector, whose fourth stage is in its head, that of the first three. A stage is where its convolutions are: an
+    optimiser's state by name ends otherwise, and clean statistics are norms' alone."""
+    parts, stages = defaultdict(dict), defaultdict(set)
+    for name, leaf in leaves.items():
+        if match := re.fullmatch(r"(.*?\.)??((conv1|bn1|layer\d+)\..*)", name):
+            parts[match[1] or ""][match[2]] = leaf
+            if re.fullmatch(r"layer[1-4]\.\d+\.conv\d\.weight", match[2]):
+                stages[match[1] or ""].add(int(match[3][5:]))
+    resnets = {prefix: parts[prefix] for prefix, present in stages.items() if len(present) == 4}
+    for momentum in (False, True):  # C4 detectors: one body and one head among the momentum encoders, or the others
+        alike = [prefix for prefix in stages if bool(MOMENTUM.search(prefix)) == momentum]
+        bodies = [prefix for prefix in alike if stages[prefix] == {1, 2, 3}]
+        heads = [prefix for prefix in alike if stages[prefix] == {4}]
+        if len(bodies) == len(heads) == 1:
+            resnets[bodies[0]] = parts[heads[0]] | parts[bodies[0]]
+            norm = [name for name in leaves if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", name)]
+            if norm:
+                print(f"left out, an extra norm after res5: {', '.join(norm)}", file=sys.stderr, flush=True)
+    return resnets
 
 
 def equal(one, two):
@@ -422,26 +384,31 @@ def equal(one, two):
 
 def fill(network, weights, prefix, arch):
     """Copy `weights` into `network`: all must be there, fit and be finite; num_batches_tracked does not matter."""
-    own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    for key, value in own.items():
+    own = network.state_dict()
+    for key in dict.fromkeys([*own, *weights]):
+        if key.endswith("num_batches_tracked"):
+            continue
         if key not in weights:
             raise UserError(f"has a missing key, {prefix}{key} of a {arch}: it is cut short, or of another network")
-        tensor = as_tensor(weights[key])
-        if tensor.shape != value.shape:
-            raise UserError(f"does not fit: {prefix}{key} is {tuple(tensor.shape)}, a {arch} has {tuple(value.shape)}")
+        if key not in own:
+            raise UserError(f"has an unexpected key, {prefix}{key}: its ResNet is not torchvision's {arch}")
+        tensor, shape = as_tensor(weights[key]), tuple(own[key].shape)
+        if tensor.shape != shape:
+            raise UserError(f"does not fit: {prefix}{key} is {tuple(tensor.shape)}, a {arch} has {shape}")
         if not tensor.isfinite().all():
             raise UserError(f"has diverged, {prefix}{key} is not finite: take an earlier checkpoint")
-        value.copy_(tensor)
-    for key in weights:
-        if key not in own and not key.endswith("num_batches_tracked"):
-            raise UserError(f"has an unexpected key, {prefix}{key}: its ResNet is not torchvision's {arch}")
+        own[key].copy_(tensor)
 
 
 def export(network, kind, path):
     """Write the backbone as others load it: detectron2: MODEL.WEIGHTS, with INPUT.FORMAT RGB and ImageNet's mean and
     deviation in pixels (MoCo's configs); torchvision: a state dict without fc, load_state_dict(..., strict=False)."""
-    weights = network.state_dict()
-    named = {to_detectron2(key): value.numpy() for key, value in weights.items() if not key.endswith("_tracked")}
+    weights, named = network.state_dict(), {}
+    for key, value in weights.items():  # as MoCo's and detectron2's own converters name them
+        key = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", re.sub("^(?=conv|bn)", "stem.", key))
+        key = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", key).replace("downsample.0", "shortcut")
+        if not key.endswith("num_batches_tracked"):
+            named[key.replace("downsample.1", "shortcut.norm")] = value.numpy()
     with atomic(path) as file:
         if kind == "torchvision":
             torch.save(weights, file)

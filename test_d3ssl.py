@@ -2105,10 +2105,6 @@ def under(prefix, state, fc=True):
     return {prefix + key: value for key, value in state.items() if fc or not key.startswith("fc.")}
 
 
-def mlp(name, *shapes):
-    return {f"{name}.{i}.{part}": torch.ones(shape) for i, shape in shapes for part in ("weight", "bias")}
-
-
 def moco_to_detectron2(state, prefix):
     """What facebookresearch/moco, detection/convert-pretrain-to-detectron2.py, makes of state["state_dict"]."""
     named = {}
@@ -2127,9 +2123,7 @@ def moco_to_detectron2(state, prefix):
 
 def numbered(prefix, state):
     """The state dict of nn.Sequential(*list(resnet.children())[:-1]) under a prefix."""
-    network = torchvision.models.resnet18(weights=None)
-    network.load_state_dict(state)
-    return under(prefix, nn.Sequential(*list(network.children())[:-1]).state_dict())
+    return under(prefix, nn.Sequential(*list(module(state).children())[:-1]).state_dict())
 
 
 def hugging_face(state):
@@ -2155,7 +2149,6 @@ def c4(state):
 
 def detectron2_c4(state):
     body, head = (moco_to_detectron2(part, "")["model"] for part in c4(state))
-    head = {key.removeprefix("stem."): value for key, value in head.items()}
     return {**under("backbone.", body), **under("roi_heads.", head), "roi_heads.res5.norm.weight": np.ones(512),
             "proposal_generator.rpn_head.conv.weight": np.ones((8, 8, 3, 3))}
 
@@ -2199,75 +2192,53 @@ class NotInstalled(dict):
     __setitem__ = __setstate__
 
 
-def safetensors(state):
-    """huggingface/safetensors, README's "Format", written from its description."""
+def safetensors(state, **edited):
+    """huggingface/safetensors, README's "Format", written from its description; edited: in conv1.weight's entry."""
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for key, value in state.items():
         raw = value.contiguous().numpy().tobytes()
         kind = "I64" if value.dtype == torch.long else "F32"
         header[key] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(raw)]}
         body += raw
+    header.get("conv1.weight", {}).update(edited)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
 
-QUEUE = {"queue": torch.zeros(128, 64), "queue_ptr": torch.zeros(1, dtype=torch.long)}
-
+HEADS = {f"{name}.weight": torch.ones(8, 8) for name in ("fc.0", "fcs.2", "fpn.fpn_lateral5", "mlp.1", "projector.0")}
+BESIDE = {"epoch": 200, "opt": argparse.Namespace(arch="resnet50"), "module.queue": torch.zeros(128, 64),
+          "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}, "scheduler": {"last_epoch": 3}}
+RELEASES = {  # prefixes of the backbone and of its momentum encoder; HEADS lie beside both
+    # facebookresearch/moco: moco/builder.py, main_moco.py (DDP); Tete-Xiao/ReSim has the same
+    "moco": (["state_dict.module.encoder_q."], ["state_dict.module.encoder_k."]),
+    # hologerry/SoCo: converter_detectron2/convert_detectron2_C4.py; zdaxie/PixPro has the same
+    "soco": (["model.module.encoder."], ["model.module.encoder_k.", "model_ema.encoder."]),
+    # WXinlong/DenseCL: openselfsup/models/densecl.py (backbone is encoder_q[0] under a second name)
+    "densecl": (["state_dict.encoder_q.0.", "state_dict.backbone."], ["state_dict.encoder_k.0."]),
+    # open-mmlab/mmselfsup (OpenSelfSup): models/byol.py (backbone is online_net[0])
+    "openselfsup byol": (["state_dict.online_net.0.", "state_dict.backbone."], ["state_dict.target_net.0."]),
+    # lucidrains/byol-pytorch: byol_pytorch.py
+    "byol-pytorch": (["net.", "online_encoder.net."], ["target_encoder.net."]),
+    # facebookresearch/PLRC: PLRC/models/builder.py and resnet.py
+    "plrc": (["state_dict.module.encoder_q.enc."], ["state_dict.module.encoder_k.enc."]),
+    # facebookresearch/dino: main_dino.py (save_dict), utils.py (MultiCropWrapper)
+    "dino": (["student.module.backbone."], ["teacher.module.backbone."]),
+    # as MoCo's ports in many course projects
+    "query and key": (["encoder_query."], ["encoder_key."])}
 LAYOUTS = {
+    **{name: lambda p, s, prefixes=prefixes: {**BESIDE, **{
+        key: value for some, state in zip(prefixes, (p, s)) for prefix in some
+        for key, value in under(prefix, {**state, **HEADS}).items()}} for name, prefixes in RELEASES.items()},
     # torchvision.models.resnet18().state_dict()
     "torchvision": lambda p, s: p,
-    # facebookresearch/moco: moco/builder.py (encoder_q, encoder_k, queue; v2's fc is an MLP), main_moco.py (DDP)
-    "moco": lambda p, s: {"epoch": 200, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}, "state_dict": {
-        **under("module.encoder_q.", p, fc=False), **mlp("module.encoder_q.fc", (0, (512, 512)), (2, (128, 512))),
-        **under("module.encoder_k.", s, fc=False), **under("module.", QUEUE)}},
-    # Tete-Xiao/ReSim: detection/convert-pretrain-to-detectron2.py (MoCo's keys, and an fpn beside the stages)
-    "resim": lambda p, s: {"state_dict": {
-        **under("module.encoder_k.", s), **under("module.encoder_q.", p),
-        "module.encoder_q.fpn.fpn_lateral5.weight": torch.ones(256, 512, 1, 1)}},
-    # hologerry/SoCo: converter_detectron2/convert_detectron2_C4.py (model, model_ema), contrast/option.py (a Namespace)
-    "soco": lambda p, s: {"opt": argparse.Namespace(arch="resnet50"), "model_ema": under("encoder.", s), "model": {
-        **under("module.encoder.", p, fc=False), **under("module.encoder_k.", s, fc=False),
-        "module.projector.linear1.weight": torch.ones(64, 512),
-        "module.projector_k.linear1.weight": torch.ones(64, 512)}},
-    # zdaxie/PixPro: contrast/models/PixPro.py, main_pretrain.py (save_checkpoint)
-    "pixpro": lambda p, s: {"opt": argparse.Namespace(model="PixPro"), "scheduler": {"last_epoch": 3}, "model": {
-        **under("module.encoder_k.", s, fc=False), **under("module.encoder.", p, fc=False),
-        "module.projector.linear1.weight": torch.ones(64, 512, 1, 1),
-        "module.value_transform.weight": torch.ones(256, 256, 1, 1)}},
-    # WXinlong/DenseCL: openselfsup/models/densecl.py (backbone is encoder_q[0] under a second name)
-    "densecl": lambda p, s: {"meta": {"epoch": 800}, "state_dict": {
-        **under("encoder_q.0.", p, fc=False), **under("backbone.", p, fc=False), **under("encoder_k.0.", s, fc=False),
-        **mlp("encoder_q.1.mlp", (0, (512, 512)), (2, (128, 512))), **QUEUE, "queue2": torch.zeros(128, 64)}},
-    # WXinlong/DenseCL and open-mmlab/mmselfsup: tools/extract_backbone_weights.py (bare names)
-    "densecl extracted": lambda p, s: {"author": "DenseCL", "state_dict": under("", p, fc=False)},
-    # open-mmlab/mmselfsup (OpenSelfSup): models/byol.py (online_net, target_net, backbone is online_net[0])
-    "openselfsup byol": lambda p, s: {"state_dict": {
-        **under("target_net.0.", s, fc=False), **under("online_net.0.", p, fc=False),
-        **under("backbone.", p, fc=False)}},
-    # lucidrains/byol-pytorch: byol_pytorch.py (net, online_encoder.net, target_encoder.net)
-    "byol-pytorch": lambda p, s: {
-        **under("net.", p), **under("online_encoder.net.", p), **under("target_encoder.net.", s),
-        **mlp("online_encoder.projector", (0, (64, 512)), (3, (256, 64)))},
-    # facebookresearch/PLRC: PLRC/models/builder.py and resnet.py (encoder_q.enc, encoder_k.enc, fcs, fcs_2)
-    "plrc": lambda p, s: {"state_dict": {
-        **under("module.encoder_q.enc.", p, fc=False), **under("module.encoder_k.enc.", s, fc=False),
-        **mlp("module.encoder_q.enc.fcs", (0, (512, 512)), (2, (128, 512)))}},
-    # facebookresearch/dino: main_dino.py (save_dict), utils.py (MultiCropWrapper: backbone, head)
-    "dino": lambda p, s: {
-        "student": {**under("module.backbone.", p, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
-        "teacher": {**under("module.backbone.", s, fc=False), **mlp("module.head.mlp", (0, (64, 512)))},
-        "epoch": 800, "args": argparse.Namespace(arch="resnet50"), "dino_loss": {"center": torch.zeros(1, 9)}},
     # facebookresearch/moco: detection/convert-pretrain-to-detectron2.py
     "detectron2": lambda p, s: moco_to_detectron2({**under("module.encoder_q.", p), **under("module.encoder_k.", s)},
                                                   "module.encoder_q."),
-    # a query and a key encoder, written out (encoder_query, encoder_key), as MoCo's ports in many course projects do
-    "query and key": lambda p, s: {**under("encoder_query.", p), **under("encoder_key.", s), **QUEUE},
     # lightly-ai/lightly: examples/pytorch/moco.py (nn.Sequential(*list(resnet.children())[:-1]), backbone_momentum)
-    "lightly": lambda p, s: {"state_dict": {
-        **numbered("backbone.", p), **numbered("backbone_momentum.", s),
-        **mlp("projection_head.layers", (0, (64, 512)))}},
+    "lightly": lambda p, s: {"state_dict": {**numbered("backbone.", p), **numbered("backbone_momentum.", s), **BESIDE,
+                                            "projection_head.layers.0.weight": torch.ones(64, 512)}},
     # huggingface/pytorch-image-models: timm's ResNet has torchvision's names, in a model.safetensors
-    "timm, safetensors": lambda p, s: safetensors(p),
+    "timm, safetensors": lambda p, s: safetensors({**p, "empty": torch.ones(0)}),
     # huggingface/transformers: models/resnet/modeling_resnet.py, in a model.safetensors
     "hugging face": lambda p, s: safetensors(hugging_face(p)),
     # limbo0000/InstanceLoc: transfer/detection/convert_pretrained.py (backbone, backbone_k, roi_head.shared_head)
@@ -2285,7 +2256,7 @@ LAYOUTS = {
     "compiled module's state dict": lambda p, s: torch.compile(module(p)).state_dict(),
     "before torch 1.6": lambda p, s: saved({"state_dict": p}, **OLD),
     "tensors in a pickle": lambda p, s: pickle.dumps({"model": p, "queue": torch.zeros(3)}, 2),
-    "protocol 5": lambda p, s: saved({"model": under("", p)}, pickle_protocol=5),
+    "protocol 5": lambda p, s: saved({"model": p}, pickle_protocol=5),
     "fsdp2": lambda p, s: sharded(p),
     # Lightning-AI/pytorch-lightning: checkpoint_connector.py (hyper_parameters: any object; callbacks)
     "lightning": lambda p, s: {
@@ -2297,8 +2268,6 @@ LAYOUTS = {
     "named optimiser": lambda p, s: {"model": p, "optimizer": {"state": {
         key: {"exp_avg": value, "exp_avg_sq": value, "step": torch.tensor(3.0)} for key, value in p.items()}}},
 }
-WITH_MOMENTUM = ("moco", "resim", "pixpro", "densecl", "openselfsup byol", "byol-pytorch", "plrc", "dino",
-                 "query and key", "lightly")
 
 
 def write_checkpoint(path, content):
@@ -2307,49 +2276,33 @@ def write_checkpoint(path, content):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
 
-def reference_features(state, images, arch="resnet18"):
-    network = torchvision.models.get_model(arch, weights=None)
-    network.load_state_dict({**network.state_dict(), **state})
-    network.fc = torch.nn.Identity()
-    with torch.no_grad():
-        return network.eval()(images)
+def assert_holds(network, state):
+    assert not network.training and isinstance(network.fc, nn.Identity)
+    for key, value in network.state_dict().items():
+        assert key.endswith("num_batches_tracked") or torch.equal(value, state[key]), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_plain_features(layout, plain, shifted, tmp_path, capfd):
-    content = LAYOUTS[layout](plain, shifted)
-    write_checkpoint(tmp_path / "x", content)
-    images = torch.rand(1, 3, 64, 64, generator=seeded(1))
+def test_every_layout_gives_the_plain_weights(layout, plain, shifted, tmp_path, capfd):
+    write_checkpoint(tmp_path / "x", LAYOUTS[layout](plain, shifted))
     network, arch = evaluate.load_backbone(tmp_path / "x")
-    assert arch == "resnet18" and not network.training
-    expected = reference_features(plain, images)
-    decoy = reference_features(shifted, images)
-    assert not torch.allclose(expected, decoy, rtol=1e-2)
-    with torch.no_grad():
-        torch.testing.assert_close(network(images), expected, rtol=0, atol=0)
-        if layout in WITH_MOMENTUM:
-            teacher, _ = evaluate.load_backbone(tmp_path / "x", teacher=True)
-            torch.testing.assert_close(teacher(images), decoy, rtol=0, atol=0)
+    assert arch == "resnet18"
+    assert_holds(network, plain)
+    if layout in (*RELEASES, "lightly"):
+        assert_holds(evaluate.load_backbone(tmp_path / "x", teacher=True)[0], shifted)
     said = "left out, an extra norm after res5" in capfd.readouterr().err
     assert said == (layout in ("detectron2 c4", "our detector"))
 
 
-def test_a_bottleneck_network(tmp_path):
-    state = resnet_state("resnet50")
-    torch.save(hugging_face(state), tmp_path / "x.pth")
-    network, arch = evaluate.load_backbone(tmp_path / "x.pth")
-    assert arch == "resnet50"
-    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
-
-
-@pytest.mark.parametrize("arch", ["resnet34", "resnet101", "resnet152"])
-def test_architecture_is_read_off_the_shapes(arch, monkeypatch):
+@pytest.mark.parametrize("arch", ["resnet34", "resnet50", "resnet101", "resnet152"])
+def test_architecture_is_read_off_the_names(arch, monkeypatch):
     with torch.device("meta"):
-        state = torchvision.models.get_model(arch, weights=None).state_dict()
-    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: state)
-    monkeypatch.setattr(evaluate, "fill", lambda *arguments: None)
+        shapes = torchvision.models.get_model(arch, weights=None).state_dict()
+    state = {key: torch.rand(()).expand(value.shape) for key, value in shapes.items()}
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: hugging_face(state))
     network, found = evaluate.load_backbone("x")
-    assert found == arch and network.state_dict().keys() == {key for key in state if not key.startswith("fc.")}
+    assert found == arch
+    assert_holds(network, state)
 
 
 def write_run(folder, seed=0, clean=True, **more):
@@ -2358,31 +2311,27 @@ def write_run(folder, seed=0, clean=True, **more):
     model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
     for p in model.teacher.parameters():
         p.data += 0.1
-    names = [key for key in model.student.backbone.state_dict() if "running_" in key]
-    statistics = {name: {key: torch.full_like(model.student.backbone.state_dict()[key], number) for key in names}
+    state = model.student.backbone.state_dict()
+    statistics = {name: {key: torch.full_like(value, number) for key, value in state.items() if "running_" in key}
                   for name, number in (("student", 1.0), ("teacher", 2.0))}
     folder.mkdir(parents=True)
     config = {"data": "scenes", "seed": seed, "roi": 6, "batch_size": 16, **more}
     torch.save({"d3ssl": 2, "config": config, "step": 64, "model": model.state_dict(), "optimizer": {"state": {}},
                 "clean": statistics if clean else None}, folder / "last.pt")
-    torch.save(model.student.backbone.state_dict(), folder / "backbone.pth")
+    torch.save(state, folder / "backbone.pth")
     for images in (256, 1024):
         os.link(folder / "backbone.pth", folder / f"backbone-{images}.pth")
     return model
 
 
-def test_our_own_checkpoints_and_their_clean_statistics(tmp_path):
-    for clean in (True, False):
-        model = write_run(tmp_path / str(clean), clean=clean)
-        cases = (("last.pt", False, model.student, 1.0), ("last.pt", True, model.teacher, 2.0),
-                 ("backbone.pth", False, model.student, None))
-        for name, teacher, source, number in cases:
-            network, arch = evaluate.load_backbone(tmp_path / str(clean) / name, teacher=teacher)
-            assert arch == "resnet18"
-            for key, value in source.backbone.state_dict().items():
-                if "running_" in key and clean and number:
-                    value = torch.full_like(value, number)
-                assert torch.equal(network.state_dict()[key], value), key
+@pytest.mark.parametrize("clean", [True, False])
+def test_our_own_checkpoints_and_their_clean_statistics(clean, tmp_path):
+    model = write_run(tmp_path / "run", clean=clean)
+    for name, teacher, source, number in (("last.pt", False, model.student, 1.0), ("last.pt", True, model.teacher, 2.0),
+                                          ("backbone.pth", False, model.student, None)):
+        expected = {key: torch.full_like(value, number) if "running_" in key and clean and number else value
+                    for key, value in source.backbone.state_dict().items()}
+        assert_holds(evaluate.load_backbone(tmp_path / "run" / name, teacher=teacher)[0], expected)
 
 
 def without(state, key):
@@ -2392,9 +2341,6 @@ def without(state, key):
 BROKEN = {
     "missing": (lambda s: without(s, "layer3.1.bn2.running_var"), "missing key, layer3.1.bn2.running_var"),
     "missing first": (lambda s: without(s, "layer1.0.conv1.weight"), "missing key, layer1.0.conv1.weight"),
-    "missing stem": (lambda s: without(s, "conv1.weight"), "missing key, conv1.weight"),
-    "renamed": (lambda s: {k.replace("layer4.1.bn2.bias", "layer4.1.bn2.beta"): v for k, v in s.items()},
-                "missing key, layer4.1.bn2.bias"),
     "left over": (lambda s: {**s, "layer2.0.se.weight": torch.ones(3)}, "unexpected key, layer2.0.se.weight"),
     "other shape": (lambda s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)}, r"conv1.weight is \(64, 3, 3, 3\)"),
     "other depth": (lambda s: {**s, **{k.replace("layer2.1", "layer2.2"): v for k, v in s.items()}},
@@ -2408,7 +2354,8 @@ BROKEN = {
     "two heads": (lambda s: {**under("a.", c4(s)[0]), **under("b.", c4(s)[1]), **under("c.", c4(s)[1])},
                   "holds no ResNet"),
     # huggingface/pytorch-image-models: timm/models/resnet.py, resnet50d's deep stem
-    "ResNet-D": (lambda s: {**without(s, "conv1.weight"), "conv1.0.weight": torch.ones(32, 3, 3, 3)}, "ResNet-D"),
+    "ResNet-D": (lambda s: {**without(s, "conv1.weight"), "conv1.0.weight": torch.ones(32, 3, 3, 3)},
+                 "missing key, conv1.weight"),
     # Separius/SimCLRv2-Pytorch: resnet.py (Stem, BlockGroup.blocks, BottleneckBlock.net), convert.py (resnet, head)
     "SimCLR v2": (lambda s: {"resnet": {"net.0.0.weight": torch.ones(64, 3, 7, 7),
                                         "net.1.blocks.0.net.0.weight": torch.ones(64, 64, 1, 1)}}, "holds no ResNet"),
@@ -2424,12 +2371,10 @@ def test_a_backbone_that_does_not_fit_is_named(case, plain, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_prefix_settles_which(plain, tmp_path):
-    other = {key: value + 1 for key, value in plain.items()}
-    torch.save({"model": {**under("a.", plain), **under("b.", other)}}, tmp_path / "x.pth")
-    for prefix, plus in (("a", 0), ("model.b.", 1)):
-        network, _ = evaluate.load_backbone(tmp_path / "x.pth", prefix=prefix)
-        assert torch.equal(network.conv1.weight, plain["conv1.weight"] + plus)
+def test_prefix_settles_which(plain, shifted, tmp_path):
+    torch.save({"model": {**under("a.", plain), **under("b.", shifted)}}, tmp_path / "x.pth")
+    for prefix, state in (("a", plain), ("model.b.", shifted)):
+        assert_holds(evaluate.load_backbone(tmp_path / "x.pth", prefix=prefix)[0], state)
     with pytest.raises(UserError, match="0 ResNets under --prefix c: name one of model.a., model.b."):
         evaluate.load_backbone(tmp_path / "x.pth", prefix="c")
 
@@ -2471,35 +2416,31 @@ def attacks(p, harm):
     cyclic, entries = {"model": p}, zipfile.ZipFile(io.BytesIO(saved(p)))
     cyclic["self"] = cyclic
     entries = {name: entries.read(name) for name in entries.namelist()}
-    name = next(iter(entries)).partition("/")[0]
     dag = b"".join(b"}q%c(U\x01ah%cU\x01bh%cu" % (i + 1, i, i) for i in range(60))  # 2 ** 60 paths
     legacy = saved({"conv1.weight": torch.zeros(3)}, **OLD)
-    odd = {"sparse": stem.to_sparse(), "meta": stem.to("meta")}
     shapes = {"outside": (1, (9408,)), "huge": (0, (10**9, 10**9)), "repeated": (0, (10**6, 10**6), (0, 0)),
               "negative stride": (9407, (9408,), (-1,)), "negative offset": (-1, (3,)), "negative": (0, (-3,)),
               "overflow": (0, (2**32, 2**32), (2**32, 1)), "offset": (2**63, (1,)), "no number": (0, ("a",))}
-    offsets = {"negative": (-37632, 0), "huge": (0, 2**62), "overlap": (64, 37696), "text": ("a", "b")}
-    plain = safetensors(p)
+    numbers = {"sparse": (stem.to_sparse(), "missing key"), "meta": (stem.to("meta"), "missing key"), **{
+        kind: (Call(torch._utils._rebuild_tensor_v2, stored, offset, size, *(stride or [(1,) * len(size)]), False,
+                    None), damaged) for kind, (offset, size, *stride) in shapes.items()}}
+    objects = {"numpy": np.zeros(3, object), "offset in a dtype": np.zeros(3, np.dtype(
+        {"names": ["a"], "formats": ["f4"], "offsets": [4], "itemsize": 8})), "code in a storage": Call(
+            torch._utils._rebuild_tensor_v2, Call(torch.storage._load_from_bytes, saved(call)), 0, (1,), (1,), 0, None)}
     return {
         "reduce": ({"model": p, "x": call}, "read"),
         "reduce before torch 1.6": (saved({"model": p, "x": call}, **OLD), "read"),
         **{f"reduce, protocol {i}": (pickle.dumps({"model": arrays, "x": call}, i), "read") for i in range(6)},
-        "code in _load_from_bytes": (pickle.dumps({"model": arrays, "x": Call(torch.storage._load_from_bytes,
-                                                                              saved(call))}), "read"),
-        "code in a storage": (pickle.dumps({**p, "conv1.weight": Call(
-            torch._utils._rebuild_tensor_v2, Call(torch.storage._load_from_bytes, saved(call)), 0, (1,), (1,), False,
-            None)}), damaged),
+        **{kind: (pickle.dumps({**arrays, "conv1.weight": value}), damaged) for kind, value in objects.items()},
+        **{kind: ({**p, "conv1.weight": value}, outcome) for kind, (value, outcome) in numbers.items()},
         "build a class": (b"\x80\x02ctorch\nTensor\n}U\x05shapeK\x01sb.", none),
         "build a list": (b"\x80\x02]}U\x05shapeK\x01sb.", damaged),
         "set an item of text": (b"\x80\x02U\x01aU\x01bK\x01s.", damaged),
         "object dtype, set an item": (b"\x80\x02cnumpy\nndarray\n(K\x01\x85U\x01OU\x08AAAAAAAAtRK\x00K\x01s.", none),
-        "objects": (pickle.dumps({**arrays, "conv1.weight": np.zeros(3, object)}), damaged),
-        "offset in a dtype": (pickle.dumps({**arrays, "conv1.weight": np.zeros(3, np.dtype(
-            {"names": ["a"], "formats": ["f4"], "offsets": [4], "itemsize": 8}))}), damaged),
         "TorchScript": (script(), "TorchScript.*model.state_dict"),
         "zip bomb": (archive({"a/data.pkl": pickle.dumps({}, 2), "a/data/0": bytes(10**9)}, zipfile.ZIP_DEFLATED),
                      "compressed"),
-        "paths in names": (archive({**entries, f"../../{harm}": b"x", harm: b"x", f"{name}/../{harm}": b"x"}), "read"),
+        "paths in names": (archive({**entries, f"../../{harm}": b"x", harm: b"x", f"archive/../{harm}": b"x"}), "read"),
         "many steps": (b"\x80\x02](" + b"}" * 2 * 10**6 + b"e.", "more than 1,000,000 steps"),
         "large index": (b"\x80\x02}r\xff\xff\xff\x7f.", none),
         **{f"large {code}": (b"\x80\x05" + code + struct.pack("<Q", 2**38) + b"abc.", damaged)
@@ -2510,28 +2451,15 @@ def attacks(p, harm):
         "deep dictionaries": (b"\x80\x02" + b"}U\x01a" * 150000 + b"K\x01" + b"s" * 150000 + b".", none),
         "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
         "cycle": (cyclic, "read"),
-        **{f"tensor {kind}": ({**p, "conv1.weight": Call(
-            torch._utils._rebuild_tensor_v2, stored, offset, size, *(stride or [
-                (1,) * len(size)]), False, None)}, damaged) for kind, (offset, size, *stride) in shapes.items()},
         "storage's length": (legacy[:-20] + struct.pack("<q", 2**50) + legacy[-12:], damaged),
-        **{kind: ({**p, "conv1.weight": tensor}, "missing key, conv1.weight") for kind, tensor in odd.items()},
         "subclass": ({key: value.as_subclass(Subclass) for key, value in p.items()}, "read"),
-        **{f"safetensors {kind}": (edit_header(plain, pair), "damaged|not a checkpoint")
-           for kind, pair in offsets.items()},
-        "safetensors length": (struct.pack("<Q", 2**63) + plain[8:], "header"),
+        **{f"safetensors at {pair}": (safetensors(p, data_offsets=pair), damaged)
+           for pair in ((-37632, 0), (0, 2**62), ("a", "b"))},
+        "safetensors length": (struct.pack("<Q", 2**63) + safetensors(p)[8:], "header"),
         **{f"cut {kind} to {share}": (content[:int(len(content) * share)], "cut short")
-           for kind, content in (("zip", saved(p)), ("legacy", legacy), ("safetensors", plain))
+           for kind, content in (("zip", saved(p)), ("legacy", legacy), ("safetensors", safetensors(p)))
            for share in (0, 0.001, 0.5, 0.999)},
     }
-
-
-def edit_header(content, offsets):
-    """A safetensors file with other offsets of conv1.weight."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:8 + length])
-    header["conv1.weight"]["data_offsets"] = offsets
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + content[8 + length:]
 
 
 # Reads each file in a process of its own, with 2 GiB more memory than it starts with: what came of it, or its signal.
@@ -2583,21 +2511,18 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 
 def test_random_is_seeded_and_leaves_the_global_state():
-    torch.manual_seed(5)
     state = torch.get_rng_state()
     one, two, other = (evaluate.load_backbone("random", "resnet18", seed=seed)[0] for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(one.layer4[1].conv2.weight, two.layer4[1].conv2.weight)
+    assert_holds(one, two.state_dict())
     assert not torch.equal(one.layer4[1].conv2.weight, other.layer4[1].conv2.weight)
 
 
 def test_export(plain, tmp_path):
-    torch.save(under("backbone.", plain), tmp_path / "in.pth")
-    network, _ = evaluate.load_backbone(tmp_path / "in.pth")
+    network = module(plain)
     evaluate.export(network, "detectron2", tmp_path / "out.pkl")
-    with open(tmp_path / "out.pkl", "rb") as file:
-        written = pickle.load(file)
-    expected = moco_to_detectron2(under("", plain, fc=False), "")["model"]
+    written = pickle.loads((tmp_path / "out.pkl").read_bytes())
+    expected = moco_to_detectron2(network.state_dict(), "")["model"]
     expected = {key: value for key, value in expected.items() if "num_batches_tracked" not in key}
     assert written["matching_heuristics"] is True and written["model"].keys() == expected.keys()
     assert all(np.array_equal(written["model"][key], value) for key, value in expected.items())
