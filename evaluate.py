@@ -94,10 +94,11 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
     saved = read_checkpoint(path)
     with reading(path):
         prefix, weights = choose(dict(flatten(saved)), teacher, prefix)
-        last = [max(int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
-        arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *(block + 1 for block in last)))
+        numbers = [[int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")] for i in (1, 2, 3, 4)]
+        blocks = [1 + max(some) for some in numbers]
+        arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *blocks))
         if arch is None:
-            raise UserError(f"ends its stages with blocks {last} under {prefix!r}, as none of {', '.join(RESNETS)}")
+            raise UserError(f"has {blocks} blocks in the stages of {prefix!r}, as none of {', '.join(RESNETS)}")
         if "d3ssl" in saved and saved.get("clean"):
             weights.update(flatten(saved["clean"]["teacher" if "teacher" in prefix else "student"]))
         network = build(arch, seed)
@@ -132,8 +133,6 @@ def read_checkpoint(path):
     """What a checkpoint holds: torch.save's file, a plain pickle (detectron2's) or safetensors. Nothing in it is run or
     imported, and its tensors (flatten, as_tensor) stay in the mapped file. Raises UserError."""
     with reading(path):
-        if Path(path).is_fifo():
-            raise UserError("is a pipe: name a file")
         with open(path, "rb") as file:
             file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants buffers that can be written
         content = memoryview(file)
@@ -150,9 +149,7 @@ MOST = 10_000_000  # bytes of a JSON header and steps of a pickle, each of which
 
 def read_safetensors(content):
     """{name: tensor}: eight bytes of length, a JSON header, the numbers (huggingface/safetensors, "Format")."""
-    length = int.from_bytes(content[:8], "little")
-    if length > MOST:
-        raise UserError(f"has a header of {length:,} bytes: it is damaged")
+    length = min(int.from_bytes(content[:8], "little"), MOST)
     header, numbers = json.loads(bytes(content[8:8 + length])), content[8 + length:]
     header.pop("__metadata__", None)
     return {name: torch.frombuffer(numbers[slice(*entry["data_offsets"])], dtype=DTYPES[entry["dtype"]])
@@ -200,10 +197,7 @@ class StandIn(dict):
     def __setstate__(self, state):
         self.state = state
 
-    def append(self, _):
-        """Drop an element of a list or set of an unknown class."""
-
-    extend = add = append
+    append = extend = lambda self, _: None
 
 
 class Tuple(list):
@@ -226,8 +220,8 @@ class Unpickler(pickle._Unpickler):  # the one in Python: C's fills memory for o
         super().__init__(file, encoding="latin1")
         self.storages, self.steps = storages, 0
 
-    def find_class(self, module, name):
-        return StandIn(name)
+    def find_class(self, module, name):  # protocol 2 has bytes as _codecs.encode(text, "latin1")
+        return StandIn(name) if module != "_codecs" else lambda text, _: text.encode("latin1")
 
     def persistent_load(self, saved):
         if saved[0] == "module":  # before torch 1.6: a class with its source
@@ -283,26 +277,26 @@ SPELLINGS = {
     r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)": "", r"^\.": "",
     r"(^|\.)embedder\.embedder\.": r"\1layer.0.",
     r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)": lambda m: f"{m[1]}layer{int(m[2]) + 1}.",
-    r"\blayer\.([0-2])\.convolution\.": lambda m: f"conv{int(m[1]) + 1}.",
-    r"\blayer\.([0-2])\.normalization\.": lambda m: f"bn{int(m[1]) + 1}.",
-    r"\.shortcut\.convolution\.": ".downsample.0.", r"\.shortcut\.normalization\.": ".downsample.1.",
+    r"\blayer\.([0-2])\.convolution": lambda m: f"conv{int(m[1]) + 1}",
+    r"\blayer\.([0-2])\.normalization": lambda m: f"bn{int(m[1]) + 1}",
     r"(^|\.)stem\.(?=conv1\.)": r"\1", r"(^|\.)res([2-5])\.(?=\d)": lambda m: f"{m[1]}layer{int(m[2]) - 1}.",
-    r"\bconv(\d)\.norm\.": r"bn\1.", r"\bshortcut\.norm\.": "downsample.1.", r"\bshortcut\.": "downsample.0.",
+    r"\bconv(\d)\.norm\.": r"bn\1.", r"\bshortcut\.norm(alization)?\.": "downsample.1.",
+    r"\bshortcut\.(convolution\.)?": "downsample.0.",
     r"(^|\.)(?<!downsample\.)0\.(?=weight$)": r"\1conv1.", r"(^|\.)(?<!downsample\.)1\.(?=\w+$)": r"\1bn1.",
     r"(^|\.)([4-7])\.(?=\d+\.(conv|bn|downsample))": lambda m: f"{m[1]}layer{int(m[2]) - 3}."}
 
 
 def as_tensor(leaf):
-    """The tensor of one of ARRAYS: torch's, a parameter, a subclass (DTensor), a numpy array. Raises ValueError if it
-    reaches outside of its bytes or is larger than they are; what is damaged otherwise raises other errors."""
+    """The tensor of one of ARRAYS: torch's, a parameter, a subclass (DTensor), a numpy array. Raises an error if it is
+    damaged, reaches outside of its bytes or is larger than they are."""
     if isinstance(leaf, torch.Tensor):
         return leaf
     name, given = leaf.name, leaf.arguments
-    if name == "_reconstruct":
-        _, shape, dtype, fortran, content = leaf.state
-        return array(content, dtype, shape, "F" if fortran else "C")
-    if name == "_frombuffer":
-        return array(*given)
+    if name in ("_reconstruct", "_frombuffer"):  # of numpy: floats, integers or bools
+        content, dtype, shape, order = given if name == "_frombuffer" else [leaf.state[i] for i in (4, 2, 1, 3)]
+        kind = re.fullmatch("[<>|]([fiu][1248]|b1)", dtype.state[1] + dtype.arguments[0])
+        values = np.frombuffer(content, kind[0]).reshape(shape, order="F" if order in ("F", True) else "C")
+        return torch.from_numpy(values.astype(kind[1]))
     if name == "_rebuild_from_type_v2" and given[0].name == "_rebuild_wrapper_subclass":
         parts = given[3] if isinstance(given[3], list) else [given[3]]  # __dict__ and slots, or __dict__ alone
         local = as_tensor(next(part["_local_tensor"] for part in parts if part and "_local_tensor" in part))
@@ -315,24 +309,13 @@ def as_tensor(leaf):
         return as_tensor(given[0])
     storage, offset, size, stride = given[:4]
     if not isinstance(storage, Storage):  # in a plain pickle: torch.storage._load_from_bytes(what torch.save wrote)
-        content = bytearray(as_bytes(storage.arguments[0]))
+        content = bytearray(storage.arguments[0])
         storage = read_torch(io.BytesIO(content), memoryview(content))
     numbers = torch.frombuffer(storage.storages[storage.key], dtype=storage.dtype)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if min((offset, *size, *stride)) < 0 or max(last + 1, math.prod(size)) > len(numbers):
         raise ValueError("a tensor outside of its storage")
     return numbers.as_strided(size, stride, offset)
-
-
-def array(content, dtype, shape, order):
-    """A numpy array of floats, integers or bools as a tensor; dtype: the StandIn of numpy's."""
-    kind = re.fullmatch("[<>|]([fiu][1248]|b1)", dtype.state[1] + dtype.arguments[0])
-    return torch.from_numpy(np.frombuffer(as_bytes(content), kind[0]).reshape(shape, order=order).astype(kind[1]))
-
-
-def as_bytes(content):
-    """Bytes, which protocol 2 has as _codecs.encode(text, "latin1")."""
-    return content.arguments[0].encode("latin1") if isinstance(content, StandIn) else content
 
 
 def choose(leaves, teacher, prefix):
