@@ -58,9 +58,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from augment import MEAN, STD, normalise, to_float
-from d3ssl import (agree, connect, data_parallel, ensure_finite, gather_objects, load_checkpoint, lock_folder, not_finite,
-                   out_of_memory, precise_batch_norm, resnet_stages, roi_align, save_checkpoint, stop_on_signal,
-                   torchrun_ranks, write_json)
+from d3ssl import (agree, connect, data_parallel, ensure_finite, gather_objects, load_checkpoint, lock_folder,
+                   not_finite, out_of_memory, precise_batch_norm, resnet_stages, roi_align, save_checkpoint,
+                   stop_on_signal, torchrun_ranks, write_json)
 from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing, make_loader,
                   mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
 
@@ -483,12 +483,18 @@ def load_source(source, head, clean_batches, device):
     return network
 
 
+def load_from(args, entry):
+    """load_backbone of one --ckpt, FILE, FILE:PREFIX or FILE:teacher, by the arguments of the command line."""
+    if entry == "colour":
+        raise UserError("--ckpt colour is no network: name a checkpoint file or random")
+    path, teacher, prefix = split_selector(entry, args.teacher, args.prefix)
+    return load_backbone(path, args.arch, teacher, prefix, seed=args.seed)
+
+
 def digest(network):
     """A hash of a network's weights and buffers, 16 hexadecimal digits."""
-    checksum = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        checksum.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    return checksum.hexdigest()[:16]
+    content = (key.encode() + value.cpu().numpy().tobytes() for key, value in sorted(network.state_dict().items()))
+    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
 
 class Estimate(NamedTuple):
@@ -564,7 +570,7 @@ def print_table(headings, results, pick, digits, unit):
     for result in results:
         over = f"{result['files']} files" if result["files"] > 1 else unit
         line(result["row"], f"{{:{f}}} +-{{:{f}}}", [pick(result, ""), pick(result, "_se")],
-             f"{over}; {result['statistics']}{result.get('note', '')}")
+             f"{over}; {result['statistics']}")
         if "difference" in result:
             means, *ends = (pick(result["difference"], suffix) for suffix in ("", "_low", "_high"))
             line(less, f"{{:+{f}}}", [means], "paired")
@@ -578,10 +584,8 @@ def print_table(headings, results, pick, digits, unit):
 def select_objects(labels, crowd, number=None):
     """Indices of `number` of the objects of one image (None: all), without crowds, distinct categories first: the first
     object of each category in the order of the annotations, then the second of each, and so on."""
-    index, seen, rank = np.flatnonzero(~crowd), defaultdict(int), []
-    for label in labels[index].tolist():
-        rank.append(seen[label])
-        seen[label] += 1
+    index = np.flatnonzero(~crowd)
+    rank = np.tril(labels[index, None] == labels[index], -1).sum(1)  # of an object among those of its category
     return np.sort(index[np.argsort(rank, kind="stable")][:number])
 
 
@@ -594,7 +598,6 @@ class Objects(torch.utils.data.Dataset):
 
     Args: labelled: data.Labelled; size: pixels; number: objects per image, None: all; limit: only the first so many
     images. Raises UserError if there is no object, or no other image to disturb with."""
-
     def __init__(self, labelled, size, number=None, limit=None, seed=0):
         self.labelled, self.size, self.seed = labelled, size, seed
         self.n = min(len(labelled.images), limit or len(labelled.images))  # images
@@ -602,10 +605,9 @@ class Objects(torch.utils.data.Dataset):
         self.selected = [s.start + select_objects(labelled.labels[s], labelled.crowd[s], number) for s in spans]
         self.filled = [i for i in range(self.n) if len(self.selected[i])]  # the images with objects
         self.count = sum(map(len, self.selected))
-        if not self.filled:
-            raise UserError(f"{labelled.images.root} has no boxes in its first {self.n:,} images: raise --limit-images")
-        if self.n < 2:
-            raise UserError(f"{labelled.images.root}: disturbed O-KNN needs a second image, raise --limit-images")
+        if not self.filled or self.n < 2:
+            raise UserError(f"{labelled.images.root} has no boxes in its first {self.n:,} images, or no second one to "
+                            "disturb them with: raise --limit-images")
         self.k = max(map(len, self.selected))
 
     def __len__(self):
@@ -701,55 +703,43 @@ def extract(model, objects, what="objects", workers=0, device="cpu"):
 
     Args: model: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`; objects: Objects.
     Returns features (2, M, C) float16, [1] disturbed, and the objects' indices in objects.labelled (M,) int64. Memory
-    is 4 * M * C bytes (7 GB for COCO's 860,000 boxes). Raises UserError if a feature is not finite, or an image has
-    another size than its annotations."""
-    features, indices, filled, images = None, [], 0, 0
-    progress = Progress(what, len(objects))
+    is 8 * M * C bytes. Raises UserError if a feature is not finite or an image has another size than as annotated."""
+    features, indices, done, progress = [], [], 0, Progress(what, len(objects))
     batches = torch.utils.data.BatchSampler(range(len(objects)), BATCH, drop_last=False)
     for *pictures, boxes, index in make_loader(objects, batches, workers):
         real = index >= 0  # (B, K), the others are padding
         most = int(real.sum(1).max())  # objects of one image; 0 where none of these images can be read
-        boxes, real, index = boxes[:, :most].to(device), real[:, :most].flatten(), index[:, :most].flatten()
-        for which, pixels in enumerate(pictures if most else ()):
-            values = model(normalise(to_float(pixels.to(device))), boxes)
-            values = F.normalize(values.float(), dim=1).half().cpu()[real]
-            if not values.isfinite().all():
+        if most:
+            boxes, real = boxes[:, :most].to(device), real[:, :most].flatten()
+            values = torch.stack([model(normalise(to_float(pixels.to(device))), boxes) for pixels in pictures])
+            features.append(F.normalize(values.float(), dim=2).half().cpu()[:, real])
+            indices.append(index[:, :most].flatten()[real])
+            if not features[-1].isfinite().all():
                 raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
-            if features is None:
-                features = torch.empty(2, objects.count, values.shape[1], dtype=torch.float16)
-            features[which, filled:filled + len(values)] = values
-        filled += int(real.sum())
-        indices.append(index[real])
-        images += len(boxes)
-        progress.update(images)
-    if not filled:
+        done += len(index)
+        progress.update(done)
+    if not features:
         raise UserError(f"none of the {len(objects):,} images in {objects.labelled.images.root} can be read")
-    return features[:, :filled], torch.cat(indices)
+    return torch.cat(features, 1), torch.cat(indices)
 
 
 # --------------------------------------------------------------------------------------------------------------- O-KNN
 
 @torch.inference_mode()
-def nearest(queries, bank, k, device="cpu", rows=4096, columns=16384):
+def nearest(queries, bank, k, device="cpu", columns=2048):
     """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine in float32 (DINO's
-    eval_knn), in chunks of rows x columns, 0.3 GB; ties to the lower index of those that topk takes.
+    eval_knn), `columns` of the bank at once; ties to the lower index of those that topk takes.
 
-    Returns cosines (Q, k) float32, descending, and indices (Q, k). Raises UserError if k > M."""
-    if k > len(bank):
-        raise UserError(f"--k {k} is larger than the bank of {len(bank):,} objects: lower --k, or take more images")
-    cosines, indices = [], []
-    for some in queries.split(rows):
-        some = some.to(device).float()
-        best, index = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long, device=device)
-        for start in range(0, len(bank), columns):
-            similarity = some @ bank[start:start + columns].to(device).float().T
-            place = similarity.topk(min(k, similarity.shape[1]), 1).indices.sort(1).values
-            best, index = torch.cat([best, similarity.gather(1, place)], 1), torch.cat([index, start + place], 1)
-            best, order = best.sort(dim=1, descending=True, stable=True)
-            best, index = best[:, :k], index.gather(1, order)[:, :k]
-        cosines.append(best.cpu())
-        indices.append(index.cpu())
-    return torch.cat(cosines), torch.cat(indices)
+    Returns cosines (Q, k) float32, descending, and indices (Q, k); min(k, M) of them."""
+    queries = queries.to(device).float()
+    best, index = queries[:, :0], torch.empty(len(queries), 0, dtype=torch.long, device=device)
+    for start in range(0, len(bank), columns):
+        similarity = queries @ bank[start:start + columns].to(device).float().T
+        place = similarity.topk(min(k, similarity.shape[1]), 1).indices.sort(1).values
+        best, index = torch.cat([best, similarity.gather(1, place)], 1), torch.cat([index, start + place], 1)
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        best, index = best[:, :k], index.gather(1, order)[:, :k]
+    return best.cpu(), index.cpu()
 
 
 def vote(cosines, labels, categories):
@@ -1222,7 +1212,7 @@ def transfer(args):
 def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
     """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query in white,
     then its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
-    number, neighbours = min(number, len(answers.queries)), min(neighbours, len(answers.bank))
+    number, names = min(number, len(answers.queries)), queries.labelled.categories
     chosen = sorted(rng("neighbours", seed).choice(len(answers.queries), number, replace=False).tolist())
     sheet = Image.new("RGB", (109 * (neighbours + 1), 18 + 2 * number * 126), "#202020")
     draw = ImageDraw.Draw(sheet)
@@ -1231,26 +1221,25 @@ def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
     for disturbed in (0, 1):
         nearby = nearest(answers.asked[disturbed][chosen], answers.stored[disturbed], neighbours)[1]
         for n, query in enumerate(answers.queries[chosen].tolist()):
-            category, y = queries.labelled.labels[query], 18 + (2 * n + disturbed) * 126
+            y = 18 + (2 * n + disturbed) * 126
             tiles = [(queries, query), *((bank, i) for i in answers.bank[nearby[n]].tolist())]
             for x, (objects, i) in zip(range(0, sheet.width, 109), tiles):
                 label = objects.labelled.labels[i]
-                colour = "white" if x == 0 else "#3fcf5f" if label == category else "#ff4d4d"
-                sheet.paste(object_crop(objects, i, disturbed, 104), (x, y))
+                right = label == queries.labelled.labels[query]
+                colour = "white" if x == 0 else "#3fcf5f" if right else "#ff4d4d"
+                sheet.paste(object_crop(objects, i, disturbed), (x, y))
                 draw.rectangle([x, y, x + 103, y + 103], outline=colour, width=4)
-                name = objects.labelled.categories[label]
-                draw.text((x + 52, y + 112), name, fill=colour, anchor="mm", font_size=12)
+                draw.text((x + 52, y + 112), names[label], fill=colour, anchor="mm", font_size=12)
     return sheet
 
 
-def object_crop(objects, i, disturbed, side):
-    """A PIL picture of object i with some of its surroundings, as it is or disturbed."""
+def object_crop(objects, i, disturbed):
+    """A PIL picture, 104 x 104, of object i with some of its surroundings, as it is or disturbed."""
     item = objects[objects.filled.index(int(objects.image_of(i)))]
     x1, y1, x2, y2 = item[2][item[3] == i][0]
     half = min(0.65 * max(x2 - x1, y2 - y1), objects.size / 2)
-    x, y = (min(max((low + high) / 2, half), objects.size - half) for low, high in ((x1, x2), (y1, y2)))
-    box = (x - half, y - half, x + half, y + half)
-    return Image.fromarray(item[disturbed]).resize((side, side), Image.BICUBIC, box=box)
+    x, y = np.clip([(x1 + x2) / 2, (y1 + y2) / 2], half, objects.size - half)
+    return Image.fromarray(item[disturbed]).resize((104, 104), Image.BICUBIC, (x - half, y - half, x + half, y + half))
 
 
 def save_picture(picture, path):
@@ -1280,14 +1269,6 @@ def add_checkpoint_arguments(parser):
     add("--seed", type=whole_number, default=0, help="seed of random's weights and of what is drawn (default: 0)")
     add("--workers", type=whole_number, default=min(8, usable_cores()), help="loading processes (default: cores, <= 8)")
     add("--json", metavar="FILE", help="write there settings, versions, rows, and all numbers of each file")
-
-
-def load_from(args, entry):
-    """load_backbone of one --ckpt, FILE, FILE:PREFIX or FILE:teacher, by the arguments above."""
-    if entry == "colour":
-        raise UserError("--ckpt colour is no network: name a checkpoint file or random")
-    path, teacher, prefix = split_selector(entry, args.teacher, args.prefix)
-    return load_backbone(path, args.arch, teacher, prefix, seed=args.seed)
 
 
 def parse_arguments(arguments=None):
@@ -1344,30 +1325,28 @@ def main():
 
     def measure(source):
         nonlocal answers
-        model, is_first = median_colours, answers is None
+        model = median_colours
         if source.path != "colour":
             clean = partial(clean_batches, train.images, args.size, args.seed, device)
             model = ObjectFeatures(load_source(source, args.head, clean, device), args.head, source.bins)
-        answers = evaluate(model, bank, queries, args.k, args.workers, device)
-        if args.neighbours and is_first:
+        first, answers = answers is None, evaluate(model, bank, queries, args.k, args.workers, device)
+        if args.neighbours and first:
             save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
         return over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
 
     results, files = measure_rows(rows, measure)
-    labels = val.labels[answers.queries.numpy()]
+    labels, images = val.labels[answers.queries.numpy()], queries.image_of(answers.queries.numpy())
     commonest = np.bincount(train.labels[np.concatenate(bank.selected)]).argmax()
     chance = 100 * (labels == commonest).mean().item()
-    for result in results:
-        result["note"] = "; below the commonest category" if result["oknn_top1"] < chance else ""
     print_table(MEASURES.values(), results, lambda result, suffix: [result[name + suffix] for name in MEASURES], 1,
-                f"{len(set(queries.image_of(answers.queries.numpy())))} images")
+                f"{len(set(images))} images")
     print(f"bank: {len(answers.bank):,} objects of {len(bank):,} images; queries: {len(labels):,} of {len(queries):,}; "
           f"k {args.k}, {args.size} x {args.size} pixels, head {args.head}; to answer {train.categories[commonest]}, "
           f"the bank's commonest category, is right in {chance:.1f} %")
     if args.json:
         names = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
-        settings = {**{name: getattr(args, name) for name in names}, "root": str(train.images.root),
-                    "bank_objects": len(answers.bank), "query_objects": len(labels), "commonest": chance}
+        settings = dict({name: getattr(args, name) for name in names}, root=str(train.images.root),
+                        bank_objects=len(answers.bank), query_objects=len(labels), commonest=chance)
         write_json(args.json, {"settings": settings, "versions": VERSIONS, "rows": results, "files": files})
         print(f"wrote {args.json}")
 
