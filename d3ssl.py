@@ -450,6 +450,8 @@ def lock_folder(out):
         Path(out).mkdir(parents=True, exist_ok=True)
         file = open(Path(out) / ".lock", "w")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loading processes
+        for unfinished in Path(out).glob("*.tmp"):  # of a run that was killed while it saved
+            unfinished.unlink()
     except OSError as error:
         why = "another process does" if isinstance(error, BlockingIOError) else error.strerror
         raise UserError(f"cannot write into {out} ({why}): name another --out") from None

@@ -133,6 +133,8 @@ def read_checkpoint(path):
     """What a checkpoint holds: torch.save's file, a plain pickle (detectron2's) or safetensors. Nothing in it is run or
     imported, and its tensors (flatten, as_tensor) stay in the mapped file. Raises UserError."""
     with reading(path):
+        if Path(path).is_fifo():
+            raise UserError("is a pipe: name a file")
         with open(path, "rb") as file:
             file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants buffers that can be written
         content = memoryview(file)
@@ -179,6 +181,8 @@ def read_torch(file, content):
             raise UserError("is a compressed archive, which torch.save never writes: unpack it")
         start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", content, entry.header_offset + 26))
         storages[name.removeprefix("data/")] = content[start:start + entry.file_size]
+    if storages.get("byteorder") == b"big":
+        raise UserError("was written on a big-endian machine: save it again on another")
     return Unpickler(io.BytesIO(storages["data.pkl"]), storages).load()
 
 
@@ -1026,6 +1030,7 @@ def fine_tune(c, network, out, resume="auto", workers=0):
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+    del saved
 
     def batches(first, last):
         """(images, targets) of steps first to last. What the model samples is a function of (seed, step, rank)."""
@@ -1071,6 +1076,7 @@ def fine_tune(c, network, out, resume="auto", workers=0):
                 save("last.pt", optimizer=optimizer.state_dict())
                 saved_at = time.perf_counter()
             if stop:
+                gather_objects(step)  # torchrun ends all ranks after the first: none leaves before the save
                 return 128 + stop, {}
             recent, lap = [], time.perf_counter()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1287,11 +1293,13 @@ def parse_arguments(arguments=None):
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
     add("--out", help="folder for last.pt, detector.pth, results.json (default: runs/TASK-CKPT)")
     add("--resume", choices=("auto", "never"), default="auto", help="whether to resume OUT/last.pt (default: auto)")
-    add("--batch-size", type=positive, help="of all ranks together; rate and steps scale with it (default: 16, MoCo's)")
+    add("--batch-size", type=positive, default=Transfer.batch_size, help="of all ranks together; rate and steps "
+        "scale with it (default: 16, MoCo's)")
     add("--steps", type=positive, help="length of the schedule; drops and warm-up stay in proportion (default: MoCo's)")
     add("--short-side", type=positive, help="one for training and test (default: MoCo's 480-800, coco 640-800; 800)")
-    add("--lr", type=float, help="learning rate for 16 images (default: 0.02, MoCo's)")
-    add("--rois", type=positive, help="boxes per image that train the RoI head (default: 512, detectron2's)")
+    add("--lr", type=float, default=Transfer.lr, help="learning rate for 16 images (default: 0.02, MoCo's)")
+    add("--rois", type=positive, default=Transfer.rois, help="boxes per image that train the RoI "
+        "head (default: 512, detectron2's)")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
     args.head = args.head or ("roi" if args.data == "scenes" else "map")

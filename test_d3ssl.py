@@ -1218,7 +1218,8 @@ def two_ranks(pictures, tmp_path_factory):
     (folder / "two.py").write_text(TWO_RANKS_RUN)
     env = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "KEPT": str(folder)}
     done = torchrun(folder / "two.py", *small(pictures, folder / "run"), env=env)
-    stopped = torchrun(folder / "two.py", *small(pictures, folder / "stopped"), ok=False, env={**env, "STOPPED_RANK": "1"})
+    stopped = torchrun(folder / "two.py", *small(pictures, folder / "stopped"), ok=False,
+                       env={**env, "STOPPED_RANK": "1"})
     assert stopped.returncode != 0
     return Finished(folder, pictures, done.stdout + stopped.stdout)
 
@@ -1263,7 +1264,8 @@ def test_the_queue_starts_with_teacher_features_of_batches_that_training_never_s
         kept.setdefault("teacher", copy.deepcopy(model.teacher))
         kept.setdefault("read", len(read))  # before this step's own batch
         return torch.zeros(4)
-    monkeypatch.setattr(data.TwoViews, "__getitem__", lambda views, item: read.append((views, item)) or item_of(views, item))
+    monkeypatch.setattr(data.TwoViews, "__getitem__",
+                        lambda views, item: read.append((views, item)) or item_of(views, item))
     monkeypatch.setattr(d3ssl, "train_step", no_step)
     assert d3ssl.train(config) == 0
     filling, training = [item for _, item in read[:4]], {item for _, item in read[4:4 + 48]}
@@ -1342,8 +1344,8 @@ def test_training_reads_no_annotation(tmp_path):
 
 def test_scenes_objects_suit_the_methods_filter(scenes_run):
     """At least 95 % of the objects have a proposal of IoU > 0.5 among those that pass the filter, and at least 65 % of
-    the proposals an object: 2-4 objects of side 44-62 gave 100 % and 76 % (a search that finds nothing: 0). And there is
-    room to move: a tenth of the side and more by default (0.19), less with all four boxes (0.07)."""
+    the proposals an object: 2-4 objects of side 44-62 gave 100 % and 76 % (a search that finds nothing: 0). And
+    there is room to move: a tenth of the side and more by default (0.19), less with all four boxes (0.07)."""
     proposals, recalled, meant = data.Proposals(scenes_run.root / ".proposals" / "train"), [], []
     for i in range(100):
         overlap = torchvision.ops.box_iou(torch.tensor(proposals[i]), torch.tensor(Scenes().render(i)[1])) > 0.5
@@ -1394,7 +1396,7 @@ def test_mistakes_are_one_line_that_names_the_cure(scenes_run, pictures, tmp_pat
     assert len(lines) == 2 * len(cases) and "Traceback" not in printed, printed
     for (words, said), message, code in zip(cases, lines[::2], lines[1::2]):
         assert code == "code 2" and said in message, (words, message)
-    assert not any((tmp_path / "x").glob("*.*")) and (cut / "last.pt").stat().st_size == 5000
+    assert not any((tmp_path / "x").glob("[!.]*")) and (cut / "last.pt").stat().st_size == 5000
     assert f"{out}/last.pt is finished at step 40 of 40" in printed and (out / "last.pt").read_bytes() == before
 
 
@@ -3517,7 +3519,7 @@ def transfer_of(capfd, *arguments):
 
 @pytest.fixture
 def detectors(monkeypatch):
-    """Every detector that a test makes, with 40 boxes per image instead of 1,000 to 2,000: most of a tiny test's time."""
+    """Every detector that a test makes, with 40 proposals instead of 1,000 to 2,000: most of a tiny test's time."""
     models, make = [], evaluate.c4_detector
     monkeypatch.setattr(evaluate.RegionProposals, "post_nms_top_n", lambda rpn: 40)
     monkeypatch.setattr(evaluate, "c4_detector", lambda *args: models.append(make(*args)) or models[-1])
@@ -3636,7 +3638,7 @@ def plain_ap(detections, truth, threshold):
 
 
 def test_voc_ap_against_a_plain_loop():
-    """Objects of two categories in two images, a quarter of them difficult; detections near them, some of a wrong one."""
+    """Objects of two categories in two images, a quarter difficult; detections near them, some of the other one."""
     random, compared = np.random.default_rng(0), 0
     for trial in range(30):
         corners, sides = random.integers(0, 40, (26, 2)).astype(float), random.choice([24.0, 40.0], 26)
@@ -3784,8 +3786,8 @@ def test_detector_overfits_two_scenes(tmp_path, detectors):
     (tmp_path / "annotations/instances_val2017.json").write_text(content)
     shutil.rmtree(tmp_path / "val2017")
     (tmp_path / "val2017").symlink_to(tmp_path / "train2017")
-    config = evaluate.Transfer("coco", str(tmp_path), "random", "resnet18", steps=60, drops=(28, 36), warmup=1, sides=(80,),
-                               long_side=134, batch_size=2, lr=0.01, rois=8, precise=4)
+    config = evaluate.Transfer("coco", str(tmp_path), "random", "resnet18", steps=60, drops=(28, 36), warmup=1,
+                               sides=(80,), long_side=134, batch_size=2, lr=0.01, rois=8, precise=4)
     code, results = evaluate.fine_tune(config, evaluate.build("resnet18", 0), tmp_path / "out")
     assert code == 0 and results["box"]["AP50"] > 60 and results["mask"]["AP50"] > 25
     running, tested = (torch.load(tmp_path / f"out/{name}", weights_only=True)["model"]
@@ -3797,13 +3799,15 @@ def test_detector_overfits_two_scenes(tmp_path, detectors):
 def test_transfer_stops_on_sigterm_and_resumes(scenes, tmp_path, capfd, detectors, monkeypatch):
     """A signal at step 2, the same command again, from another folder: the weights of an uninterrupted run, bit for
     bit. A stopped run exits with 128 + 15 and has no results."""
-    moved, rate = tmp_path / "moved", evaluate.Transfer.rate
+    moved, batches, seen = tmp_path / "moved", evaluate.Detection.batches, []
 
-    def rate_and_stop(config, step):
-        if step == 1 and len(detectors) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return rate(config, step)
-    monkeypatch.setattr(evaluate.Transfer, "rate", rate_and_stop)
+    def batches_and_stop(views, *args):
+        for batch in batches(views, *args):
+            seen.append(len(detectors))
+            if seen[-2:] == [2, 2]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+    monkeypatch.setattr(evaluate.Detection, "batches", batches_and_stop)
     moved.symlink_to(scenes)
     for out, root, expected in (("straight", scenes, 0), ("stopped", scenes, 143), ("stopped", moved, 0)):
         code, said, error = transfer_of(capfd, "--root", root, "--steps", 4, "--out", tmp_path / out)
@@ -3879,7 +3883,9 @@ def broken(scenes, tmp_path_factory):
     coco_copy(scenes, tmp / "absent", lambda content: content["images"].append(
         dict(id=99, file_name="gone.png", width=8, height=8)))
     coco_copy(scenes, tmp / "renamed", lambda content: content["categories"][0].update(name="blob"))
-    coco_copy(scenes, tmp / "resized", lambda content: [im.update(width=224, height=224) for im in content["images"]])
+    coco_copy(scenes, tmp / "resized", lambda content: [
+        *(image.update(width=224, height=224) for image in content["images"]),
+        *(one.update(segmentation=box_as_polygons(one)[1:]) for one in content["annotations"])])
     (tmp / "cut").mkdir()
     (tmp / "cut/last.pt").write_bytes(b"PK cut")
     (tmp / "other").mkdir()
