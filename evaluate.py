@@ -1351,6 +1351,9 @@ def main():
     print(f"bank: {len(answers.bank):,} objects of {len(bank):,} images; queries: {len(labels):,} of {len(queries):,}; "
           f"k {args.k}, {args.size} x {args.size} pixels, head {args.head}; to answer {train.categories[commonest]}, "
           f"the bank's commonest category, is right in {chance:.1f} %")
+    below = [result["row"] for result in results if result["oknn_top1"] < chance]
+    if below:
+        print(f"below the commonest category: {', '.join(below)}")
     if args.json:
         names = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
         settings = dict({name: getattr(args, name) for name in names}, root=str(train.images.root),

@@ -852,7 +852,7 @@ def test_every_command_works_under_any_start_method(pictures, scenes, tmp_path):
         assert saved_step(out / "run") == 4
         knn, probed, detected = (json.loads((out / name).read_text())
                                  for name in ("knn.json", "probes.json", "detector/results.json"))
-        assert knn["files"][0]["queries"] == len(data.open_labelled("coco", scenes, "val").boxes)
+        assert knn["settings"]["query_objects"] == len(data.open_labelled("coco", scenes, "val").boxes)
         assert len(probed["files"]) == 1 and np.isfinite(probed["files"][0]["rc"]).all()
         assert detected["tested"] == 2 and {"box", "mask"} <= set(detected)
 
