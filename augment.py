@@ -123,9 +123,9 @@ def proposal_random_mask(boxes, size, scale=PRM_SCALE, ratio=PRM_RATIO, reading=
 
 
 def restricted_box_jitter(boxes, size, scale=RBJ_SCALE, shift=RBJ_SHIFT, generator=None):
-    """RBJ, section 4.1: jittered boxes (B, K, 4), never larger than the original. Width and height are multiplied by
-    U(scale), the centre moves by U(-shift, shift) of the side; the result is clipped to the view `size` (H, W). Not in
-    the paper: both ranges."""
+    """RBJ, section 4.1: jittered boxes (B, K, 4), never larger than the original while scale <= 1. Width and height are
+    multiplied by U(scale), the centre moves by U(-shift, shift) of the side; the result is clipped to the view `size`
+    (H, W). Not in the paper: both ranges."""
     low = constant((scale[0], scale[0], -shift, -shift), boxes.device)
     high = constant((scale[1], scale[1], shift, shift), boxes.device)
     factors, shifts = uniform(boxes.shape, low, high, boxes, generator).split(2, -1)
@@ -324,7 +324,7 @@ def de_position(x2, boxes, options, generator=None):
 
 def region_mask(boxes, size, options, generator=None, is_view2=False):
     """The mask (B, 1, H, W) of Eq. 2 for one view, size (H, W), with boxes (B, K, 4) in its pixels: the product of
-    PRC's and PRM's, as far as options.augs names them. SoCo's cutout acts on view 2 alone."""
+    PRC's and PRM's, as far as options.augs names them. "cutout" acts on the student's view 2s alone."""
     mask = boxes.new_ones((len(boxes), 1, *size))
     if "prc" in options.augs:
         mask = proposal_random_cutout(mask, boxes, options.prc_share, options.prc_threshold, generator)
@@ -415,7 +415,7 @@ def main():
     args = parser.parse_args()
     args.dp = args.dp_boxes > 0
     if args.dp_boxes > args.boxes or (args.size or 0) % 2:
-        raise UserError(f"--dp-boxes is at most --boxes {args.boxes}, --size is even: view 2-s has half of it")
+        raise UserError(f"--dp-boxes is at most --boxes {args.boxes}, --size is even: view 2s has half of it")
     shown = Scenes(number=args.rows)
     if args.data != "scenes":
         images = open_images(args.data, args.root)

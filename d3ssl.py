@@ -53,7 +53,7 @@ class Config:
     proposals: str = setting(None, "folder of the proposals; default: below the root")
     out: str = setting(None, "folder that the run writes; default runs/DATA")
     arch: str = setting("resnet50", "architecture; section 4", ("resnet18", "resnet34", "resnet50", "resnet101"))
-    size: int = setting(224, "side of views 1 and 2 in pixels, view 2-s has half; section 4")
+    size: int = setting(224, "side of views 1 and 2 in pixels, view 2s has half; section 4")
     boxes: int = setting(4, "K, boxes drawn per image; from SoCo")
     regions: str = setting("proposals", "what the boxes are; section 4.1; image and grid: baselines of section 3",
                            ("proposals", "image", "grid"))
@@ -83,7 +83,7 @@ class Config:
     lr: float = setting(0.3, "peak learning rate for 256 images, scaled with the batch (not adamw's); from DenseCL")
     warmup: int = setting(10, "epochs of linear warm-up, at most a quarter of all; length from SoCo")
     momentum: float = setting(0.9, "momentum of SGD and LARS; from DenseCL")
-    weight_decay: float = setting(1e-4, "L2 penalty on all weights; from DenseCL")
+    weight_decay: float = setting(1e-4, "weight decay (decoupled in adamw, weights alone in lars); from DenseCL")
     amp: str = setting("auto", "autocast; auto: bfloat16 where the hardware is faster with it", ("auto", "bf16", "off"))
     workers: int = setting(8, "processes per rank that load images, at most the usable cores")
     seed: int = setting(0, "seed of the initialisation, the order of the data and the augmentations")
@@ -92,7 +92,8 @@ class Config:
 
 
 # Not in the paper: sized so that a laptop's CPU sees learning in minutes. AdamW and the low temperature are what learns
-# within 8,192 images; SGD does not. A faster teacher (0.95) outruns the queue: positives are then told by their age.
+# within 8,192 images; SGD does not. A faster teacher (0.95) outruns the queue: a key's age then shows that it is one of
+# the negatives.
 QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.99, epochs=8,
              batch_size=16, optimizer="adamw", lr=1e-3, warmup=1, workers=2)
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
@@ -190,7 +191,7 @@ def interpolation(low, high, scale, bins, cells, ratio):
 # --------------------------------------------------------------------------------- queue and losses (Eqs. 3-5 and 8-10)
 
 class Queue(nn.Module):
-    """The negatives of Eq. 5: the last `size` teacher features (size, D), first in, first out. `fill_queue` fills it
+    """The negatives of Eq. 5: the last `size` teacher features (size, D), first in, first out. `train` fills it
     before step 1; until then it holds random unit vectors, drawn by `seed`."""
 
     def __init__(self, size, dim, seed=0):
@@ -271,7 +272,7 @@ class D3SSL(nn.Module):
         """views: augment.Views. Returns Output; enqueue its `keys` after the backward pass."""
         accuracies = []
 
-        def nce(z, z_pos):
+        def nce(z, z_pos):  # or SoCo's loss
             loss, accuracy = info_nce(z, z_pos, self.queue.features, self.config.temperature)  # Eq. 5
             accuracies.append(accuracy)
             return cosine_loss(z, z_pos) if self.config.objective == "cosine" else loss
@@ -414,7 +415,7 @@ def data_parallel(model, world_size):
 
 
 def gather_objects(value):
-    """[the value of each rank], between hosts: no GPU waits for it."""
+    """[the value of each rank], over gloo on the CPU: no GPU waits for it."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -433,7 +434,7 @@ def agree(out, **state):
 
 
 def stop_on_signal():
-    """A list that SIGTERM and SIGINT append their number to. A second signal ends the process at once."""
+    """A list that SIGTERM and SIGINT append their number to. The same signal again ends the process at once."""
     received = []
 
     def handler(number, frame):
@@ -497,7 +498,7 @@ def flag(key):
 
 
 def not_finite(step, out):
-    return UserError(f"the loss is not finite at step {step:,}: lower --lr; {out}/last.pt is the last good checkpoint")
+    return UserError(f"the loss is not finite at step {step:,}: lower --lr, or resume {out}/last.pt if it is older")
 
 
 def ensure_finite(model, step, out):
@@ -576,7 +577,7 @@ def train(config, resume="auto"):
     if config.batch_size % world_size or config.batch_size < 2 * world_size:
         raise UserError(f"--batch-size {config.batch_size} on {world_size} ranks: choose a multiple with at least 2 "
                         "images per rank, for batch norm and the background image")
-    lock = lock_folder(out) if is_main else None
+    lock = lock_folder(out) if is_main else None  # held until this process ends
 
     # Data, with proposals computed first where they are missing.
     images, proposals = open_images(config.data, config.root), None
@@ -599,7 +600,7 @@ def train(config, resume="auto"):
         schedule = Schedule(len(dataset), config.batch_size, config.seed, first, last, rank, world_size)
         return make_loader(dataset, schedule, workers, pin=device.type == "cuda")
 
-    # A longer queue than a quarter of an epoch's keys holds an image's own earlier features as its negatives.
+    # The longer the queue, the more of an image's own earlier features are among its negatives.
     queue = min(config.queue, max(1, 2 * config.boxes * len(dataset) // 4))
     if is_main and queue < config.queue:
         print(f"--queue {config.queue:,} is cut to {queue:,}, a quarter of what an epoch enqueues")
@@ -615,8 +616,8 @@ def train(config, resume="auto"):
     agree(out, step=step, images=len(dataset), last_step=last_step, settings=settings)
     if step >= last_step:
         if is_main:
-            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}: for a longer schedule start anew "
-                  "with another --out")
+            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}: a longer schedule (--epochs) needs "
+                  "another --out")
         return 0
 
     # Model and optimiser.
@@ -647,8 +648,10 @@ def train(config, resume="auto"):
     def snapshot():
         images = step * config.batch_size
         passed = images >= 512 and images.bit_length() > (images - config.batch_size).bit_length()
-        if config.snapshots and is_main and (step == 0 or passed):
-            save_backbone(f"backbone-{images}.pth", clean_statistics(model, dataset, device, workers))
+        if config.snapshots and (step == 0 or passed):
+            statistics = clean_statistics(model, dataset, device, workers)  # on all ranks, for SyncBatchNorm
+            if is_main:
+                save_backbone(f"backbone-{images}.pth", statistics)
 
     if is_main:
         print(f"{config.arch} on {len(dataset):,} images of {config.data}, {config.regions}, {world_size} x "
@@ -730,8 +733,10 @@ def train(config, resume="auto"):
 # -------------------------------------------------------------------------------------------------------- command line
 
 def interval(text):
-    """'0.2,0.5' -> (0.2, 0.5)."""
+    """'0.2,0.5' -> (0.2, 0.5). Raises ValueError unless 0 <= low <= high."""
     low, high = map(float, text.split(","))
+    if not 0 <= low <= high < math.inf:
+        raise ValueError
     return low, high
 
 
@@ -766,9 +771,11 @@ def configure(given):
         config = replace(config, augs=(), dp=False, boxes=1 if given["regions"] == "image" else config.boxes)
     config = replace(config, **given)
     if config.size % 2 or config.size < 64:
-        raise UserError(f"--size {config.size}: an even number of at least 64, view 2-s has half of it")
+        raise UserError(f"--size {config.size}: an even number of at least 64, view 2s has half of it")
     if config.dp and config.dp_boxes > config.boxes:
         raise UserError(f"--dp-boxes {config.dp_boxes}: at most --boxes {config.boxes}")
+    if max(*config.prc_share, *config.rbj_scale) > 1 or config.prm_ratio[0] <= 0:
+        raise UserError("--prc-share and --rbj-scale are at most 1, --prm-ratio is above 0")
     root, out = config.root or Path("data") / config.data, config.out or Path("runs") / config.data
     return replace(config, root=str(root), out=str(out), roi=config.roi or config.size // 16)
 
