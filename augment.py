@@ -416,8 +416,9 @@ def main():
     args.dp = args.dp_boxes > 0
     if args.dp_boxes > args.boxes or (args.size or 0) % 2:
         raise UserError(f"--dp-boxes is at most --boxes {args.boxes}, --size is even: view 2s has half of it")
-    shown = Scenes(number=args.rows)
-    if args.data != "scenes":
+    if args.data == "scenes":
+        shown = Scenes(number=args.rows)
+    else:
         images = open_images(args.data, args.root)
         shown = Images(images.root, images.names[rng("sheet", args.seed).permutation(len(images))[:args.rows]])
     with tempfile.TemporaryDirectory() as folder:
