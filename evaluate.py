@@ -3,7 +3,7 @@ detection and segmentation (section 5.2, Tables 1 and 3); export.
 
     python evaluate.py --ckpt runs/scenes/last.pt random colour                  ours, an untrained network, no network
     python evaluate.py --ckpt 'D3SSL=runs/d3ssl-*/last.pt' 'w/o dp=runs/nodp-*/last.pt'       means over files
-    python evaluate.py --ckpt A.pth.tar B.pth:teacher --data coco --root data/coco            anybody's: one row per file
+    python evaluate.py --ckpt A.pth.tar B.pth:teacher --data coco --root data/coco           anybody's: one row per file
     torchrun --nproc_per_node 8 evaluate.py --ckpt X --transfer voc --root VOCdevkit        or coco; last.pt is resumed
     python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                or torchvision: a state dict
 
