@@ -10,6 +10,7 @@ pixels of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visibl
 """
 import argparse
 import math
+import tempfile
 from functools import cache
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in every checkpoint that we compare with
 
-# Ranges of the region augmentations (section 4.1; PRC's threshold and RBJ's ranges are not in the paper).
+# Ranges of the region augmentations: section 4.1, but PRC's threshold and RBJ's ranges are ours.
 PRC_SHARE = (0.2, 0.5)      # of a box's area that is cut out
 PRC_THRESHOLD = 0.5         # a box of which a larger share is hidden already is made visible first
 PRM_SCALE = (0.2, 0.6)      # area of a rectangle of background, as a share of its box's
@@ -29,8 +30,7 @@ RBJ_SHIFT = 0.1             # of its centre, at most, as a share of its sides
 
 @cache
 def constant(values, device):
-    """A tuple of numbers, or of rows, as a float32 tensor on `device`: copied there once, as each copy makes the host
-    wait for the device."""
+    """A tuple of numbers or rows as a float32 tensor, copied to `device` once: a copy makes the host wait for it."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -105,8 +105,6 @@ def proposal_random_mask(boxes, size, scale=PRM_SCALE, ratio=PRM_RATIO, reading=
     rectangles outside the boxes. Not in the paper: one rectangle per box, on the border, log-uniform in its aspect.
 
     Args: boxes (B, K, 4); size (H, W). Returns the mask (B, 1, H, W), 1 = visible."""
-    if reading not in ("reveal", "hide"):
-        raise ValueError(f"reading {reading!r}: reveal or hide")
     boxes = whole_pixels(boxes, size)
     extent, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., 2:] + boxes[..., :2]) / 2
     shape = boxes.shape[:2]
@@ -119,7 +117,7 @@ def proposal_random_mask(boxes, size, scale=PRM_SCALE, ratio=PRM_RATIO, reading=
     spot = centre + reach * direction
     rectangles = boxes_mask(torch.cat([spot - half, spot + half], -1), size)
     inside = boxes_mask(boxes, size)
-    return torch.maximum(inside, rectangles if reading == "reveal" else 1 - rectangles)
+    return torch.maximum(inside, {"reveal": rectangles, "hide": 1 - rectangles}[reading])
 
 
 def restricted_box_jitter(boxes, size, scale=RBJ_SCALE, shift=RBJ_SHIFT, generator=None):
@@ -208,13 +206,11 @@ YIQ_TO_RGB = tuple(map(tuple, torch.tensor(RGB_TO_YIQ, dtype=torch.float64).inve
 
 
 def colour_augment(images, colour=Colour(), generator=None):
-    """Colour jitter, random grey and Gaussian blur, each sample with its own draws.
+    """Colour jitter, random grey and Gaussian blur of images (B, 3, H, W) in [0, 1], each with its own draws.
 
     Brightness, contrast, saturation, hue (a rotation in YIQ) and grey, in this fixed order, are affine in a pixel's
     colour: one 3x3 matrix and offset per sample, one product; contrast's pivot, the mean grey after brightness, follows
-    from the mean colour. Blur is one product with a band matrix along each axis. Fixed order and one clamp: as DALI.
-
-    Args: images (B, 3, H, W) in [0, 1]. Returns the same shape, in [0, 1]."""
+    from the mean colour. Blur is one product with a band matrix along each axis. Fixed order and one clamp: as DALI."""
     matrix, offset = colour_transform(images.mean((2, 3)), colour, generator)
     pixels = torch.baddbmm(offset[..., None], matrix, images.flatten(2)).clamp_(0, 1).view(images.shape)
     return blur(pixels, colour, generator)
@@ -290,11 +286,11 @@ AUGS = ("prc", "prm", "rbj", "cutout", "jitter")
 
 
 def make_views(batch, options, generator=None, colour=Colour()):
-    """Section 4: from what the loader brings to what the encoders see, on the batch's device.
+    """Section 4: from what the loader brings to what the encoders see, on the batch's device. Returns Views.
 
     Args: batch: view1, view2 (B, H, W, 3) uint8, boxes1, boxes2 (B, K, 4); options: d3ssl.Config, or any object with
-    its fields augs, prm, dp, dp_boxes and the ranges prc_share, prc_threshold, prm_scale, prm_ratio, rbj_scale and
-    rbj_shift. De-positioning moves the first dp_boxes of the K boxes: their order is random. Returns Views."""
+    its fields augs, prm, dp, dp_boxes, prc_share, prc_threshold, prm_scale, prm_ratio, rbj_scale and rbj_shift.
+    De-positioning moves the first dp_boxes of the K boxes, whose order is random."""
     view1, view2, boxes1, boxes2 = batch
     size = view1.shape[1:3]
     x1, x2 = (normalise(colour_augment(to_float(view), colour, generator)) for view in (view1, view2))
@@ -393,10 +389,8 @@ def contact_sheet(views, tile=224):
 
 
 def main():
-    import tempfile
-
-    from data import (Images, Parser, Proposals, Scenes, TwoViews, UserError, atomic, compute_proposals, make_loader,
-                      open_images, positive, rng, whole_number)
+    from data import (Parser, Proposals, TwoViews, UserError, atomic, compute_proposals, make_loader, open_images,
+                      positive, rng, whole_number)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=("scenes", "coco", "voc", "openimages-mini", "folder"), default="scenes")
@@ -406,26 +400,24 @@ def main():
     add("--rows", type=positive, default=6, help="images to show (default 6)")
     add("--size", type=positive, help="side of a view in pixels, even (default: scenes 112, else 224)")
     add("--boxes", type=positive, default=4, help="K, boxes per image (default 4)")
-    add("--dp-boxes", type=whole_number, default=1, help="how many of them de-positioning moves, 0: none (default 1)")
+    add("--dp-boxes", type=positive, default=1, help="how many of them de-positioning moves (default 1)")
     add("--augs", type=parse_augs, default=("prc", "prm", "rbj"), help="region augmentations, as in d3ssl.py")
     add("--prm", choices=("reveal", "hide"), default="reveal", help="PRM's reading, as in d3ssl.py")
     add("--seed", type=whole_number, default=0)
-    parser.set_defaults(prc_share=PRC_SHARE, prc_threshold=PRC_THRESHOLD, prm_scale=PRM_SCALE, prm_ratio=PRM_RATIO,
-                        rbj_scale=RBJ_SCALE, rbj_shift=RBJ_SHIFT)
+    parser.set_defaults(dp=True, prc_share=PRC_SHARE, prc_threshold=PRC_THRESHOLD, prm_scale=PRM_SCALE,
+                        prm_ratio=PRM_RATIO, rbj_scale=RBJ_SCALE, rbj_shift=RBJ_SHIFT)
     args = parser.parse_args()
-    args.dp = args.dp_boxes > 0
     if args.dp_boxes > args.boxes or (args.size or 0) % 2:
         raise UserError(f"--dp-boxes is at most --boxes {args.boxes}, --size is even: view 2s has half of it")
-    if args.data == "scenes":
-        shown = Scenes(number=args.rows)
-    else:
-        images = open_images(args.data, args.root)
-        shown = Images(images.root, images.names[rng("sheet", args.seed).permutation(len(images))[:args.rows]])
+    images = open_images(args.data, args.root)
+    if args.data != "scenes":
+        images.names = images.names[rng("sheet", args.seed).permutation(len(images))]
+    images.names = images.names[:args.rows]
     with tempfile.TemporaryDirectory() as folder:
         if args.proposals is None:
-            compute_proposals(shown, folder, workers=2)
-        proposals, size = Proposals(args.proposals or folder), args.size or shown.size
-        dataset = TwoViews(shown, proposals, size, args.boxes, seed=args.seed)
+            compute_proposals(images, folder, workers=2)
+        dataset = TwoViews(images, Proposals(args.proposals or folder), args.size or images.size, args.boxes,
+                           seed=args.seed)
         batch = next(iter(make_loader(dataset, [[(0, i) for i in range(len(dataset))]], workers=0)))
     sheet = contact_sheet(make_views(batch, args, torch.Generator().manual_seed(args.seed)))
     with atomic(args.out) as file:

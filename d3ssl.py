@@ -55,12 +55,9 @@ class Config:
     arch: str = setting("resnet50", "architecture; section 4", ("resnet18", "resnet34", "resnet50", "resnet101"))
     size: int = setting(224, "side of views 1 and 2 in pixels, view 2s has half; section 4")
     boxes: int = setting(4, "K, boxes drawn per image; from SoCo")
-    regions: str = setting("proposals", "what the boxes are; section 4.1; image and grid: baselines of section 3",
-                           ("proposals", "image", "grid"))
-    augs: tuple = setting(("prc", "prm", "rbj"), "region augmentations: prc,prm,rbj (section 4.1), cutout,jitter "
-                          "(in SoCo's manner) or none")
-    prm: str = setting("reveal", "PRM: reveal parts of the background, section 4.1 to the letter, or hide them",
-                       ("reveal", "hide"))
+    regions: str = setting("proposals", "what the boxes are; sections 4.1 and 3", ("proposals", "image", "grid"))
+    augs: tuple = setting(("prc", "prm", "rbj"), "region augmentations; section 4.1; cutout, jitter: SoCo's; or none")
+    prm: str = setting("reveal", "PRM's reading; reveal: section 4.1 to the letter", ("reveal", "hide"))
     prc_share: tuple = setting(PRC_SHARE, "PRC: range of the area cut out of a box; section 4.1")
     prc_threshold: float = setting(PRC_THRESHOLD, "PRC: hidden share above which a box is made visible first; ours")
     prm_scale: tuple = setting(PRM_SCALE, "PRM: range of a rectangle's area, as a share of its box's; section 4.1")
@@ -91,17 +88,15 @@ class Config:
     snapshots: bool = setting(False, "keep backbone-IMAGES.pth at powers of two of images seen")
 
 
-# Not in the paper: sized so that a laptop's CPU sees learning in minutes. AdamW and the low temperature are what learns
-# within 8,192 images; SGD does not. A faster teacher (0.95) outruns the queue: a key's age then shows that it is one of
-# the negatives.
+# Not in the paper: sized so that a laptop's CPU sees learning in minutes. Within 8,192 images SGD does not learn; and a
+# faster teacher (0.95) outruns the queue: a key's age then shows that it is one of the negatives.
 QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.99, epochs=8,
              batch_size=16, optimizer="adamw", lr=1e-3, warmup=1, workers=2)
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
 COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5,
               warmup=10)
 LOG_EVERY, SAVE_EVERY = 20, 300  # steps, seconds
-# A resumed run may differ in these settings alone.
-FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots"}
+FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots"}  # a resumed run may differ in these
 
 
 # ------------------------------------------------------------------------------------------------ the encoder f (Eq. 1)
@@ -109,11 +104,9 @@ FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots
 class Encoder(nn.Module):
     """f: z = H(RoIAlign(E(x), b)), Eq. 1. E is a ResNet up to C4; H is C5, average pooling and the projector.
 
-    `backbone` is torchvision's ResNet without its classifier, so its keys are torchvision's. With grid=True C5 runs
-    on the whole map and a 1x1 RoIAlign after it reads one vector per box (the paper's point-level baseline).
-
-    Args: hidden: width of the projector, None: C5's; dim: of z; roi: side of RoIAlign's output; norm: batch norm in
-    the projector."""
+    Args: arch: torchvision's name; hidden: width of the projector, None: C5's; dim: of z; roi: side of RoIAlign's
+    output; norm: batch norm in the projector; grid: C5 runs on the whole map, and a 1x1 RoIAlign after it reads one
+    vector per box (the paper's point-level baseline)."""
 
     def __init__(self, arch="resnet50", hidden=None, dim=128, roi=14, norm=False, grid=False):
         super().__init__()
@@ -144,12 +137,10 @@ def resnet_stages(network, images):
     """E: the maps of torchvision's ResNet after res2, res3 and res4. Images (B, 3, H, W) -> [(B, 256, H/4, W/4),
     (B, 512, H/8, W/8), (B, 1024, H/16, W/16)] at ResNet-50; the last one is C4, and network.layer4 is C5."""
     x = network.conv1(images.contiguous(memory_format=torch.channels_last))
-    x = network.maxpool(network.relu(network.bn1(x)))
-    maps = []
+    maps = [network.maxpool(network.relu(network.bn1(x)))]
     for stage in (network.layer1, network.layer2, network.layer3):
-        x = stage(x)
-        maps.append(x)
-    return maps
+        maps.append(stage(maps[-1]))
+    return maps[1:]
 
 
 def mlp(width, hidden, dim, norm=False):
@@ -159,9 +150,8 @@ def mlp(width, hidden, dim, norm=False):
 
 
 def roi_align(maps, boxes, bins, scale, ratio=2):
-    """RoIAlign (He et al. 2017) with aligned=True and a fixed sampling ratio, as two matrix products per box: its
-    interpolation is separable. Equal to torchvision.ops.roi_align to 1e-5; on a CPU its backward is over ten times
-    faster, on a GPU it is deterministic. Boxes get no gradient.
+    """torchvision.ops.roi_align with aligned=True, to 1e-5, as two matrix products per box, for its interpolation is
+    separable: on a CPU its backward is over ten times faster, on a GPU it is deterministic. Boxes get no gradient.
 
     Args: maps (B, C, H, W); boxes (B, K, 4) in pixels of the view; bins: output side; scale: map cells per pixel;
     ratio: samples per bin along each axis. Returns (B * K, C, bins, bins), channels_last."""
@@ -214,10 +204,8 @@ class Queue(nn.Module):
 
 
 def info_nce(z, z_pos, queue, temperature):
-    """Eq. 5, mean over rows: -log exp(z.z+ / T) / sum over {z+} and the queue of exp(z.zj / T).
-
-    Args: z, z_pos (N, D) and queue (Q, D), all L2-normalised. Returns the loss and the accuracy: the share of rows
-    whose positive is nearer than every negative."""
+    """Eq. 5, mean over rows: -log exp(z.z+ / T) / sum over {z+} and the queue of exp(z.zj / T); z, z_pos (N, D), queue
+    (Q, D), L2-normalised. Returns it and the accuracy, the share of rows whose positive is nearer than any negative."""
     l_pos = (z * z_pos).sum(1, keepdim=True)                        # (N, 1)
     l_neg = z @ queue.T                                             # (N, Q)
     logits = torch.cat([l_pos, l_neg], 1) / temperature
@@ -242,7 +230,6 @@ class Output(NamedTuple):
 
 class D3SSL(nn.Module):
     """Student f_q, teacher f_k and queue; forward is Eqs. 3-5 and 8-10 on views that augment.make_views prepared.
-
     amp: the dtype of autocast for the encoders, or None for float32; losses are always float32."""
 
     def __init__(self, config, amp=None):
@@ -290,8 +277,8 @@ class D3SSL(nn.Module):
             batch, moved = views.rois3.shape[:2]  # of the K boxes only the first ones are in x3
             zt1, zt2 = (zt.unflatten(0, (batch, -1))[:, :moved].flatten(0, 1) for zt in (zt1, zt2))
             loss_dp = nce(zs3, zt2) + nce(zs3, zt1)                                # Eq. 9
-        loss = loss_dp + loss_dc                                                   # Eq. 10, but L_dp is the mean over
-        # the moved boxes alone: each of them counts K / dp_boxes times what it does in the paper.
+        # Eq. 10, but L_dp is the mean over the moved boxes: each counts K / dp_boxes times what it does in the paper.
+        loss = loss_dp + loss_dc
         return Output(loss, loss_dc, loss_dp, torch.stack(accuracies).mean(), keys)
 
 
@@ -346,13 +333,12 @@ def teacher_momentum(config, step, total_steps):
 
 @torch.no_grad()
 def precise_batch_norm(network, batches):
-    """Estimate batch norm's running means and variances in place, as their plain means over `batches`; not in the
-    paper: from Wu and Johnson 2021. Each batch is the tuple of arguments of a call of `network`, which is left in
-    evaluation mode."""
+    """Set batch norm's running means and variances to their plain means over `batches`, tuples of arguments of calls of
+    `network`; leaves it in evaluation mode. Not in the paper: from Wu and Johnson 2021."""
     for norm in network.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over all batches
+            norm.momentum = None  # of all batches alike
     network.train()
     for arguments in batches:
         network(*arguments)
@@ -360,8 +346,8 @@ def precise_batch_norm(network, batches):
 
 
 def clean_statistics(model, dataset, device, workers, number=256, batch_size=64):
-    """Batch norm's statistics of clean view-1 images and their boxes, for {"student": ..., "teacher": ...}, by
-    torchvision's names. The student's own are of masked, composed and half-size views. Every rank gets the same."""
+    """{"student": batch norm's statistics of clean view-1 images and their boxes, by torchvision's names, "teacher":
+    ...}, the same on every rank. The student's own are of masked, composed and half-size views."""
     chosen = rng("clean", model.config.seed).permutation(len(dataset))[:number].tolist()
     schedule = [[(0, i) for i in chosen[start:start + batch_size]] for start in range(0, len(chosen), batch_size)]
     batches = [(normalise(to_float(view1.to(device))), boxes1.to(device))
@@ -380,15 +366,14 @@ def clean_statistics(model, dataset, device, workers, number=256, batch_size=64)
 # ------------------------------------------------------------------------------------- ranks, signals, files of a run
 
 def torchrun_ranks():
-    """(rank, world size, local rank, local world size) from torchrun's environment; (0, 1, 0, 1) without it. Raises
-    UserError where they cannot work."""
+    """torchrun's rank, world size, local rank and local world size; 0, 1, 0, 1 without it. May raise UserError."""
     rank, local_rank = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
     world_size, local_world_size = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world_size > 1 and not os.environ.get("MASTER_ADDR"):
         raise UserError(f"WORLD_SIZE={world_size} without MASTER_ADDR: start the ranks with torchrun, or unset it")
-    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
-        raise UserError(f"{local_world_size} ranks on {torch.cuda.device_count()} GPUs: one rank per GPU, lower "
-                        "--nproc_per_node")
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
+        raise UserError(f"{local_world_size} ranks on {gpus} GPUs: one rank per GPU, lower --nproc_per_node")
     return rank, world_size, local_rank, local_world_size
 
 
@@ -403,8 +388,7 @@ def connect(world_size, local_rank):
 
 
 def data_parallel(model, world_size):
-    """`model`, or its DistributedDataParallel if there are several ranks, on GPUs with SyncBatchNorm; each rank keeps
-    its own buffers."""
+    """`model`, or for several ranks its DistributedDataParallel, on GPUs with SyncBatchNorm; each keeps its buffers."""
     if world_size == 1:
         return model
     if next(model.parameters()).is_cuda:
@@ -434,14 +418,15 @@ def agree(out, **state):
 
 
 def stop_on_signal():
-    """A list that SIGTERM and SIGINT append their number to. The same signal again ends the process at once."""
-    received = []
+    """A list that SIGTERM and SIGINT append their number to. A second signal ends the process at once."""
+    received, both = [], (signal.SIGTERM, signal.SIGINT)
 
     def handler(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+        for each in both:
+            signal.signal(each, signal.SIG_DFL)
+    for each in both:
+        signal.signal(each, handler)
     return received
 
 
@@ -486,8 +471,7 @@ def load_checkpoint(path, settings, world_size):
     if differences:
         raise UserError(f"{path} was written with other settings ({'; '.join(differences)}): {advice}")
     if saved["world_size"] != world_size:
-        print(f"{path} was written by {saved['world_size']} ranks, now {world_size}: resuming; results will not be "
-              "bit-identical", flush=True)
+        print(f"{path} was written by {saved['world_size']} ranks, now {world_size}: results will not be bit-identical")
     return saved
 
 
@@ -497,19 +481,10 @@ def flag(key):
     return other.get(key, "--" + key.replace("_", "-"))
 
 
-def not_finite(step, out):
-    return UserError(f"the loss is not finite at step {step:,}: lower --lr, or resume {out}/last.pt if it is older")
-
-
-def ensure_finite(model, step, out):
-    """Raises UserError if a parameter is not finite: such a model is never saved."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise not_finite(step, out)
-
-
-def out_of_memory(batch_size, world_size):
-    return UserError(f"a batch of {batch_size // world_size} images per GPU does not fit its memory: lower "
-                     f"--batch-size {batch_size}, or use more GPUs")
+def ensure_finite(tensors, step, out):
+    """Raises UserError if one of the tensors, losses or parameters, is not finite: such a model is never saved."""
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        raise UserError(f"the loss is not finite at step {step:,}: lower --lr, or resume {out}/last.pt if it is older")
 
 
 def draw_curves(out):
@@ -520,12 +495,10 @@ def draw_curves(out):
         return
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    panels = (("loss", "loss_dc", "loss_dp"), ("accuracy",), ("lr",))
-    for axis, keys in zip(figure.subplots(1, 3), panels):
+    for axis, keys in zip(figure.subplots(1, 3), (("loss", "loss_dc", "loss_dp"), ("accuracy",), ("lr",))):
         for key in keys:
             axis.plot([row["images"] for row in rows], [row[key] for row in rows], label=key)
         axis.set_xlabel("images seen")
-        axis.grid(alpha=0.3)
         axis.legend()
     with atomic(out / "curves.png") as file:
         figure.savefig(file, format="png", dpi=110)
@@ -555,7 +528,7 @@ def load_views(batch, config, step, rank, device):
 
 def train_step(model, parallel_model, optimizer, views, step, total_steps):
     """One step; `parallel_model` is `model` or its DistributedDataParallel. Returns loss, loss_dc, loss_dp and accuracy
-    (4,) on the device. Reads nothing back from it; but SyncBatchNorm (several GPUs) waits three times per norm."""
+    (4,) on the device, from which it reads nothing back; but SyncBatchNorm waits for the GPU three times per norm."""
     config = model.config
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step, total_steps)
@@ -569,8 +542,7 @@ def train_step(model, parallel_model, optimizer, views, step, total_steps):
 
 
 def train(config, resume="auto"):
-    """A run from its data to its files, on the rank that torchrun's environment names. Returns the exit code: 0, or
-    128 + the signal that stopped it."""
+    """This rank's part of a run, from its data to its files. Returns the exit code: 0, or 128 + a signal's number."""
     rank, world_size, local_rank, local_world_size = torchrun_ranks()
     is_main, out = rank == 0, Path(config.out)
     workers = min(config.workers, max(1, usable_cores() // local_world_size))
@@ -588,10 +560,10 @@ def train(config, resume="auto"):
     if config.data == "scenes":
         images.keep()
     dataset = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
-    if len(dataset) < config.batch_size:
-        raise UserError(f"{images.root} has {len(dataset):,} usable images: lower --batch-size {config.batch_size}")
     if is_main and len(dataset) < len(images):
         print(f"{len(images) - len(dataset):,} of {len(images):,} images have no proposals: left out")
+    if len(dataset) < config.batch_size:
+        raise UserError(f"{images.root} has {len(dataset):,} usable images: lower --batch-size {config.batch_size}")
     steps_per_epoch = len(dataset) // config.batch_size
     total_steps = config.epochs * steps_per_epoch
     last_step = min(total_steps, config.max_steps or total_steps)
@@ -607,8 +579,7 @@ def train(config, resume="auto"):
     config = replace(config, queue=queue)
 
     # The checkpoint to resume from, the same on every rank.
-    settings = {key: list(value) if isinstance(value, tuple) else value
-                for key, value in asdict(config).items() if key not in FREE_ON_RESUME}
+    settings = {key: value for key, value in asdict(config).items() if key not in FREE_ON_RESUME}
     settings["listing"] = listing(dataset.names())
     saved = load_checkpoint(out / "last.pt", settings, world_size) if resume == "auto" else None
     step = saved["step"] if saved else 0
@@ -616,8 +587,7 @@ def train(config, resume="auto"):
     agree(out, step=step, images=len(dataset), last_step=last_step, settings=settings)
     if step >= last_step:
         if is_main:
-            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}: a longer schedule (--epochs) needs "
-                  "another --out")
+            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}: a longer schedule needs another --out")
         return 0
 
     # Model and optimiser.
@@ -633,13 +603,14 @@ def train(config, resume="auto"):
 
     # Files.
     def save_backbone(name, statistics):
-        state = {key: value.cpu() for key, value in model.student.backbone.state_dict().items()}
-        save_checkpoint(out / name, {**state, **(statistics["student"] if statistics else {})})
+        if is_main:
+            state = {key: value.cpu() for key, value in model.student.backbone.state_dict().items()}
+            save_checkpoint(out / name, {**state, **(statistics["student"] if statistics else {})})
 
     def save(statistics=None):
-        ensure_finite(model, step, out)
+        ensure_finite(model.parameters(), step, out)
+        save_backbone("backbone.pth", statistics)
         if is_main:
-            save_backbone("backbone.pth", statistics)
             save_checkpoint(out / "last.pt", {
                 "d3ssl": 2, "step": step, "config": settings, "world_size": world_size, "clean": statistics,
                 "amp": "bf16" if amp else "off", "model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -648,15 +619,12 @@ def train(config, resume="auto"):
     def snapshot():
         images = step * config.batch_size
         passed = images >= 512 and images.bit_length() > (images - config.batch_size).bit_length()
-        if config.snapshots and (step == 0 or passed):
-            statistics = clean_statistics(model, dataset, device, workers)  # on all ranks, for SyncBatchNorm
-            if is_main:
-                save_backbone(f"backbone-{images}.pth", statistics)
+        if config.snapshots and (step == 0 or passed):  # on all ranks, for SyncBatchNorm
+            save_backbone(f"backbone-{images}.pth", clean_statistics(model, dataset, device, workers))
 
     if is_main:
         print(f"{config.arch} on {len(dataset):,} images of {config.data}, {config.regions}, {world_size} x "
-              f"{device.type}, {'bfloat16' if amp else 'float32'}, steps {step:,} to {last_step:,} of {total_steps:,}",
-              flush=True)
+              f"{device.type}, {'bfloat16' if amp else 'float32'}, steps {step:,} to {last_step:,} of {total_steps:,}")
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
         folder = shlex.quote(str(Path(__file__).parent))
         commit = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null") or None
@@ -672,7 +640,7 @@ def train(config, resume="auto"):
     if step == 0:
         number = math.ceil(config.queue / (2 * config.batch_size * config.boxes))
         if is_main:
-            print(f"filling the queue with {config.queue:,} teacher features of {number} batches", flush=True)
+            print(f"filling the queue with {config.queue:,} teacher features of {number} batches")
         for i, batch in enumerate(batches(total_steps, total_steps + number), total_steps):
             views = load_views(batch, config, i, rank, device)
             model.queue.enqueue(torch.cat(model.teacher_forward(views)))
@@ -687,46 +655,42 @@ def train(config, resume="auto"):
         views = load_views(batch, config, step, rank, device)
         sums += train_step(model, parallel_model, optimizer, views, step, total_steps)
         step, steps = step + 1, steps + 1
-        stop = 0
+        snapshot()
         if step % LOG_EVERY == 0 or step in (1, last_step) or (signals and world_size == 1):
             state = dict(losses=(sums / steps).tolist(), stop=max(signals, default=0),
                          save=time.perf_counter() - saved_at > SAVE_EVERY)
             states = gather_objects(state)
-            losses = np.mean([state["losses"] for state in states], 0).tolist()
-            stop = max(state["stop"] for state in states)
-            if not np.isfinite(losses).all():
-                raise not_finite(step, out)
+            losses = torch.tensor([state["losses"] for state in states], dtype=torch.double).mean(0)
+            stop = step < last_step and max(state["stop"] for state in states)
+            ensure_finite([losses], step, out)
             if is_main:
                 elapsed = time.perf_counter() - logged
                 row = dict(step=step, images=step * config.batch_size, epoch=step / steps_per_epoch,
-                           **dict(zip(Output._fields, losses)), lr=optimizer.param_groups[0]["lr"],
+                           **dict(zip(Output._fields, losses.tolist())), lr=optimizer.param_groups[0]["lr"],
                            images_per_second=steps * config.batch_size / elapsed, wait=waited / elapsed)
                 metrics.write(json.dumps(row) + "\n")
                 left = duration((last_step - step) * elapsed / steps)
                 print(f"step {step:,}/{last_step:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} = "
                       f"dc {row['loss_dc']:.3f} + dp {row['loss_dp']:.3f}  accuracy {row['accuracy']:.3f}  "
-                      f"{row['images_per_second']:.1f} images/s, {row['wait']:.0%} waiting for data  {left} left",
-                      flush=True)
+                      f"{row['images_per_second']:.1f} images/s, {row['wait']:.0%} waiting for data  {left} left")
             if step < last_step and (stop or any(state["save"] for state in states)):
                 save()
                 saved_at = time.perf_counter()
+            if stop:
+                if is_main:
+                    print(f"stopped by {signal.Signals(stop).name} at step {step:,} of {last_step:,} and saved: run "
+                          "the same command again to resume")
+                return 128 + stop
             sums, steps, waited, logged = torch.zeros_like(sums), 0, 0.0, time.perf_counter()
-        snapshot()
-        if stop and step < last_step:
-            if is_main:
-                print(f"stopped by {signal.Signals(stop).name} at step {step:,} of {last_step:,} and saved: run the "
-                      "same command again to resume", flush=True)
-            return 128 + stop
         end = time.perf_counter()
 
     save(clean_statistics(model, dataset, device, workers))
     if is_main:
         draw_curves(out)
         what = "done" if step == total_steps else f"stopped at --max-steps {step:,} of {total_steps:,}"
-        data = {"scenes": "", "folder": " --data coco --root LABELLED_IMAGES"}
-        data = data.get(config.data, f" --data {config.data} --root {config.root}")
+        labelled = "coco --root LABELLED_IMAGES" if config.data == "folder" else f"{config.data} --root {config.root}"
         print(f"{what} in {duration(time.perf_counter() - began)}, see {out}\n"
-              f"next: python evaluate.py --ckpt {out}/last.pt random{data}")
+              f"next: python evaluate.py --ckpt {out}/last.pt random --data {labelled}")
     return 0
 
 
@@ -746,9 +710,8 @@ def parse_config(arguments=None):
     kinds = {int: positive, tuple: interval, "augs": parse_augs, "seed": whole_number, "workers": whole_number,
              "warmup": whole_number}
     for f in fields(Config):
-        default = "" if f.default is None else f" (default {f.default})"
-        if f.name in QUICK:
-            default = f" (default {f.default}; scenes {QUICK[f.name]})"
+        scenes = f"; scenes {QUICK[f.name]}" if f.name in QUICK else ""
+        default = f" (default {f.default}{scenes})" if scenes or f.default is not None else ""
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         else:
@@ -768,8 +731,10 @@ def configure(given):
     if given.get("regions", "proposals") != "proposals":
         if given.get("augs") or given.get("dp"):
             raise UserError(f"--regions {given['regions']} implies --augs none --no-dp: these need proposals")
-        config = replace(config, augs=(), dp=False, boxes=1 if given["regions"] == "image" else config.boxes)
+        config = replace(config, augs=(), dp=False)
     config = replace(config, **given)
+    if config.regions == "image":  # the whole view, drawn once
+        config = replace(config, boxes=1)
     if config.size % 2 or config.size < 64:
         raise UserError(f"--size {config.size}: an even number of at least 64, view 2s has half of it")
     if config.dp and config.dp_boxes > config.boxes:
@@ -781,15 +746,10 @@ def configure(given):
 
 
 def main():
-    config, resume = parse_config()
-    try:
-        code = train(config, resume)
-    except torch.cuda.OutOfMemoryError:
-        raise out_of_memory(config.batch_size, torchrun_ranks()[1]) from None
+    code = train(*parse_config())
     if dist.is_initialized():
         dist.destroy_process_group()
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
