@@ -88,13 +88,16 @@ def error_exit(main):
     """Run a command line `main()`. A UserError becomes one line on stderr and exit code 2; so does the death of a
     loading process, which torch raises wherever `main` is at that moment. Ctrl-C: one line and 130."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 must not end what prints it
+        # A path that is not UTF-8 must not end what prints it, and a log must show each line at once.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     code = 2
     try:
         return main()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message, code = "interrupted: run the same command again to resume", 128 + signal.SIGINT
+    except torch.OutOfMemoryError:
+        message = "a batch does not fit the GPU's memory: lower --batch-size, or use more GPUs"
     except UserError as error:  # one from a loading process comes with its traceback and a line break
         message = str(error).rpartition("UserError: ")[2].rstrip()
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died while it handed over a batch

@@ -59,8 +59,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from augment import MEAN, STD, normalise, to_float
 from d3ssl import (agree, connect, data_parallel, ensure_finite, gather_objects, load_checkpoint, lock_folder,
-                   not_finite, out_of_memory, precise_batch_norm, resnet_stages, roi_align, save_checkpoint,
-                   stop_on_signal, torchrun_ranks, write_json)
+                   precise_batch_norm, resnet_stages, roi_align, save_checkpoint, stop_on_signal, torchrun_ranks,
+                   write_json)
 from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing, make_loader,
                   mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
 
@@ -1040,7 +1040,7 @@ def fine_tune(c, network, out, resume="auto", workers=0):
             yield [image for _, image, _ in batch], [target for _, _, target in batch]
 
     def save(name, **more):
-        ensure_finite(model, step, out)
+        ensure_finite(model.parameters(), step, out)
         if is_main:
             save_checkpoint(out / name, {"config": settings, "world_size": world_size, "categories": train.categories,
                                          "step": step, "model": model.state_dict(), **more})
@@ -1065,8 +1065,7 @@ def fine_tune(c, network, out, resume="auto", workers=0):
             due = step == c.steps or time.perf_counter() - saved_at > 300
             states = gather_objects((torch.stack(recent).mean(0).tolist(), max(signals, default=0), due))
             means, stop = np.mean([values for values, _, _ in states], 0), max(number for _, number, _ in states)
-            if not np.isfinite(means).all():
-                raise not_finite(step, out)
+            ensure_finite([torch.from_numpy(means)], step, out)
             if is_main:
                 rate = len(recent) * c.batch_size / (time.perf_counter() - lap)
                 parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(losses, means))
@@ -1197,10 +1196,7 @@ def transfer(args):
     path, _, part = c.ckpt.partition(":")  # runs/voc-coco-last-teacher is the default of runs/coco/last.pt:teacher
     names = [name for name in (*Path(path).with_suffix("").parts[-2:], part) if name.strip("./\\")]
     out = Path(args.out or "-".join([f"runs/{c.task}", *names]))
-    try:
-        code, results = fine_tune(c, network, out, args.resume, workers)
-    except torch.cuda.OutOfMemoryError:
-        raise out_of_memory(c.batch_size, world_size) from None
+    code, results = fine_tune(c, network, out, args.resume, workers)
     for kind in [kind for kind in ("box", "mask") if kind in results]:
         print(f"{kind:4}", *(f"  {name} {value:.1f}" for name, value in results[kind].items() if value is not None))
     if results:
