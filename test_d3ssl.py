@@ -160,9 +160,6 @@ def test_prc_recovers_a_box_that_is_hidden_beyond_the_threshold_and_counts_what_
     after = augment.proposal_random_cutout(mask, boxes, share=(0.5, 0.5), generator=seeded())
     cut = (mask - after).sum()
     assert 0 <= cut <= round(10 * math.sqrt(0.1)) ** 2  # area (s - c)|R|, less where it falls on the hidden part
-    mask[..., :6, :10] = 0  # 60 %: beyond it
-    after = augment.proposal_random_cutout(mask, boxes, share=(0.2, 0.2), generator=seeded())
-    assert (1 - after[0, 0, :10, :10]).sum() == round(10 * math.sqrt(0.2)) ** 2
 
 
 def test_prc_goes_from_the_largest_to_the_smallest_box():
@@ -248,23 +245,6 @@ def test_shift_keeps_every_box_inside_and_is_uniform():
     assert len(seen) == 136 and seen.min() > 8  # every offset from -3 to 132 occurs
 
 
-def mean_offset(dataset, number, dp_boxes):
-    """Mean |t| along each axis, as a share of the side, when de-positioning moves `dp_boxes` boxes of samples of a
-    TwoViews."""
-    boxes = torch.tensor(np.stack([dataset[0, i][3] for i in range(number)]))
-    _, offset = augment.shift_boxes(boxes[:, :dp_boxes], (dataset.size, dataset.size), seeded())
-    return (offset.abs().double() / dataset.size).mean(0)
-
-
-@needs_coco
-def test_depositioning_moves_cocos_objects_by_a_tenth_of_the_side_and_more(tmp_path):
-    """By default: 0.18; with all four boxes, whose union leaves no room: 0.04."""
-    images = data.Images(COCO / "train2017", data.list_images(COCO / "train2017")[:24])
-    data.compute_proposals(images, tmp_path, workers=data.usable_cores())
-    dataset = data.TwoViews(images, data.Proposals(tmp_path), 224, 4)
-    assert mean_offset(dataset, 24, d3ssl.Config.dp_boxes).min() > 0.1 > mean_offset(dataset, 24, 4).max()
-
-
 @pytest.mark.parametrize("dp_boxes", [1, 3])
 def test_depositioning_moves_the_first_boxes_only(dp_boxes):
     """x3 differs from its background only inside the first boxes, moved; the others stay in view 2."""
@@ -292,42 +272,22 @@ def test_ranges_of_the_region_augmentations_are_settings():
     most = augment.make_views([pixels, pixels, boxes, boxes], d3ssl.Config(prc_share=(0.9, 0.9)), seeded())
     inside = augment.boxes_mask(boxes, (64, 64)).bool()
     assert (most.x1_hat == 0).all(1, keepdim=True)[inside].float().mean() > 0.5  # 0.2 to 0.5 by default: at most
-
-
-def test_augmentations_are_named_in_any_order_and_mistakes_are_told():
     assert augment.parse_augs("rbj,prc") == ("prc", "rbj") and augment.parse_augs("none") == ()
-    for text in ("prc,foo", "", "prc,", "rbj,jitter"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is none of|both jitter"):
-            augment.parse_augs(text)
 
 
 def test_composite_copies_pixels_exactly():
     size = (40, 52)
     images, backgrounds = torch.randn(6, 3, *size, generator=seeded(0)), torch.randn(6, 3, *size, generator=seeded(1))
-    boxes = random_boxes(6, 2, size, low=8).round()
-    shifted, offset = augment.shift_boxes(boxes, size, generator=seeded(2))
+    shifted, offset = augment.shift_boxes(random_boxes(6, 2, size, low=8).round(), size, generator=seeded(2))
     m_hat = torch.zeros(6, 1, *size)
     for i in range(6):
         for u1, v1, u2, v2 in shifted[i].int().tolist():
             m_hat[i, :, v1:v2, u1:u2] = 1
         m_hat[i, :, 10:20, 10:20] = 0
     x3 = augment.composite(images, backgrounds, m_hat, offset)
-    for i in range(6):
-        dx, dy = offset[i].tolist()
-        for y in range(size[0]):
-            for x in range(size[1]):
-                wanted = images[i, :, y - dy, x - dx] if m_hat[i, 0, y, x] else backgrounds[i, :, y, x]
-                assert torch.equal(x3[i, :, y, x], wanted)
-
-
-def test_what_is_pasted_lies_inside_the_moved_foreground():
-    """m^ of Eq. 7 inside m of Eq. 6, moved: the composite needs m^ alone, though PRC recovers parts of boxes."""
-    size = (40, 52)
-    boxes = random_boxes(40, 4, size, low=8)
-    m_hat, _, moved = augment.de_position(torch.zeros(40, 3, *size), boxes, d3ssl.Config(), seeded(2))
-    offset = (moved - boxes)[:, 0, :2].round().long()
-    moved_m = augment.shift_pixels(augment.boxes_mask(boxes, size), offset)
-    assert (m_hat <= moved_m).all() and 0.3 < float(m_hat.sum() / moved_m.sum()) < 0.95
+    for i, (dx, dy) in enumerate(offset.tolist()):
+        moved = images[i].roll((dy, dx), (1, 2))  # what wraps around lies outside of m^
+        assert torch.equal(x3[i], torch.where(m_hat[i] > 0, moved, backgrounds[i]))
 
 
 def test_colour_transform_is_the_sequence_of_torchvisions_operations():
@@ -1088,69 +1048,77 @@ def test_default_run_writes_what_it_says(scenes_run):
     assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
     saved = torch.load(out / "last.pt", weights_only=True)
     clean = saved["clean"]["student"]
-    statistics = {key for key in state if "running_" in key}
-    assert set(clean) == set(saved["clean"]["teacher"]) == statistics
+    assert set(clean) == set(saved["clean"]["teacher"]) == {key for key in state if "running_" in key}
     for key, value in state.items():
         trained = saved["model"][f"student.backbone.{key}"]
-        assert torch.equal(value, clean[key] if key in statistics else trained), key
-        assert key not in statistics or not torch.equal(value, trained), key  # last.pt keeps both
+        assert torch.equal(value, clean.get(key, trained)), key
+        assert key not in clean or not torch.equal(value, trained), key  # last.pt keeps both
     rows = read_metrics(out)
     assert [row["step"] for row in rows] == [1, 20, 40] and saved["step"] == 40
     assert rows[-1]["images"] == 640 and rows[-1]["epoch"] == 0.625
-    assert set(rows[0]) == {"step", "images", "epoch", "loss", "loss_dc", "loss_dp", "accuracy", "lr",
-                            "images_per_second", "wait"}
+    assert {*rows[0]} == {*"step images epoch loss loss_dc loss_dp accuracy lr images_per_second wait".split()}
     told = json.loads((out / "config.json").read_text())
     assert told["config"]["prc_share"] == [0.2, 0.5] and told["config"]["roi"] == 6 and "--max-steps" in told["command"]
     assert told["torch"] == torch.__version__ and "commit" in told
 
 
-CUT_SHORT = """
+HOOKED = """
 import os, signal, sys
 import torch, d3ssl, data
 name, place, number = sys.argv.pop(1).split(":")  # the signal, in the middle of what it comes, the how many-th
-rank, saves = os.environ.get("RANK", "0"), []
+rank, kept, saves, last = os.environ.get("RANK", "0"), os.environ.get("KEPT"), [], os.environ.get("LAST_RANK")
 
 def send():
-    if rank == os.environ.get("LAST_RANK", rank):
+    if last in (None, rank):
         if place == "machine":  # torchrun's agent dies too
             os.kill(os.getppid(), signal.SIGKILL)
         os.kill(os.getpid(), getattr(signal, name))
 
 def save(content, file, real=torch.save):
     real(content, file)
-    saves.extend([file] if "last.pt" in file.name else [])
+    saves.extend([file] if "last.pt" in getattr(file, "name", "") else [])
     if place == "save" and len(saves) == int(number):
         file.truncate(1000)
         send()
 
-def learning_rate(config, step, total, real=d3ssl.learning_rate):
+def train_step(model, parallel_model, optimizer, views, step, total_steps, real=d3ssl.train_step):
+    if kept and step == 0:
+        torch.save(model.queue.features, f"{kept}/queue-{rank}.pt")
     if place in ("step", "machine") and step == int(number) - 1:
         send()
-    return real(config, step, total)
+    return real(model, parallel_model, optimizer, views, step, total_steps)
 
-torch.save, d3ssl.learning_rate = save, learning_rate
-d3ssl.LOG_EVERY, d3ssl.SAVE_EVERY = 1, 0  # save at every step
+def clean_statistics(*arguments, real=d3ssl.clean_statistics):
+    statistics = real(*arguments)
+    if kept:
+        torch.save(statistics, f"{kept}/clean-{rank}.pt")
+    return statistics
+
+torch.save, d3ssl.train_step, d3ssl.clean_statistics = save, train_step, clean_statistics
+d3ssl.LOG_EVERY = int(os.environ.get("LOG_EVERY", 1))
+d3ssl.SAVE_EVERY = 0  # save at every line of the log
 data.error_exit(d3ssl.main)
 """
 
 
-@pytest.fixture
-def cut_short(tmp_path):
-    path = tmp_path / "d3ssl_cut_short.py"
-    path.write_text(CUT_SHORT)
+@pytest.fixture(scope="session")
+def hooked(tmp_path_factory):
+    """d3ssl.py with a signal in the middle, `hooked SIGNAL:PLACE:NUMBER ...`; it logs and saves at every step."""
+    path = tmp_path_factory.mktemp("hooked") / "hooked.py"
+    path.write_text(HOOKED)
     return path
 
 
-def test_killed_runs_resume_to_the_same_bits(pictures, cut_short, tmp_path):
+def test_killed_runs_resume_to_the_same_bits(pictures, hooked, tmp_path):
     """SIGKILL in the middle of a save, then of a step, other --workers each time: last.pt ends as in an uninterrupted
     run and the log, means since the line before, tells the same. A resumed run never fills the queue again."""
     words, here = small(pictures, tmp_path / "b"), {"PYTHONPATH": str(HERE)}
-    killed = command(cut_short, "SIGKILL:save:4", *words, "--workers", 0, env=here, ok=False)
+    killed = command(hooked, "SIGKILL:save:4", *words, "--workers", 0, env=here, ok=False)
     assert killed.returncode == -signal.SIGKILL and saved_step(tmp_path / "b") == 3
     assert killed.stdout.count("filling the queue") == 1
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')  # what a kill leaves behind the checkpoint
-    killed = command(cut_short, "SIGKILL:step:7", *words, "--workers", 1, env=here, ok=False)
+    killed = command(hooked, "SIGKILL:step:7", *words, "--workers", 1, env=here, ok=False)
     assert killed.returncode == -signal.SIGKILL and saved_step(tmp_path / "b") == 6
     assert "filling the queue" not in killed.stdout
     printed = mains([*words, "--workers", 2], small(pictures, tmp_path / "a"))
@@ -1188,43 +1156,18 @@ def two_nodes(*scripts, **env):
     return [(agent.returncode, text) for agent, text in zip(agents, printed)]
 
 
-TWO_RANKS_RUN = """
-import os, signal
-import torch, data, d3ssl
-step_of, statistics_of, rank, kept = d3ssl.train_step, d3ssl.clean_statistics, os.environ["RANK"], os.environ["KEPT"]
-d3ssl.LOG_EVERY = 6
-
-def train_step(model, parallel_model, optimizer, views, step, total_steps):
-    if step == 0:
-        torch.save(model.queue.features, f"{kept}/queue-{rank}.pt")
-    if step == 4 and rank == os.environ.get("STOPPED_RANK"):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step_of(model, parallel_model, optimizer, views, step, total_steps)
-
-def clean_statistics(*arguments):
-    statistics = statistics_of(*arguments)
-    torch.save(statistics, f"{kept}/clean-{rank}.pt")
-    return statistics
-
-d3ssl.train_step, d3ssl.clean_statistics = train_step, clean_statistics
-data.error_exit(d3ssl.main)
-"""
-
-
 @pytest.fixture(scope="session")
-def two_ranks(pictures, tmp_path_factory):
+def two_ranks(pictures, hooked, tmp_path_factory):
     """Two runs of two ranks: `run` to its end, and `stopped`, where one of the ranks gets SIGTERM."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "two.py").write_text(TWO_RANKS_RUN)
-    env = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "KEPT": str(folder)}
-    done = torchrun(folder / "two.py", *small(pictures, folder / "run"), env=env)
-    stopped = torchrun(folder / "two.py", *small(pictures, folder / "stopped"), ok=False,
-                       env={**env, "STOPPED_RANK": "1"})
+    env = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "LOG_EVERY": "6", "LAST_RANK": "1", "KEPT": str(folder)}
+    done = torchrun(hooked, "none:none:0", *small(pictures, folder / "run"), env=env)
+    stopped = torchrun(hooked, "SIGTERM:step:5", *small(pictures, folder / "stopped"), env=env, ok=False)
     assert stopped.returncode != 0
     return Finished(folder, pictures, done.stdout + stopped.stdout)
 
 
-def test_ranks_machines_and_roots_may_change_on_resume(two_ranks, pictures, cut_short, tmp_path):
+def test_ranks_machines_and_roots_may_change_on_resume(two_ranks, pictures, hooked, tmp_path):
     """A run of two ranks, one of which gets SIGTERM, saves; resumes on one rank with a line that says so; and on two
     machines, under another --root, to the bits of the uninterrupted run, although one of the machines dies on the way:
     the other one ends, and both start again from the last save. Machines that do not share --out are refused."""
@@ -1236,7 +1179,7 @@ def test_ranks_machines_and_roots_may_change_on_resume(two_ranks, pictures, cut_
     printed = mains(small(moved, alone, "--workers", 0))
     assert "written by 2 ranks, now 1" in printed and "code" not in printed and saved_step(alone) == 12
     both = small(pictures, stopped), small(moved, stopped)
-    (code, printed), (killed, _) = two_nodes(*([cut_short, "SIGKILL:machine:9", *words] for words in both),
+    (code, printed), (killed, _) = two_nodes(*([hooked, "SIGKILL:machine:9", *words] for words in both),
                                              LAST_RANK="1")  # they save at every step
     assert code > 0 and killed == -signal.SIGKILL and "step 8/12" in printed and saved_step(stopped) == 8
     (code, printed), (other_code, other) = two_nodes(*(["d3ssl.py", *words] for words in both))
@@ -1248,9 +1191,9 @@ def test_ranks_machines_and_roots_may_change_on_resume(two_ranks, pictures, cut_
     assert not (tmp_path / "new" / "last.pt").exists()
 
 
-def test_a_signal_saves_and_ends_with_its_number(pictures, cut_short, tmp_path):
+def test_a_signal_saves_and_ends_with_its_number(pictures, hooked, tmp_path):
     words = small(pictures, tmp_path / "run", "--workers", 0)
-    done = command(cut_short, "SIGINT:step:5", *words, env={"PYTHONPATH": str(HERE)}, ok=False)
+    done = command(hooked, "SIGINT:step:5", *words, env={"PYTHONPATH": str(HERE)}, ok=False)
     assert done.returncode == 128 + signal.SIGINT and saved_step(tmp_path / "run") == 5
     assert "stopped by SIGINT at step 5 of 12 and saved: run the same command again to resume" in done.stdout
 
@@ -1342,62 +1285,13 @@ def test_training_reads_no_annotation(tmp_path):
         assert math.isfinite(row["loss"]) and (row["loss_dp"] == 0) == (name != "hide")
 
 
-def test_scenes_objects_suit_the_methods_filter(scenes_run):
-    """At least 95 % of the objects have a proposal of IoU > 0.5 among those that pass the filter, and at least 65 % of
-    the proposals an object: 2-4 objects of side 44-62 gave 100 % and 76 % (a search that finds nothing: 0). And
-    there is room to move: a tenth of the side and more by default (0.19), less with all four boxes (0.07)."""
-    proposals, recalled, meant = data.Proposals(scenes_run.root / ".proposals" / "train"), [], []
-    for i in range(100):
-        overlap = torchvision.ops.box_iou(torch.tensor(proposals[i]), torch.tensor(Scenes().render(i)[1])) > 0.5
-        recalled += overlap.any(0).tolist()
-        meant += overlap.any(1).tolist()
-    assert np.mean(recalled) >= 0.95 and np.mean(meant) >= 0.65
-    dataset = data.TwoViews(Scenes(), proposals, 112, 4)
-    assert mean_offset(dataset, 300, d3ssl.Config.dp_boxes).min() > 0.1 > mean_offset(dataset, 300, 4).max()
-
-
 def test_the_default_run_finds_positives_among_negatives(scenes_run):
-    """The mean loss of steps 21-40 is below that of features that tell nothing, four terms of log(1 + negatives), 27.7;
-    an untrained network's is above it, since a positive is augmented and looks less alike than a negative does. Seeds
-    0-2 gave 25.5 three times; --lr 0 gave 29.7, 29.6 and 29.3 for steps 1, 2-20 and 21-40. A mean of 20 steps varies by
-    some 0.2: the bound is 11 of these from a correct run and 8 from one that does not learn. What more images teach:
-    `test_the_default_run_learns`."""
+    """The loss falls below that of features that tell nothing, four terms of log(1 + negatives), 27.7. Steps 21-40 of
+    seeds 0-2 gave 25.5, of --lr 0 29.3; a mean of 20 steps varies by some 0.2."""
     chance = 4 * math.log(1 + 1024)
     first, _, last = read_metrics(scenes_run.out)
-    assert first["loss"] > chance and last["loss"] < chance
-    assert last["loss_dc"] < chance / 2 and last["loss_dp"] < chance / 2
+    assert first["loss"] > chance > last["loss"] and max(last["loss_dc"], last["loss_dp"]) < chance / 2
     assert last["accuracy"] > 10 / 1025  # 0.032 to 0.041; --lr 0: 0.004 of 3,200 draws, chance 0.001
-
-
-def test_mistakes_are_one_line_that_names_the_cure(scenes_run, pictures, tmp_path, monkeypatch):
-    out, root, _ = scenes_run
-    monkeypatch.setattr(Scenes, "keep", lambda scenes: None)  # nothing here reads a picture
-    empty, cut, two = tmp_path / "empty", tmp_path / "cut", tmp_path / "two"
-    empty.mkdir(), cut.mkdir(), two.mkdir()
-    for i in range(2):
-        shutil.copy(pictures / f"{i:03d}.png", two)
-    (cut / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
-    before = (out / "last.pt").read_bytes()
-    scenes = ["--root", root, "--epochs", 1, "--max-steps", 40, "--out"]
-    few = ["--data", "folder", "--root", two, "--out", tmp_path / "x", "--proposals", tmp_path / "p"]
-    cases = [(["--data", "coco", "--root", tmp_path / "nowhere"], "--root"), (few, "--batch-size"),
-             (["--data", "folder", "--root", empty], "no image"),
-             (["--augs", "prc,foo"], "foo"), (["--augs", "rbj,jitter"], "jitter"), (["--arch", "vgg"], "vgg"),
-             (["--regions", "grid", "--augs", "prc"], "--augs"), (["--dp-boxes", 5], "--dp-boxes"),
-             (["--prc-share", "0.5"], "--prc-share"), (["--prc-share", "0.3,0.4", *scenes, out], "--prc-share"),
-             (["--epochs", 2, "--root", root, "--out", out], "a schedule cannot be extended"),
-             (["--boxes", 0], "--boxes"), (["--epochs", "many"], "--epochs"), (["--seed", -1], "--seed"),
-             (["--size", 31], "--size"), (["--wat"], "--wat"),
-             (["--batch-size", 1, *scenes, tmp_path / "x"], "--batch-size"),
-             (["--batch-size", 2000, *scenes, tmp_path / "x"], "--batch-size"), ([*scenes, cut], "cannot be read"),
-             (["--arch", "resnet34", *scenes, out], "--arch"), (["--lr", 7, *scenes, out], "--lr")]
-    printed = mains(*(words for words, _ in cases), [*scenes, out])
-    lines = [line for line in printed.splitlines() if "error:" in line or line.startswith("code")]
-    assert len(lines) == 2 * len(cases) and "Traceback" not in printed, printed
-    for (words, said), message, code in zip(cases, lines[::2], lines[1::2]):
-        assert code == "code 2" and said in message, (words, message)
-    assert not any((tmp_path / "x").glob("[!.]*")) and (cut / "last.pt").stat().st_size == 5000
-    assert f"{out}/last.pt is finished at step 40 of 40" in printed and (out / "last.pt").read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch):
