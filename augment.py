@@ -2,11 +2,11 @@
 
     python augment.py --data coco --root data/coco --out views.png      a contact sheet: look before you train
 
-It stands on torch alone, to be lifted into other projects; the contact sheet and the command line import the rest.
+It needs torch alone: copy it into your project. The contact sheet and the command line import the rest.
 Everything is batched and runs on the device of its inputs, without a loop over images and without reading a value
 back. Images are (B, 3, H, W), normalised, so that 0 is ImageNet's mean colour; boxes (B, K, 4) float32 xyxy in
 pixels of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visible: an augmented view is image * mask.
-`size` is (H, W) everywhere. Every random function draws from the `generator` it is given.
+`size` is (H, W) everywhere. Every random function draws from the `generator` it is given, of the inputs' device.
 """
 import argparse
 import math
@@ -22,7 +22,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in ev
 # Ranges of the region augmentations: section 4.1, but PRC's threshold and RBJ's ranges are ours.
 PRC_SHARE = (0.2, 0.5)      # of a box's area that is cut out
 PRC_THRESHOLD = 0.5         # a box of which a larger share is hidden already is made visible first
-PRM_SCALE = (0.2, 0.6)      # area of a rectangle of background, as a share of its box's
+PRM_SCALE = (0.2, 0.6)      # area of a rectangle on a box's border, as a share of the box's; half of it lies inside
 PRM_RATIO = (3 / 4, 4 / 3)  # its width / height
 RBJ_SCALE = (0.8, 1.0)      # of a box's width and height
 RBJ_SHIFT = 0.1             # of its centre, at most, as a share of its sides
@@ -73,7 +73,7 @@ def proposal_random_cutout(mask, boxes, share=PRC_SHARE, threshold=PRC_THRESHOLD
     uniformly inside R_i. Not in the paper: the value of `threshold`, that `share` is one of areas, and the subtraction
     of c (from the authors' follow-up at ICLR 2024, "Mind Your Augmentation").
 
-    Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns the new mask (B, 1, H, W); the old one stays."""
+    Args: mask (B, 1, H, W), 1 = visible; boxes (B, K, 4). Returns a new mask (B, 1, H, W)."""
     size, dtype = mask.shape[-2:], mask.dtype
     boxes = whole_pixels(boxes, size)
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
@@ -275,7 +275,7 @@ class Views(NamedTuple):
     m_hat: torch.Tensor      # (B, 1, H, W) Eq. 7
     x3: torch.Tensor         # (B, 3, H, W) Eq. 8
     boxes1: torch.Tensor     # (B, K, 4) b_i in x1
-    boxes2: torch.Tensor     # (B, K, 4) b_i in x2; halved, in x2s
+    boxes2: torch.Tensor     # (B, K, 4) b_i in x2; in x2s half of it
     boxes3: torch.Tensor     # (B, dp_boxes, 4) b^_i in x3, of the first dp_boxes of the K
     rois1: torch.Tensor      # (B, K, 4)
     rois2: torch.Tensor      # (B, K, 4)
@@ -296,7 +296,7 @@ def make_views(batch, options, generator=None, colour=Colour()):
     x1, x2 = (normalise(colour_augment(to_float(view), colour, generator)) for view in (view1, view2))
     x2s = F.avg_pool2d(x2, 2)
     x1_hat = x1 * region_mask(boxes1, size, options, generator)                                        # Eq. 2
-    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], options, generator, is_view2=True)
+    x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], options, generator, is_view2s=True)
     m_hat = x3 = boxes3 = rois3 = None
     if options.dp:
         m_hat, x3, boxes3 = de_position(x2, boxes2[:, :options.dp_boxes], options, generator)
@@ -318,13 +318,13 @@ def de_position(x2, boxes, options, generator=None):
     return m_hat, composite(x2, backgrounds, m_hat, offset), moved                                     # Eq. 8
 
 
-def region_mask(boxes, size, options, generator=None, is_view2=False):
+def region_mask(boxes, size, options, generator=None, is_view2s=False):
     """The mask (B, 1, H, W) of Eq. 2 for one view, size (H, W), with boxes (B, K, 4) in its pixels: the product of
     PRC's and PRM's, as far as options.augs names them. "cutout" acts on the student's view 2s alone."""
     mask = boxes.new_ones((len(boxes), 1, *size))
     if "prc" in options.augs:
         mask = proposal_random_cutout(mask, boxes, options.prc_share, options.prc_threshold, generator)
-    if "cutout" in options.augs and is_view2:
+    if "cutout" in options.augs and is_view2s:
         mask = random_cutout(mask, boxes, generator=generator)
     if "prm" in options.augs:
         mask = mask * proposal_random_mask(boxes, size, options.prm_scale, options.prm_ratio, options.prm, generator)

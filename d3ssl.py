@@ -13,8 +13,6 @@ import inspect
 import json
 import math
 import os
-import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -46,8 +44,7 @@ def setting(default, about, choices=None):
 
 @dataclass
 class Config:
-    """Every setting of a run and its flag; help says what it is, then where the default is from. The defaults are
-    COCO's; for scenes QUICK, then the objective, then the command line replace them."""
+    """Every setting of a run and its flag. The defaults are COCO's; QUICK, COSINE, the command line override them."""
     data: str = setting("scenes", "preset and data set", ("scenes", "coco", "folder", "voc", "openimages-mini"))
     root: str = setting(None, "folder of the data set; default data/DATA")
     proposals: str = setting(None, "folder of the proposals; default: below the root")
@@ -55,7 +52,7 @@ class Config:
     arch: str = setting("resnet50", "architecture; section 4", ("resnet18", "resnet34", "resnet50", "resnet101"))
     size: int = setting(224, "side of views 1 and 2 in pixels, view 2s has half; section 4")
     boxes: int = setting(4, "K, boxes drawn per image; from SoCo")
-    regions: str = setting("proposals", "what the boxes are; sections 4.1 and 3", ("proposals", "image", "grid"))
+    regions: str = setting("proposals", "source of the boxes; section 3", ("proposals", "image", "grid"))
     augs: tuple = setting(("prc", "prm", "rbj"), "region augmentations; section 4.1; cutout, jitter: SoCo's; or none")
     prm: str = setting("reveal", "PRM's reading; reveal: section 4.1 to the letter", ("reveal", "hide"))
     prc_share: tuple = setting(PRC_SHARE, "PRC: range of the area cut out of a box; section 4.1")
@@ -63,7 +60,7 @@ class Config:
     prm_scale: tuple = setting(PRM_SCALE, "PRM: range of a rectangle's area, as a share of its box's; section 4.1")
     prm_ratio: tuple = setting(PRM_RATIO, "PRM: range of a rectangle's width / height; section 4.1")
     rbj_scale: tuple = setting(RBJ_SCALE, "RBJ: range of the factor of width and height; ours")
-    rbj_shift: float = setting(RBJ_SHIFT, "RBJ: largest shift of the centre, as a share of the side; ours")
+    rbj_shift: float = setting(RBJ_SHIFT, "RBJ: largest shift of the centre, as a share of its sides; ours")
     dp: bool = setting(True, "use L_dp, the de-positioning loss; section 4.2")
     dp_boxes: int = setting(1, "how many of the K boxes de-positioning moves; ours: four leave no room (README)")
     roi: int = setting(None, "side of RoIAlign's output on C4; default SIZE / 16: 14, from detectron2's C4 head")
@@ -88,8 +85,8 @@ class Config:
     snapshots: bool = setting(False, "keep backbone-IMAGES.pth at powers of two of images seen")
 
 
-# Not in the paper: sized so that a laptop's CPU sees learning in minutes. Within 8,192 images SGD does not learn; and a
-# faster teacher (0.95) outruns the queue: a key's age then shows that it is one of the negatives.
+# Not in the paper: sized so that a laptop's CPU sees learning in minutes. Within 8,192 images SGD does not learn; with
+# a faster teacher (0.95) old keys differ visibly from fresh ones, so that age alone gives the negatives away.
 QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=0.1, queue=1024, ema=0.99, epochs=8,
              batch_size=16, optimizer="adamw", lr=1e-3, warmup=1, workers=2)
 # Not in the paper's text but what its Table 6 builds on: SoCo's C4 recipe (BYOL's objective and optimiser).
@@ -125,8 +122,7 @@ class Encoder(nn.Module):
         return self.backbone.layer4(regions).mean((2, 3))
 
     def forward(self, x, boxes, predictor=None):
-        """Images (B, 3, H, W), boxes (B, K, 4) -> z (B * K, D), L2-normalised, float32. SoCo's and BYOL's `predictor`
-        reads the projection before it is normalised."""
+        """-> z (B * K, D), L2-normalised, float32. SoCo's and BYOL's `predictor` reads what is not yet normalised."""
         z = self.projector(self.features(x, boxes))
         if predictor is not None:
             z = predictor(z)
@@ -134,8 +130,8 @@ class Encoder(nn.Module):
 
 
 def resnet_stages(network, images):
-    """E: the maps of torchvision's ResNet after res2, res3 and res4. Images (B, 3, H, W) -> [(B, 256, H/4, W/4),
-    (B, 512, H/8, W/8), (B, 1024, H/16, W/16)] at ResNet-50; the last one is C4, and network.layer4 is C5."""
+    """E: images (B, 3, H, W) -> the maps of torchvision's ResNet after res2, res3 and res4 (C4), at ResNet-50
+    (B, 256, H/4, W/4), (B, 512, H/8, W/8) and (B, 1024, H/16, W/16); network.layer4 is C5."""
     x = network.conv1(images.contiguous(memory_format=torch.channels_last))
     maps = [network.maxpool(network.relu(network.bn1(x)))]
     for stage in (network.layer1, network.layer2, network.layer3):
@@ -150,8 +146,8 @@ def mlp(width, hidden, dim, norm=False):
 
 
 def roi_align(maps, boxes, bins, scale, ratio=2):
-    """torchvision.ops.roi_align with aligned=True, to 1e-5, as two matrix products per box, for its interpolation is
-    separable: on a CPU its backward is over ten times faster, on a GPU it is deterministic. Boxes get no gradient.
+    """torchvision.ops.roi_align with aligned=True (to 1e-5 in float32) as two matrix products per box: interpolation is
+    separable. On a CPU its backward is over ten times faster, on a GPU it is deterministic. Boxes get no gradient.
 
     Args: maps (B, C, H, W); boxes (B, K, 4) in pixels of the view; bins: output side; scale: map cells per pixel;
     ratio: samples per bin along each axis. Returns (B * K, C, bins, bins), channels_last."""
@@ -204,7 +200,7 @@ class Queue(nn.Module):
 
 
 def info_nce(z, z_pos, queue, temperature):
-    """Eq. 5, mean over rows: -log exp(z.z+ / T) / sum over {z+} and the queue of exp(z.zj / T); z, z_pos (N, D), queue
+    """Eq. 5, mean over rows: -log(exp(z.z+ / T) / sum over {z+} and queue of exp(z.zj / T)); z, z_pos (N, D), queue
     (Q, D), L2-normalised. Returns it and the accuracy, the share of rows whose positive is nearer than any negative."""
     l_pos = (z * z_pos).sum(1, keepdim=True)                        # (N, 1)
     l_neg = z @ queue.T                                             # (N, Q)
@@ -259,7 +255,7 @@ class D3SSL(nn.Module):
         """views: augment.Views. Returns Output; enqueue its `keys` after the backward pass."""
         accuracies = []
 
-        def nce(z, z_pos):  # or SoCo's loss
+        def nce(z, z_pos):  # with --objective cosine: SoCo's loss instead
             loss, accuracy = info_nce(z, z_pos, self.queue.features, self.config.temperature)  # Eq. 5
             accuracies.append(accuracy)
             return cosine_loss(z, z_pos) if self.config.objective == "cosine" else loss
@@ -285,8 +281,7 @@ class D3SSL(nn.Module):
 # ------------------------------------------------------------------------------------------------ optimiser, batch norm
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017) over SGD with momentum, as BYOL and SoCo use it: biases and
-    norms get neither weight decay nor adaptation."""
+    """LARS (You et al. 2017) on SGD with momentum, as in BYOL: biases and norms get neither decay nor adaptation."""
 
     def __init__(self, parameters, lr, momentum, weight_decay, trust=0.001):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
@@ -315,8 +310,7 @@ def make_optimizer(config, model):
 
 
 def learning_rate(config, step, total_steps):
-    """At `step` of `total_steps`: linear scaling with the batch (not AdamW's), linear warm-up over at most a quarter of
-    the epochs, cosine to 0."""
+    """Linear scaling with the batch (not AdamW's), linear warm-up over at most a quarter of the epochs, cosine to 0."""
     peak = config.lr * (1 if config.optimizer == "adamw" else config.batch_size / 256)
     warmup = min(config.warmup, config.epochs / 4) * total_steps / config.epochs
     if step < warmup:
@@ -347,9 +341,10 @@ def precise_batch_norm(network, batches):
 
 def clean_statistics(model, dataset, device, workers, number=256, batch_size=64):
     """{"student": batch norm's statistics of clean view-1 images and their boxes, by torchvision's names, "teacher":
-    ...}, the same on every rank. The student's own are of masked, composed and half-size views."""
-    chosen = rng("clean", model.config.seed).permutation(len(dataset))[:number].tolist()
-    schedule = [[(0, i) for i in chosen[start:start + batch_size]] for start in range(0, len(chosen), batch_size)]
+    ...}, the same on every rank. The student's own are of masked, composited and half-size views."""
+    chosen = rng("clean", model.config.seed).permutation(len(dataset))[:number]
+    parts = np.array_split(chosen, math.ceil(len(chosen) / batch_size))  # of one size: batches count alike
+    schedule = [[(0, i) for i in part.tolist()] for part in parts]
     batches = [(normalise(to_float(view1.to(device))), boxes1.to(device))
                for view1, _, boxes1, _ in make_loader(dataset, schedule, workers)]
     statistics = {}
@@ -436,10 +431,10 @@ def lock_folder(out):
         Path(out).mkdir(parents=True, exist_ok=True)
         file = open(Path(out) / ".lock", "w")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loading processes
-        for unfinished in Path(out).glob("*.tmp"):  # of a run that was killed while it saved
+        for unfinished in Path(out).glob("*.pt*.*.tmp"):  # of a run that was killed while it saved
             unfinished.unlink()
     except OSError as error:
-        why = "another process does" if isinstance(error, BlockingIOError) else error.strerror
+        why = "another run uses it" if isinstance(error, BlockingIOError) else error.strerror
         raise UserError(f"cannot write into {out} ({why}): name another --out") from None
     return file
 
@@ -477,14 +472,15 @@ def load_checkpoint(path, settings, world_size):
 
 def flag(key):
     """The flag of a setting."""
-    other = {"listing": "the images' names", "task": "--transfer", "sides": "--short-side", "ckpt": "the backbone"}
+    other = {"listing": "the images' names", "number_of_boxes": "the number of proposals",
+             "task": "--transfer", "sides": "--short-side", "ckpt": "the backbone"}  # the last ones are evaluate.py's
     return other.get(key, "--" + key.replace("_", "-"))
 
 
 def ensure_finite(tensors, step, out):
     """Raises UserError if one of the tensors, losses or parameters, is not finite: such a model is never saved."""
     if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-        raise UserError(f"the loss is not finite at step {step:,}: lower --lr, or resume {out}/last.pt if it is older")
+        raise UserError(f"{out}: the loss is not finite at step {step:,}: lower --lr, and name another --out")
 
 
 def draw_curves(out):
@@ -580,14 +576,14 @@ def train(config, resume="auto"):
 
     # The checkpoint to resume from, the same on every rank.
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_ON_RESUME}
-    settings["listing"] = listing(dataset.names())
+    settings.update(listing=listing(dataset.names()), number_of_boxes=len(proposals.boxes) if proposals else 0)
     saved = load_checkpoint(out / "last.pt", settings, world_size) if resume == "auto" else None
     step = saved["step"] if saved else 0
     device = connect(world_size, local_rank)
     agree(out, step=step, images=len(dataset), last_step=last_step, settings=settings)
     if step >= last_step:
         if is_main:
-            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}: a longer schedule needs another --out")
+            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}; a longer schedule needs another --out")
         return 0
 
     # Model and optimiser.
@@ -603,18 +599,18 @@ def train(config, resume="auto"):
 
     # Files.
     def save_backbone(name, statistics):
+        ensure_finite(model.parameters(), step, out)
         if is_main:
             state = {key: value.cpu() for key, value in model.student.backbone.state_dict().items()}
             save_checkpoint(out / name, {**state, **(statistics["student"] if statistics else {})})
 
     def save(statistics=None):
-        ensure_finite(model.parameters(), step, out)
         save_backbone("backbone.pth", statistics)
         if is_main:
             save_checkpoint(out / "last.pt", {
                 "d3ssl": 2, "step": step, "config": settings, "world_size": world_size, "clean": statistics,
                 "amp": "bf16" if amp else "off", "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        gather_objects(None)  # torchrun ends all ranks when one leaves: none does before the files are there
+        gather_objects(None)  # a barrier: no rank leaves, upon which torchrun ends all, before the files are written
 
     def snapshot():
         images = step * config.batch_size
@@ -626,22 +622,22 @@ def train(config, resume="auto"):
         print(f"{config.arch} on {len(dataset):,} images of {config.data}, {config.regions}, {world_size} x "
               f"{device.type}, {'bfloat16' if amp else 'float32'}, steps {step:,} to {last_step:,} of {total_steps:,}")
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
-        folder = shlex.quote(str(Path(__file__).parent))
-        commit = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null") or None
-        write_json(out / "config.json", dict(config=asdict(config), command=sys.argv, commit=commit,
-                                             python=platform.python_version(), **versions))
+        folder = str(Path(__file__).parent)
+        commit = subprocess.getoutput(f"git -C {folder!r} describe --always --dirty 2>/dev/null") or None
+        write_json(out / "config.json", dict(config=asdict(config), command=sys.argv, commit=commit, python=sys.version,
+                                             **versions))
         lines = open(out / "metrics.jsonl").readlines() if step and (out / "metrics.jsonl").exists() else []
         metrics = open(out / "metrics.jsonl", "w", buffering=1)  # without what came after the checkpoint
         metrics.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
     signals = stop_on_signal()
 
     # Fill the queue. MoCo's random unit vectors are trivial negatives: loss and accuracy would begin at values that
-    # mean nothing. Its batches are those that would follow the last step.
+    # mean nothing. The filling batches are those that would follow the last step.
     if step == 0:
-        number = math.ceil(config.queue / (2 * config.batch_size * config.boxes))
+        fill_steps = math.ceil(config.queue / (2 * config.batch_size * config.boxes))
         if is_main:
-            print(f"filling the queue with {config.queue:,} teacher features of {number} batches")
-        for i, batch in enumerate(batches(total_steps, total_steps + number), total_steps):
+            print(f"filling the queue with {config.queue:,} teacher features of {fill_steps} batches")
+        for i, batch in enumerate(batches(total_steps, total_steps + fill_steps), total_steps):
             views = load_views(batch, config, i, rank, device)
             model.queue.enqueue(torch.cat(model.teacher_forward(views)))
         snapshot()
@@ -697,11 +693,11 @@ def train(config, resume="auto"):
 # -------------------------------------------------------------------------------------------------------- command line
 
 def interval(text):
-    """'0.2,0.5' -> (0.2, 0.5). Raises ValueError unless 0 <= low <= high."""
-    low, high = map(float, text.split(","))
-    if not 0 <= low <= high < math.inf:
-        raise ValueError
-    return low, high
+    """'0.2,0.5' -> (0.2, 0.5)."""
+    values = tuple(map(float, text.split(",")))
+    if len(values) != 2 or not 0 <= values[0] <= values[1] < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not LOW,HIGH with 0 <= LOW <= HIGH")
+    return values
 
 
 def parse_config(arguments=None):
@@ -710,8 +706,9 @@ def parse_config(arguments=None):
     kinds = {int: positive, tuple: interval, "augs": parse_augs, "seed": whole_number, "workers": whole_number,
              "warmup": whole_number}
     for f in fields(Config):
-        scenes = f"; scenes {QUICK[f.name]}" if f.name in QUICK else ""
-        default = f" (default {f.default}{scenes})" if scenes or f.default is not None else ""
+        shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        default = "" if shown is None else f" (default {shown})"
+        default += f" (scenes {QUICK[f.name]})" if f.name in QUICK else ""
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         else:
@@ -739,8 +736,11 @@ def configure(given):
         raise UserError(f"--size {config.size}: an even number of at least 64, view 2s has half of it")
     if config.dp and config.dp_boxes > config.boxes:
         raise UserError(f"--dp-boxes {config.dp_boxes}: at most --boxes {config.boxes}")
-    if max(*config.prc_share, *config.rbj_scale) > 1 or config.prm_ratio[0] <= 0:
-        raise UserError("--prc-share and --rbj-scale are at most 1, --prm-ratio is above 0")
+    if max(*config.prc_share, *config.rbj_scale, config.ema) > 1 or config.prm_ratio[0] <= 0:
+        raise UserError("--prc-share, --rbj-scale and --ema are at most 1, --prm-ratio is above 0")
+    numbers = [value for value in vars(config).values() if isinstance(value, float)]
+    if not all(0 <= number < math.inf for number in numbers) or config.temperature == 0:
+        raise UserError("--lr and the like are finite and not negative, --temperature is above 0")
     root, out = config.root or Path("data") / config.data, config.out or Path("runs") / config.data
     return replace(config, root=str(root), out=str(out), roi=config.roi or config.size // 16)
 

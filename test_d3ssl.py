@@ -1307,7 +1307,7 @@ def test_two_runs_in_one_folder_and_a_broken_environment_are_one_line(pictures, 
     other = subprocess.Popen([sys.executable, "-c", script, tmp_path / "run"], cwd=HERE, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)
     other.stdout.readline()
-    assert f"cannot write into {tmp_path / 'run'} (another process does)" in mains(words)
+    assert f"cannot write into {tmp_path / 'run'} (another run uses it)" in mains(words)
     other.communicate()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
