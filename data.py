@@ -144,6 +144,25 @@ class Progress:
                   f"{left} left", flush=True)
 
 
+class Faults(dict):
+    """What is left out of the file `path`: {kind: [count, first place]}. strict: what is absent is a UserError."""
+
+    def __init__(self, path, strict=False):
+        self.path, self.strict = path, strict
+
+    def add(self, kind, place, absent=False):
+        if absent and self.strict:
+            raise UserError(f"{self.path}: {kind}: {place}: tables are of all images, download it again")
+        self.setdefault(kind, [0, place])[0] += 1
+
+    def report(self, valid, what="valid box"):
+        """One line per kind. Raises UserError if nothing `valid` is left."""
+        for kind, (count, first) in self.items():
+            print(f"left out, {kind}: {count:,} in {self.path}, the first: {first}", file=sys.stderr)
+        if not valid:
+            raise UserError(f"{self.path} contains no {what}: {', '.join(self) or 'it is empty'}")
+
+
 def usable_cores():
     """The cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -194,11 +213,11 @@ class Images:
 
 def list_images(root):
     """Sorted paths of the images below `root`, relative to it. Links are followed, each folder once; hidden names and a
-    run's folder (with metrics.jsonl) are passed over. A line counts other files. Raises UserError without any image."""
-    root, images, others, seen = str(root), [], Counter(), set()
+    run's folder (with metrics.jsonl) are passed over, other files counted. Raises UserError without any image."""
+    root, images, others, seen = str(root), [], Faults(root), set()
     starts = [root]  # then links to folders: one that is reached in two ways goes by its own name
     for start in starts:
-        for folder, folders, files in os.walk(start, onerror=lambda error: others.update([f"unread: {error}"])):
+        for folder, folders, files in os.walk(start, onerror=lambda error: others.add("folder cannot be read", error)):
             path, run = os.path.realpath(folder), "metrics.jsonl" in files
             if path in seen or (run and folder != root):
                 folders.clear()
@@ -214,12 +233,8 @@ def list_images(root):
                 if suffix in SUFFIXES and len(below.splitlines()) == 1:
                     images.append(below)
                 else:
-                    others[f"*{suffix}"] += 1
-    rest = ", ".join(f"{count:,} {kind}" for kind, count in others.items())
-    if not images:
-        raise UserError(f"{root} contains no image, but {rest or 'nothing'}: name a folder of images with --root")
-    if rest:
-        print(f"left out, not called as images are, or with a line break: {rest} below {root}", file=sys.stderr)
+                    others.add(f"not called as an image: *{suffix}", repr(below))
+    others.report(images, "image")
     return sorted(images)
 
 
@@ -353,7 +368,6 @@ def write_scenes(out, number, seed=0):
     coder, categories = mask_coder(), [{"id": i, "name": name} for i, name in enumerate(SCENE_CATEGORIES, 1)]
     for split, count in (("train", number), ("val", max(1, number // 4))):
         scenes, images, annotations = Scenes(split, number=count, seed=seed), [], []
-        progress = Progress(f"{split}2017", count)
         for i in range(count):
             picture, boxes, labels, masks = scenes.render(i)
             name = f"{i:012d}.png"
@@ -365,7 +379,6 @@ def write_scenes(out, number, seed=0):
                 code["counts"], (x1, y1, x2, y2) = code["counts"].decode(), box
                 annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "iscrowd": 0,
                                     "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "segmentation": code})
-            progress.update(i + 1)
         with atomic(Path(out) / "annotations" / f"instances_{split}2017.json", "w") as file:
             json.dump({"images": images, "annotations": annotations, "categories": categories}, file)
 
@@ -427,25 +440,6 @@ def open_labelled(data, root=None, split="val", strict=False):
 def folder_of(data, split):
     """What a data set calls its split train | val."""
     return f"{split}2017" if data == "coco" else "validation" if "openimages" in data and split == "val" else split
-
-
-class Faults(dict):
-    """What is left out of the file `path`: {kind: [count, first place]}. strict: what is absent is a UserError."""
-
-    def __init__(self, path, strict=False):
-        self.path, self.strict = path, strict
-
-    def add(self, kind, place, absent=False):
-        if absent and self.strict:
-            raise UserError(f"{self.path}: {kind}: {place}: tables are of all images, download it again")
-        self.setdefault(kind, [0, place])[0] += 1
-
-    def report(self, valid, what="box"):
-        """One line per kind. Raises UserError if nothing `valid` is left."""
-        for kind, (count, first) in self.items():
-            print(f"left out, {kind}: {count:,} in {self.path}, the first: {first}", file=sys.stderr)
-        if not valid:
-            raise UserError(f"{self.path} contains no valid {what}: {', '.join(self) or 'it is empty'}")
 
 
 def labelled(images, categories, index, boxes, labels, crowd, mask=None, sizes=None):
@@ -791,20 +785,17 @@ def proposals_state(images, folder):
     return f"written with other settings ({', '.join(other)})" if other else "ready"
 
 
-class Search(torch.utils.data.Dataset):
-    """Item i: i, the proposals (P, 4) of image i, (level of the filter, width, height) or None if it cannot be read."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __getitem__(self, i):
-        try:
-            image = self.images.read(i)
-        except OSError:
-            return i, np.empty((0, 4), np.float32), None
-        height, width = image.shape[:2]
-        boxes, level = filter_proposals(selective_search(image), height, width)
-        return i, boxes, (level, width, height)
+def search_chunk(images, hidden, indices):
+    """Write a chunk, the boxes and sizes of those images `indices` that can be read, in a loader's process."""
+    boxes, rows = [np.empty((0, 4), np.float32)], []
+    for i in indices:
+        with suppress(OSError):
+            image = images.read(i)
+            kept, level = filter_proposals(selective_search(image), *image.shape[:2])
+            boxes.append(kept)
+            rows.append((i, len(kept), level, image.shape[1], image.shape[0]))
+    with atomic(hidden / f"{indices[0]:08d}.npz") as file:
+        np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 5))
 
 
 def compute_proposals(images, folder, workers=None, local_rank=0):
@@ -834,13 +825,10 @@ def compute_proposals(images, folder, workers=None, local_rank=0):
     print(f"selective search: {len(images):,} images, {workers} processes, kept in {folder} ({state})", flush=True)
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it: Ctrl-C ends this process,
-        chunks = iter(make_loader(Search(images), missing(), workers, collate=list))
+        search = partial(search_chunk, images, hidden)
+        chunks = iter(make_loader(range(len(images)), missing(), workers, collate=search))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which ends them
-        for chunk in chunks:
-            rows = [(i, len(boxes), *measured) for i, boxes, measured in chunk if measured]
-            boxes = np.concatenate([boxes for _, boxes, _ in chunk])
-            with atomic(files[chunk[0][0] // CHUNK]) as file:
-                np.savez(file, boxes=boxes, rows=np.int64(rows).reshape(-1, 5))
+        for _ in chunks:
             progress.update(min(CHUNK * len(list(hidden.glob("*.npz"))), len(images)))
         join_chunks(images, folder, files)
     except UserError:
@@ -860,9 +848,10 @@ def join_chunks(images, folder, files):
             raise UserError(f"{file} cannot be read ({error}): delete it and run the same command again") from None
     boxes, rows = map(np.concatenate, zip(*parts))
     indices, counts, levels = rows.T[:3]
-    if not len(indices):
-        raise UserError(f"none of the {len(images):,} images in {images.root} can be read")
-    unreadable = np.setdiff1d(np.arange(len(images)), indices)
+    faults, unreadable = Faults(images.root), np.setdiff1d(np.arange(len(images)), indices)
+    for i in unreadable:
+        faults.add("image cannot be read", images.name(i))
+    faults.report(len(indices), "image")
     relaxed = dict(zip(RELAXED, np.bincount(levels, minlength=len(RELAXED)).tolist()))
     report = {**proposal_settings(images), "filtered": relaxed, "unreadable": len(unreadable), "boxes": len(boxes)}
     contents = {"boxes.npy": boxes, "offsets.npy": np.concatenate([[0], counts.cumsum()]),
@@ -873,9 +862,6 @@ def join_chunks(images, folder, files):
     for name, content in contents.items():
         with atomic(folder / name) as file:
             file.write(content) if isinstance(content, bytes) else np.save(file, content)
-    if len(unreadable):
-        print(f"left out, cannot be read: {len(unreadable):,} images, the first: {images.name(unreadable[0])}",
-              file=sys.stderr)
     levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
     print(f"{len(boxes) / len(indices):.1f} proposals per image ({levels}) in {folder}", flush=True)
 
