@@ -97,10 +97,10 @@ def error_exit(main):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for what is killed here
         for process in multiprocessing.active_children():  # the loaders', which torch would wait for
             process.kill()
-        if os.environ.get("RANK", "0") != "0":  # every rank fails alike: let the first one speak, torchrun ends others
+        if (os.environ.get("RANK") or "0") != "0":  # every rank fails alike: let the first one speak
             time.sleep(2)
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-        if os.environ.get("WORLD_SIZE", "1") != "1":  # an orderly exit waits for collectives of the other ranks
+        if (os.environ.get("WORLD_SIZE") or "1") != "1":  # an orderly exit waits for collectives of the other ranks
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
@@ -692,8 +692,8 @@ def read_openimages(root, split, images, listed=False, strict=False):
 
 # ----------------------------------------------------------------------------------------------------------- proposals
 
-# Selective search (paper, section 4.1), its fast mode, on a reduced copy: README's "Speed" has what that costs in
-# recall. The filter is SoCo's: width/height in [1/aspect, aspect], sqrt(area share) in `share`, sides >= `side` pixels.
+# Selective search (paper, section 4.1), fast and on a reduced copy. The filter is SoCo's: width/height in [1/aspect,
+# aspect], sqrt(area share) in `share`, sides >= `side` pixels.
 SEARCH = {"method": "selective search", "long_side": 200, "resize": "antialiased", "aspect": 3.0, "share": [0.3, 0.8],
           "side": 32}
 RELAXED = ("by all of the filter", "relaxed to aspect", "relaxed to sides", "the whole image")
@@ -1007,8 +1007,8 @@ def make_loader(views, schedule, workers, pin=False, collate=None):
 
 # ---------------------------------------------------------------------------- OpenImage-MINI and Table 2 (section 5.1)
 
-# How OpenImages spells COCO's categories where a capital letter is not all. Cup alone has no counterpart: Coffee cup
-# and Mug are kinds of it. OpenImages' Mouse is the animal.
+# How OpenImages spells COCO's categories where a capital letter is not all; its Mouse is the animal, and Coffee cup and
+# Mug are kinds of cup, which has no counterpart.
 SPELLED = {"cow": "Cattle", "frisbee": "Flying disc", "skis": "Ski", "sports ball": "Ball", "donut": "Doughnut",
            "tv": "Television", "potted plant": "Houseplant", "dining table": "Kitchen & dining room table",
            "remote": "Remote control", "keyboard": "Computer keyboard", "mouse": "Computer mouse",
@@ -1021,18 +1021,17 @@ def write_mini(annotations, coco, out, seed=0):
     """Write OpenImage-MINI's list (paper, section 5.1) to `out`: one line train/<ImageID> per image, sorted.
 
     An image needs an object of a shared category; no shared category gets more objects than COCO has; no other image
-    could be added. The paper leaves open what an object and a shared category are. Here an object is a box of either
-    file, a group of OpenImages and a crowd of COCO one each; a category is shared if both have its name (SPELLED):
-    subclasses (Man, Woman of Person) count as categories of their own, without a cap, as do all others. The choice is
-    random by `seed`, whatever the order of the rows. Raises UserError if a file is missing or unreadable."""
+    could be added. Ours, since the paper does not say: an object is a box, a group or crowd too; a category is shared
+    if both have its name (SPELLED): subclasses (Man of Person) are of their own, without a cap, as are all others.
+    Random by `seed`, whatever the order of the rows. Raises UserError if a file is missing or unreadable."""
     path = Path(annotations) / "train-annotations-bbox.csv"
-    print(f"reading {path} (the published file takes minutes)", flush=True)
-    rows, names, faults = read_boxes(path)
-    faults.report(len(rows))
     content = read_json(coco, hook=lambda o: o.get("category_id", o))  # of an annotation only this stays in memory
     count = Counter(number for number in content["annotations"] if isinstance(number, int))
     caps = {SPELLED.get(name, name.capitalize()): count[number]
             for number, name in read_entries(coco, content, "categories", id=int, name=str)}
+    print(f"reading {path} (the published file takes minutes)", flush=True)
+    rows, names, faults = read_boxes(path)
+    faults.report(len(rows))
     cap = np.array([caps.get(name, -1) for name in names])
     if (cap < 0).all():
         raise UserError(f"{coco} and {annotations} share no category: is it COCO's instances_train2017.json?")
