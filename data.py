@@ -539,12 +539,14 @@ def check_segmentation(shape, width, height):
         if not all((abs(polygon) < 1e6).all() for polygon in polygons):  # a NaN is not below
             raise ValueError
         return [polygon.ravel().tolist() for polygon in polygons if len(polygon) >= 3] or None
-    counts = shape["counts"]
-    runs = [int(run) for run in counts] if isinstance(counts, list) else []
-    for digits in () if runs else re.findall("[P-o]*[0-O]", counts):  # compressed: six bits per character, with one of
-        value = sum((ord(digit) - 48 & 31) << 5 * place for place, digit in enumerate(digits))  # "goes on"; differences
-        value -= (ord(digits[-1]) - 48 & 16) << 5 * len(digits) - 4  # the sign
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    counts, runs = shape["counts"], []
+    if isinstance(counts, list):
+        runs = [int(run) for run in counts]
+    else:  # compressed text: five bits per character and one for "goes on"; from the third on numbers are differences
+        for digits in re.findall("[P-o]*[0-O]", counts):
+            value = sum((ord(digit) - 48 & 31) << 5 * place for place, digit in enumerate(digits))
+            value -= (ord(digits[-1]) - 48 & 16) << 5 * len(digits) - 4  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
     if shape["size"] != [height, width] or min(runs) < 0 or sum(runs) != height * width:
         raise ValueError
     return runs
@@ -657,7 +659,7 @@ def read_boxes(path, strict=False):
                 kind = EMPTY_BOX
                 rows += struct.pack("<Qh4f?", image, i, *clip_box(x1, y1, x2, y2, 1, 1), group == "1")
             except (ValueError, LookupError, struct.error):
-                if not line.endswith("\n"):
+                if kind == "line cannot be read" and not line.endswith("\n"):
                     raise UserError(f"{path}, line {number}: the file is cut short here; download it again") from None
                 faults.add(kind, f"line {number}")
     names = [name.strip() or label for label, _, name in classes]  # the published file has a class without a name
