@@ -80,7 +80,6 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
     """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those
     of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code in a
     file is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
-
     path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum encoder;
     prefix: the one to take. Returns torchvision's ResNet with fc = Identity in eval mode, its architecture's name."""
     if path == "random":
@@ -101,7 +100,7 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
             if key.endswith("num_batches_tracked"):  # which does not matter
                 continue
             if theirs != ours:
-                what = f"{theirs}, not {ours}" if theirs and ours else f"{'an unexpected' if theirs else 'a missing'} key"
+                what = "a missing key" if not theirs else "an unexpected key" if not ours else f"{theirs}, not {ours}"
                 raise UserError(f"is cut short, or no {arch} as torchvision's: {prefix}{key} is {what}")
             if not weights[key].isfinite().all():
                 raise UserError(f"has diverged, {prefix}{key} is not finite: take an earlier checkpoint")
@@ -128,7 +127,7 @@ def reading(path):
     except UserError as error:
         raise UserError(f"--ckpt {path} {error}") from None
     except Exception as error:  # of many classes, on a file that is cut, damaged or something else
-        raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({type(error).__name__}): name another") from None
+        raise UserError(f"--ckpt {path} is no checkpoint, or cut short ({type(error).__name__}): name another") from None
 
 
 def read_checkpoint(path):
@@ -501,7 +500,6 @@ class Objects(torch.utils.data.Dataset):
     Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels, and the objects' indices
     in `labelled` (K,) int64, padded with zeros and -1 to the K of all (-1 alone: the image is unreadable). `disturbed`
     is the picture where an object's box touches a pixel, else another image of the split, drawn by (seed, image)."""
-
     def __init__(self, labelled, size, number=None, limit=None, seed=0):
         self.labelled, self.size, self.seed = labelled, size, seed
         self.n = min(len(labelled.images), limit or len(labelled.images))  # images
@@ -510,7 +508,7 @@ class Objects(torch.utils.data.Dataset):
         self.filled = [i for i in range(self.n) if len(self.selected[i])]  # the images with objects
         self.k = max(map(len, self.selected))
         if not self.filled or self.n < 2:
-            raise UserError(f"{labelled.images.root} has no boxes in {self.n:,} images, or no second: raise --limit-images")
+            raise UserError(f"{labelled.images.root}: no boxes in {self.n:,} images, or one image: raise --limit-images")
 
     def __len__(self):
         return len(self.filled)
@@ -543,7 +541,6 @@ class ObjectFeatures(nn.Module):
     """The features of objects by torchvision's ResNet: normalised images (B, 3, H, W) and boxes (B, K, 4) in their
     pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised. head "map": RoIAlign 7x7 on C5 of the
     image, averaged (section 5.3); "roi": C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
-
     def __init__(self, network, head="map", bins=14):
         super().__init__()
         self.network, self.head, self.bins = network, head, bins
@@ -1133,7 +1130,7 @@ def add_checkpoint_arguments(parser):
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="ENTRY", help="rows of the table: FILE, FILE:teacher (its momentum "
         "encoder), FILE:PREFIX (one of several ResNets), NAME=GLOB, random (untrained), colour (no network)")
-    add("--arch", choices=tuple(ARCHITECTURES.values()), help="architecture of random (default: the first file's, else resnet50)")
+    add("--arch", choices=tuple(ARCHITECTURES.values()), help="of random (default: the first file's, else resnet50)")
     add("--statistics", choices=("saved", "clean"), default="saved", help="of batch norm; clean: of 256 train images")
     add("--roi", type=positive, help="side of RoIAlign on C4 (default: as trained; else scenes 6, photographs 14)")
     add("--data", choices=tuple(SIZE), default="scenes", help="labelled data set (default: scenes)")
