@@ -127,7 +127,7 @@ def reading(path):
     except UserError as error:
         raise UserError(f"--ckpt {path} {error}") from None
     except Exception as error:  # of many classes, on a file that is cut, damaged or something else
-        raise UserError(f"--ckpt {path} is no checkpoint, or cut short ({type(error).__name__}): name another") from None
+        raise UserError(f"--ckpt {path} is no checkpoint, or cut short ({type(error).__name__}): name one") from None
 
 
 def read_checkpoint(path):
@@ -508,7 +508,7 @@ class Objects(torch.utils.data.Dataset):
         self.filled = [i for i in range(self.n) if len(self.selected[i])]  # the images with objects
         self.k = max(map(len, self.selected))
         if not self.filled or self.n < 2:
-            raise UserError(f"{labelled.images.root}: no boxes in {self.n:,} images, or one image: raise --limit-images")
+            raise UserError(f"{labelled.images.root} needs boxes and two images, not {self.n:,}: --limit-images")
 
     def __len__(self):
         return len(self.filled)
