@@ -7,17 +7,13 @@ detection and segmentation (section 5.2, Tables 1 and 3); export.
     torchrun --nproc_per_node 8 evaluate.py --ckpt X --transfer voc --root VOCdevkit        or coco; last.pt is resumed
     python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                or torchvision: a state dict
 
-O-KNN: the bank holds --objects objects of each train image, distinct categories first; every object of the val split is
-a query, and its k nearest in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies
-outside the boxes of these objects is replaced by another image of the split, in bank and queries. --head map:
-RoIAlign 7x7 on the C5 map of the image, averaged: the paper's words. --head roi: C5 on RoIs of C4, as region-level
-methods train; for scenes, whose 112 pixels leave a C5 map only 4 x 4 cells.
+O-KNN: the bank holds --objects objects of each train image; every object of the val split is a query, and its k nearest
+in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies outside the boxes of these
+objects is replaced by another image. --head map: RoIAlign 7x7 on the C5 map of the image, averaged: the paper's words.
+--head roi: C5 on RoIs of C4, as region-level methods train; for scenes, whose C5 map has only 4 x 4 cells.
 
 A row of the table is one network, or NAME=GLOB, the mean over its files. +- is one standard error, over the files of a
-row, of a single network over images. Differences from the first row and their 95 % intervals are of pairs: of files in
-the order of their names, of two single networks of images.
-
-Images are RGB with ImageNet's mean and deviation; detectron2's own MSRA networks, which want BGR, are not read.
+row, of a single network over images; differences from the first row are of pairs, of files (by name) or of images.
 """
 import argparse
 import glob
@@ -34,11 +30,12 @@ import struct
 import sys
 import time
 import zipfile
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import OrderedDict, defaultdict
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
@@ -76,7 +73,6 @@ VERSIONS = {module.__name__: module.__version__ for module in (torch, torchvisio
 # Bottlenecks or not, and the blocks of each stage.
 ARCHITECTURES = {(False, 2, 2, 2, 2): "resnet18", (False, 3, 4, 6, 3): "resnet34", (True, 3, 4, 6, 3): "resnet50",
                  (True, 3, 4, 23, 3): "resnet101", (True, 3, 8, 36, 3): "resnet152"}
-RESNETS = tuple(ARCHITECTURES.values())
 MOMENTUM = re.compile(r"_k(ey)?(?![a-z])|teacher|target|momentum|(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
@@ -84,25 +80,31 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
     """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those
     of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code in a
     file is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
-
-    Args: path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum
-    encoder, not the other; prefix: the one to take.
-    Returns torchvision's ResNet with fc = Identity in eval mode, and its architecture's name. Raises UserError if there
-    is no such file, if it is no checkpoint, holds no ResNet or several, or if one of its weights does not fit."""
+    path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum encoder;
+    prefix: the one to take. Returns torchvision's ResNet with fc = Identity in eval mode, its architecture's name."""
     if path == "random":
         return build(arch or "resnet50", seed).eval(), arch or "resnet50"
-    saved = read_checkpoint(path)
     with reading(path):
-        prefix, weights = choose(dict(flatten(saved)), teacher, prefix)
-        numbers = [[int(key.split(".")[1]) for key in weights if key.startswith(f"layer{i}.")] for i in (1, 2, 3, 4)]
-        blocks = [1 + max(some) for some in numbers]
-        arch = ARCHITECTURES.get((any(".conv3." in key for key in weights), *blocks))
+        saved = read_checkpoint(path)
+        prefix, weights = choose(flatten(saved), teacher, prefix)
+        blocks = [len({key.split(".")[1] for key in weights if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
+        arch = ARCHITECTURES.get(("layer1.0.conv3.weight" in weights, *blocks))
         if arch is None:
-            raise UserError(f"has {blocks} blocks in the stages of {prefix!r}, as none of {', '.join(RESNETS)}")
+            raise UserError(f"has {blocks} blocks in its stages, as none of {', '.join(ARCHITECTURES.values())}")
         if "d3ssl" in saved and saved.get("clean"):
             weights.update(flatten(saved["clean"]["teacher" if "teacher" in prefix else "student"]))
         network = build(arch, seed)
-        fill(network, weights, prefix, arch)
+        own = network.state_dict()
+        for key in dict.fromkeys([*own, *weights]):
+            theirs, ours = (str(tuple(some[key].shape)) if key in some else "" for some in (weights, own))
+            if key.endswith("num_batches_tracked"):  # which does not matter
+                continue
+            if theirs != ours:
+                what = "a missing key" if not theirs else "an unexpected key" if not ours else f"{theirs}, not {ours}"
+                raise UserError(f"is cut short, or no {arch} as torchvision's: {prefix}{key} is {what}")
+            if not weights[key].isfinite().all():
+                raise UserError(f"has diverged, {prefix}{key} is not finite: take an earlier checkpoint")
+            own[key].copy_(weights[key])
     return network.eval(), arch
 
 
@@ -117,7 +119,7 @@ def build(arch, seed):
 
 @contextmanager
 def reading(path):
-    """Turn what reading a checkpoint raises into a UserError; those that the section's functions raise get the path."""
+    """Turn what reading a checkpoint raises into a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -125,27 +127,21 @@ def reading(path):
     except UserError as error:
         raise UserError(f"--ckpt {path} {error}") from None
     except Exception as error:  # of many classes, on a file that is cut, damaged or something else
-        raise UserError(f"--ckpt {path} is not a checkpoint, or cut short ({type(error).__name__}): name what "
-                        "torch.save, detectron2 or safetensors wrote") from error
+        raise UserError(f"--ckpt {path} is no checkpoint, or cut short ({type(error).__name__}): name one") from None
 
 
 def read_checkpoint(path):
     """What a checkpoint holds: torch.save's file, a plain pickle (detectron2's) or safetensors. Nothing in it is run or
-    imported, and its tensors (flatten, as_tensor) stay in the mapped file. Raises UserError."""
-    with reading(path):
-        if Path(path).is_fifo():
-            raise UserError("is a pipe: name a file")
-        with open(path, "rb") as file:
-            file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants buffers that can be written
-        content = memoryview(file)
-        return read_safetensors(content) if content[8:9] == b"{" else read_torch(file, content)
+    imported, and its tensors (see `flatten`) stay in the mapped file."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # which does not wait for a pipe
+        file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants buffers that can be written
+    content = memoryview(file)
+    return read_safetensors(content) if content[8:9] == b"{" else read_torch(file, content)
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-STORAGES = dict(zip("Double Float Half BFloat16 Long Int Short Char Byte Bool".split(), DTYPES.values()),
-                Untyped=torch.uint8)
-MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER: begins the files from before torch 1.6
+STORAGES = dict(zip("Double Float Half BFloat16 Long Int Short Char Byte Bool".split(), DTYPES.values()))
 MOST = 10_000_000  # bytes of a JSON header and steps of a pickle, each of which may take 100 bytes of memory
 
 
@@ -162,28 +158,25 @@ def read_safetensors(content):
 def read_torch(file, content):
     """What torch.save wrote, as a zip archive or, before torch 1.6, as pickles with each storage's length and bytes
     behind; or a plain pickle. file: open at its start; content: a view of its bytes."""
-    storages = {}
+    storages = defaultdict(lambda: SimpleNamespace(dtype=None, content=b""))  # the numbers of tensors, by key
     if content[:4] != b"PK\3\4":
         first = Unpickler(file, storages).load()
-        if first != MAGIC:
+        if not isinstance(first, int):  # the magic number of files from before torch 1.6
             return first
         _version, _system, saved, keys = (Unpickler(file, storages).load() for _ in range(4))
         for key in keys:
-            size = int.from_bytes(file.read(8), "little") * storages[key].itemsize
-            storages[key] = content[file.tell():file.tell() + size]
+            size = int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize
+            storages[key].content = content[file.tell():file.tell() + size]
             file.seek(size, os.SEEK_CUR)
         return saved
     for entry in zipfile.ZipFile(file).infolist():
-        name = entry.filename.partition("/")[2]
-        if name == "constants.pkl" or name.startswith("code/"):
+        name = entry.filename.partition("/")[2].removeprefix("data/")
+        if name == "constants.pkl":
             raise UserError("is a TorchScript archive, whose code is not run: save model.state_dict() instead")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise UserError("is a compressed archive, which torch.save never writes: unpack it")
-        start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", content, entry.header_offset + 26))
-        storages[name.removeprefix("data/")] = content[start:start + entry.file_size]
-    if storages.get("byteorder") == b"big":
-        raise UserError("was written on a big-endian machine: save it again on another")
-    return Unpickler(io.BytesIO(storages["data.pkl"]), storages).load()
+        if entry.compress_type == zipfile.ZIP_STORED:  # torch.save compresses nothing
+            start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", content, entry.header_offset + 26))
+            storages[name].content = content[start:start + entry.file_size]
+    return Unpickler(io.BytesIO(storages["data.pkl"].content), storages).load()
 
 
 class StandIn(dict):
@@ -195,7 +188,7 @@ class StandIn(dict):
     def __init__(self, name, arguments=()):
         self.name, self.arguments, self.state = name, arguments, None
 
-    def __call__(self, *arguments, **_):
+    def __call__(self, *arguments):
         return StandIn(self.name, arguments)
 
     def __setstate__(self, state):
@@ -207,34 +200,6 @@ class StandIn(dict):
 class Tuple(list):
     """A pickle's tuple. As a key it is hashed by identity: the hash of deeply nested tuples overflows C's stack."""
     __hash__ = object.__hash__
-
-
-Storage = namedtuple("Storage", "dtype key storages")  # the numbers of tensors: storages[key] is a view of the file
-
-
-class Unpickler(pickle._Unpickler):  # the one in Python: C's fills memory for one large index
-    """Reads a pickle as dict, list, Tuple, numbers, text, Storage and StandIn, for whatever else it names. (torch.load
-    with weights_only=True refuses subclasses of dict, functools.partial and protocol 4, and allocates what it is told.)
-    storages: {key: view of the file}; keys that it lacks get their dtype."""
-    dispatch = dict(pickle._Unpickler.dispatch)
-    dispatch[pickle.NEWOBJ[0]] = dispatch[pickle.REDUCE[0]]
-    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # which allocates no more than there is
-
-    def __init__(self, file, storages):
-        super().__init__(file, encoding="latin1")
-        self.storages, self.steps = storages, 0
-
-    def find_class(self, module, name):  # protocol 2 has bytes as _codecs.encode(text, "latin1")
-        return StandIn(name) if module != "_codecs" else lambda text, _: text.encode("latin1")
-
-    def persistent_load(self, saved):
-        if saved[0] == "module":  # before torch 1.6: a class with its source
-            return saved[1]
-        if any(saved[5:]):
-            raise ValueError("a view of another storage")
-        dtype, key = STORAGES.get(saved[1].name.removesuffix("Storage")), saved[2]
-        self.storages.setdefault(key, dtype)
-        return Storage(dtype, key, self.storages)
 
 
 def limited(load):
@@ -249,19 +214,54 @@ def limited(load):
     return step
 
 
-Unpickler.dispatch.update({code: limited(load) for code, load in Unpickler.dispatch.items()})
-ARRAYS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state",
-          "_rebuild_from_type_v2", "_reconstruct", "_frombuffer")
+class Unpickler(pickle._Unpickler):  # the one in Python: C's fills memory for one large index
+    """Reads a pickle as dict, list, Tuple, numbers, text, storages and, for whatever else it names, StandIn.
+    (torch.load with weights_only=True refuses more, and allocates what it is told.)"""
+    dispatch = {code: limited(load) for code, load in pickle._Unpickler.dispatch.items()}
+    dispatch[pickle.NEWOBJ[0]] = dispatch[pickle.REDUCE[0]]
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # which allocates no more than there is
+
+    def __init__(self, file, storages):
+        super().__init__(file, encoding="latin1")
+        self.storages, self.steps = storages, 0
+
+    def find_class(self, module, name):  # protocol 2 has bytes as _codecs.encode(text, "latin1")
+        return StandIn(name) if module != "_codecs" else lambda text, _: text.encode("latin1")
+
+    def persistent_load(self, saved):  # ("storage", class, key, device, length, view of another storage)
+        storage = self.storages[saved[2]]
+        storage.dtype = None if any(saved[5:]) else STORAGES.get(saved[1].name.removesuffix("Storage"))
+        return storage
+
+
+ARRAYS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_reconstruct", "_frombuffer")  # functions of torch and numpy
+
+# In torchvision's words: wrappers' names are left out; a C4 detector's fourth stage, in its head; Hugging Face's
+# (transformers, modeling_resnet.py); detectron2's; the numbers of nn.Sequential(*children), as lightly keeps it.
+SPELLINGS = {
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)": "", r"^\.": "",
+    r"(^|\.)roi_heads?\.(shared_head\.)?(?=(layer4|res5)\.\d)": r"\1backbone.",
+    r"(^|\.)embedder\.embedder\.": r"\1layer.0.",
+    r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)": lambda m: f"{m[1]}layer{int(m[2]) + 1}.",
+    r"\blayer\.([0-2])\.convolution": lambda m: f"conv{int(m[1]) + 1}",
+    r"\blayer\.([0-2])\.normalization": lambda m: f"bn{int(m[1]) + 1}",
+    r"(^|\.)stem\.(?=conv1\.)": r"\1", r"(^|\.)res([2-5])\.(?=\d)": lambda m: f"{m[1]}layer{int(m[2]) - 1}.",
+    r"\bconv(\d)\.norm\.": r"bn\1.", r"\bshortcut\.norm(alization)?\.": "downsample.1.",
+    r"\bshortcut\.(convolution\.)?": "downsample.0.",
+    r"(^|\.)(?<!downsample\.)0\.(?=weight$)": r"\1conv1.", r"(^|\.)(?<!downsample\.)1\.(?=\w+$)": r"\1bn1.",
+    r"(^|\.)([4-7])\.(?=\d+\.(conv|bn|downsample))": lambda m: f"{m[1]}layer{int(m[2]) - 3}."}
 
 
 def flatten(tree, prefix="", seen=None):
-    """(name, tensor or StandIn of one) of every array in nested dictionaries and objects, each read once; names are
-    joined by dots, in torchvision's words."""
+    """(name, tensor) of every tensor and array in nested dictionaries and objects, each read once; names are joined by
+    dots, in torchvision's words. What is damaged is left out, and missed later."""
     seen = set() if seen is None else seen
     if isinstance(tree, torch.Tensor) or (isinstance(tree, StandIn) and tree.name in ARRAYS):
-        for pattern, word in SPELLINGS.items():
-            prefix = re.sub(pattern, word, prefix)
-        yield prefix, tree
+        with suppress(Exception):  # of many classes
+            tensor = as_tensor(tree)
+            for pattern, word in SPELLINGS.items():
+                prefix = re.sub(pattern, word, prefix)
+            yield prefix, tensor
     elif isinstance(tree, dict) and id(tree) not in seen:
         seen.add(id(tree))
         entries = list(tree.items())
@@ -275,24 +275,8 @@ def flatten(tree, prefix="", seen=None):
                 yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), seen)
 
 
-# In torchvision's words: wrappers' names are left out; Hugging Face's (transformers, modeling_resnet.py); detectron2's;
-# the numbers of nn.Sequential(*children), as lightly and others keep it.
-SPELLINGS = {
-    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)": "", r"^\.": "",
-    r"(^|\.)embedder\.embedder\.": r"\1layer.0.",
-    r"(^|\.)encoder\.stages\.([0-3])\.layers\.(?=\d)": lambda m: f"{m[1]}layer{int(m[2]) + 1}.",
-    r"\blayer\.([0-2])\.convolution": lambda m: f"conv{int(m[1]) + 1}",
-    r"\blayer\.([0-2])\.normalization": lambda m: f"bn{int(m[1]) + 1}",
-    r"(^|\.)stem\.(?=conv1\.)": r"\1", r"(^|\.)res([2-5])\.(?=\d)": lambda m: f"{m[1]}layer{int(m[2]) - 1}.",
-    r"\bconv(\d)\.norm\.": r"bn\1.", r"\bshortcut\.norm(alization)?\.": "downsample.1.",
-    r"\bshortcut\.(convolution\.)?": "downsample.0.",
-    r"(^|\.)(?<!downsample\.)0\.(?=weight$)": r"\1conv1.", r"(^|\.)(?<!downsample\.)1\.(?=\w+$)": r"\1bn1.",
-    r"(^|\.)([4-7])\.(?=\d+\.(conv|bn|downsample))": lambda m: f"{m[1]}layer{int(m[2]) - 3}."}
-
-
 def as_tensor(leaf):
-    """The tensor of one of ARRAYS: torch's, a parameter, a subclass (DTensor), a numpy array. Raises an error if it is
-    damaged, reaches outside of its bytes or is larger than they are."""
+    """The tensor of a call of one of ARRAYS. Raises an error if it is damaged or reaches outside of its bytes."""
     if isinstance(leaf, torch.Tensor):
         return leaf
     name, given = leaf.name, leaf.arguments
@@ -301,106 +285,49 @@ def as_tensor(leaf):
         kind = re.fullmatch("[<>|]([fiu][1248]|b1)", dtype.state[1] + dtype.arguments[0])
         values = np.frombuffer(content, kind[0]).reshape(shape, order="F" if order in ("F", True) else "C")
         return torch.from_numpy(values.astype(kind[1]))
-    if name == "_rebuild_from_type_v2" and given[0].name == "_rebuild_wrapper_subclass":
-        parts = given[3] if isinstance(given[3], list) else [given[3]]  # __dict__ and slots, or __dict__ alone
-        local = as_tensor(next(part["_local_tensor"] for part in parts if part and "_local_tensor" in part))
-        if list(local.shape) != list(given[2][2]):
-            raise UserError("holds one rank's part of a DTensor: save full_tensor() of each")
-        return local
-    if name == "_rebuild_from_type_v2":
-        return as_tensor(given[0](*given[2]))
-    if name.startswith("_rebuild_parameter"):
-        return as_tensor(given[0])
     storage, offset, size, stride = given[:4]
-    if not isinstance(storage, Storage):  # in a plain pickle: torch.storage._load_from_bytes(what torch.save wrote)
-        content = bytearray(storage.arguments[0])
-        storage = read_torch(io.BytesIO(content), memoryview(content))
-    numbers = torch.frombuffer(storage.storages[storage.key], dtype=storage.dtype)
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    if min((offset, *size, *stride)) < 0 or max(last + 1, math.prod(size)) > len(numbers):
-        raise ValueError("a tensor outside of its storage")
-    return numbers.as_strided(size, stride, offset)
+    numbers = torch.frombuffer(storage.content, dtype=storage.dtype)
+    if math.prod(size) > len(numbers):
+        raise ValueError("a tensor that is larger than its storage")
+    return numbers.as_strided(size, stride, offset)  # which refuses what lies outside
 
 
 def choose(leaves, teacher, prefix):
-    """The one (prefix, {torchvision's name: leaf}) that is asked for. Raises UserError if there is none or several."""
-    resnets = backbones(leaves)
-    if not resnets:
-        raise UserError("holds no ResNet: no layer1 to layer4 (detectron2's res2 to res5, Hugging Face's stages) under "
-                        "one prefix")
-    if prefix is not None:
-        asked, end = f"under --prefix {prefix}", f".{prefix.rstrip('.')}."
-        fits = [name for name in resnets if (f".{name}".endswith(end) if prefix else not name)]
-    else:
-        asked, fits = "that are momentum encoders" if teacher else "that are not momentum encoders (--teacher)", []
-        for name in resnets:  # OpenSelfSup saves its backbone under two names: equal weights count once
-            if bool(MOMENTUM.search(name)) == teacher and not any(equal(resnets[name], resnets[one]) for one in fits):
-                fits.append(name)
-    if len(fits) != 1:
-        listing = ", ".join(name or "''" for name in resnets)
-        raise UserError(f"holds {len(fits)} ResNets {asked}: name one of {listing} with --prefix, or FILE:PREFIX")
-    return fits[0], resnets[fits[0]]
-
-
-def backbones(leaves):
-    """{prefix: {torchvision's name: leaf}} for each prefix under which all four stages of a ResNet lie; and for a C4
-    detector, whose fourth stage is in its head, that of the first three. A stage is where its convolutions are: an
-    optimiser's state by name ends otherwise, and clean statistics are norms' alone."""
-    parts, stages = defaultdict(dict), defaultdict(set)
-    for name, leaf in leaves.items():
+    """The one (prefix, {torchvision's name: tensor}) with all four stages of a ResNet that is asked for."""
+    parts = defaultdict(dict)
+    for name, tensor in leaves:
         if match := re.fullmatch(r"(.*?\.)??((conv1|bn1|layer\d+)\..*)", name):
-            parts[match[1] or ""][match[2]] = leaf
-            if re.fullmatch(r"layer[1-4]\.\d+\.conv\d\.weight", match[2]):
-                stages[match[1] or ""].add(int(match[3][5:]))
-    resnets = {prefix: parts[prefix] for prefix, present in stages.items() if len(present) == 4}
-    for momentum in (False, True):  # C4 detectors: one body and one head among the momentum encoders, or the others
-        alike = [prefix for prefix in stages if bool(MOMENTUM.search(prefix)) == momentum]
-        bodies = [prefix for prefix in alike if stages[prefix] == {1, 2, 3}]
-        heads = [prefix for prefix in alike if stages[prefix] == {4}]
-        if len(bodies) == len(heads) == 1:
-            resnets[bodies[0]] = parts[heads[0]] | parts[bodies[0]]
-            norm = [name for name in leaves if re.fullmatch(re.escape(heads[0]) + r"(res5\.)?norm\.\w+", name)]
-            if norm:
-                print(f"left out, an extra norm after res5: {', '.join(norm)}", file=sys.stderr, flush=True)
-    return resnets
-
-
-def equal(one, two):
-    return one.keys() == two.keys() and all(torch.equal(as_tensor(one[key]), as_tensor(two[key])) for key in one)
-
-
-def fill(network, weights, prefix, arch):
-    """Copy `weights` into `network`: all must be there, fit and be finite; num_batches_tracked does not matter."""
-    own = network.state_dict()
-    for key in dict.fromkeys([*own, *weights]):
-        if key.endswith("num_batches_tracked"):
-            continue
-        if key not in weights:
-            raise UserError(f"has a missing key, {prefix}{key} of a {arch}: it is cut short, or of another network")
-        if key not in own:
-            raise UserError(f"has an unexpected key, {prefix}{key}: its ResNet is not torchvision's {arch}")
-        tensor, shape = as_tensor(weights[key]), tuple(own[key].shape)
-        if tensor.shape != shape:
-            raise UserError(f"does not fit: {prefix}{key} is {tuple(tensor.shape)}, a {arch} has {shape}")
-        if not tensor.isfinite().all():
-            raise UserError(f"has diverged, {prefix}{key} is not finite: take an earlier checkpoint")
-        own[key].copy_(tensor)
+            parts[match[1] or ""][match[2]] = tensor
+    resnets = {name: part for name, part in parts.items()
+               if all(f"layer{i}.0.conv1.weight" in part for i in (1, 2, 3, 4))}
+    if prefix is None:
+        fits = [name for name in resnets if bool(MOMENTUM.search(name)) == teacher]
+    else:
+        end = f".{prefix.rstrip('.')}."
+        fits = [name for name in resnets if (f".{name}".endswith(end) if prefix else not name)]
+    for name in fits[1:]:  # OpenSelfSup saves its backbone under two names: equal weights count once
+        one, two = resnets[fits[0]], resnets[name]
+        if one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one):
+            fits.remove(name)
+    if len(fits) != 1:
+        listing = ", ".join(name or "''" for name in resnets) or "layer1 to layer4 under no prefix"
+        raise UserError(f"holds {len(fits)} ResNets that are asked for, of {listing}: name FILE:PREFIX or FILE:teacher")
+    return fits[0], resnets[fits[0]]
 
 
 def export(network, kind, path):
     """Write the backbone as others load it: detectron2: MODEL.WEIGHTS, with INPUT.FORMAT RGB and ImageNet's mean and
     deviation in pixels (MoCo's configs); torchvision: a state dict without fc, load_state_dict(..., strict=False)."""
-    weights, named = network.state_dict(), {}
-    for key, value in weights.items():  # as MoCo's and detectron2's own converters name them
+    if kind == "torchvision":
+        return save_checkpoint(path, network.state_dict())
+    named = {}
+    for key, value in network.state_dict().items():  # as MoCo's and detectron2's own converters name them
         key = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", re.sub("^(?=conv|bn)", "stem.", key))
         key = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", key).replace("downsample.0", "shortcut")
         if not key.endswith("num_batches_tracked"):
             named[key.replace("downsample.1", "shortcut.norm")] = value.numpy()
     with atomic(path) as file:
-        if kind == "torchvision":
-            torch.save(weights, file)
-        else:
-            pickle.dump({"model": named, "__author__": "D3SSL", "matching_heuristics": True}, file)
+        pickle.dump({"model": named, "__author__": "D3SSL", "matching_heuristics": True}, file)
 
 
 # ------------------------------------------------------------------------------------------------------ rows of a table
@@ -411,88 +338,68 @@ class Source:
     path: str                    # a file, or random, or colour
     teacher: bool = False        # the momentum encoder of the file, not the other one
     prefix: str = None           # which of several ResNets in the file
-    arch: str = None
+    arch: str = None             # of random, and of a file once it is read
     seed: int = 0                # of random's weights
     bins: int = None             # side of RoIAlign's output on C4, as it was trained: for --head roi
     statistics: str = "saved"    # of batch norm: saved, clean (estimated here), clean (training run) or none
 
+    def load(self):
+        return load_backbone(self.path, self.arch, self.teacher, self.prefix, self.seed)
+
+
+def parse_entry(entry, args):
+    """NAME=GLOB or GLOB, which may be a file, random or colour, and end in :teacher or :PREFIX -> name, [Source]."""
+    path, colon, part = entry.rpartition(":")
+    if not colon or Path(entry).exists():
+        path, part = entry, None
+    name, equals, pattern = path.partition("=")
+    if not equals or Path(path).exists():
+        name, pattern = entry, path
+    kind = {"random": "clean", "colour": "none"}.get(pattern, args.statistics)
+    paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]
+    teacher, prefix = part == "teacher", None if part == "teacher" else part
+    return name, [Source(path, teacher, prefix, args.arch, args.seed, args.roi, kind) for path in paths]
+
 
 def open_rows(args):
     """The rows of --ckpt, (name, list of Source) each; every file is read, so that mistakes show at once. random has
-    the first file's architecture and bins. Raises UserError for what load_backbone refuses, for a glob without files,
-    and under torchrun with several ranks."""
+    the first file's architecture and bins. Raises UserError for what load_backbone refuses, and under torchrun."""
     if torchrun_ranks()[1] > 1:
         raise UserError("without --transfer this is one process: start it with python, without torchrun")
     rows = [parse_entry(entry, args) for entry in args.ckpt]
     sources = [source for _, some in rows for source in some]
     files = [source for source in sources if source.path not in ("random", "colour")]
     for source in files:
-        examine(source, args)
+        source.arch, path = source.load()[1], Path(source.path)
+        beside = path.with_name("last.pt")  # of a backbone.pth or a snapshot, which always has clean statistics
+        with reading(beside):
+            run = read_checkpoint(beside if path.name.startswith("backbone") and beside.exists() else path)
+        if isinstance(run, dict) and "d3ssl" in run:
+            source.bins = source.bins or run["config"]["roi"]
+            if source.statistics == "saved" and (run.get("clean") or path.name.startswith("backbone-")):
+                source.statistics = "clean (training run)"
     # Bins of networks that do not know theirs: detectron2's C4 head has 14, the scenes' preset, for 112 pixels, 6.
-    size = getattr(args, "size", None) or SIZE[args.data]  # probes.py has no --size
-    bins = args.roi or next((source.bins for source in files if source.bins), 6 if size <= 112 else 14)
-    arch = args.arch or (files[0].arch if files else "resnet50")
+    bins = next((source.bins for source in files if source.bins), 6 if args.data == "scenes" else 14)
     for source in sources:
         source.bins = source.bins or bins
-        if source.path == "random":
-            source.arch, source.seed, source.statistics = arch, args.seed, "clean"
+        source.arch = source.arch or (files[0].arch if files else "resnet50")
     return rows
-
-
-def parse_entry(entry, args):
-    """random, colour, FILE, FILE:PREFIX, FILE:teacher or a glob, also as NAME=... -> name, sources."""
-    named = "=" in entry and not Path(split_selector(entry)[0]).exists()
-    name, pattern = entry.split("=", 1) if named else (entry, entry)
-    if pattern in ("random", "colour"):
-        return name, [Source(pattern, statistics="none")]
-    path, teacher, prefix = split_selector(pattern, args.teacher, args.prefix)
-    paths = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
-    if not paths:
-        raise UserError(f"--ckpt {path}: No such file; name a checkpoint file, random or colour")
-    return name, [Source(path, teacher, prefix) for path in paths]
-
-
-def split_selector(entry, teacher=False, prefix=None):
-    """FILE, FILE:teacher or FILE:PREFIX -> path, teacher, prefix; what is not in the entry stays as given."""
-    path, colon, selector = entry.rpartition(":")
-    if not colon or Path(entry).exists():
-        return entry, teacher, prefix
-    return (path, True, prefix) if selector == "teacher" else (path, teacher, selector)
-
-
-def examine(source, args):
-    """Enter into `source` its architecture, and its bins and statistics if our trainer wrote it: they are in last.pt,
-    the file itself or beside a backbone*.pth."""
-    path = Path(source.path)
-    beside = path.with_name("last.pt")
-    run = read_checkpoint(beside if path.name.startswith("backbone") and beside.exists() else path)
-    ours, snapshot = isinstance(run, dict) and "d3ssl" in run, re.fullmatch(r"backbone-\d+\.pth", path.name)
-    source.bins = args.roi or (run["config"]["roi"] if ours else None)
-    if args.statistics == "clean":
-        source.statistics = "clean"
-    elif ours and (run.get("clean") or snapshot):  # a snapshot always has clean statistics
-        source.statistics = "clean (training run)"
-    network, source.arch = load_backbone(path, None, source.teacher, source.prefix)
-    if source.statistics == "saved" and not network.bn1.running_mean.any() and (network.bn1.running_var == 1).all():
-        print(f"warning: {path}: batch norm's running statistics were never updated (means 0, variances 1): "
-              "try --statistics clean", file=sys.stderr, flush=True)
 
 
 def load_source(source, head, clean_batches, device):
     """A source's network in eval mode; clean statistics are estimated with `head` on clean_batches()."""
-    network, _ = load_backbone(source.path, source.arch, source.teacher, source.prefix, source.seed)
-    network.to(device)
+    network = source.load()[0].to(device)
     if source.statistics == "clean":
         precise_batch_norm(ObjectFeatures(network, head, source.bins), clean_batches())
     return network
 
 
 def load_from(args, entry):
-    """load_backbone of one --ckpt, FILE, FILE:PREFIX or FILE:teacher, by the arguments of the command line."""
-    if entry == "colour":
-        raise UserError("--ckpt colour is no network: name a checkpoint file or random")
-    path, teacher, prefix = split_selector(entry, args.teacher, args.prefix)
-    return load_backbone(path, args.arch, teacher, prefix, seed=args.seed)
+    """load_backbone of one --ckpt, by the arguments of the command line."""
+    _, (source, *others) = parse_entry(entry, args)
+    if others:
+        raise UserError(f"--ckpt {entry}: {1 + len(others)} files, name one")
+    return source.load()
 
 
 def digest(network):
@@ -542,45 +449,39 @@ def summarise(networks):
 
 
 def measure_rows(rows, measure):
-    """Measure every network of open_rows' rows; measure: Source -> {measure: Estimate}. The difference from the first
-    row is over pairs of files, in their order; a row with another number of files has none. Returns the rows' results
-    and the files', dictionaries for JSON."""
+    """Measure every network of open_rows' rows; measure: Source -> {measure: Estimate}. Returns the rows' results and
+    the files', for JSON. A row with as many files as the first has its difference, over pairs in their order."""
     results, files, first = [], [], None
     for name, sources in rows:
-        networks, n = [], len(sources)
-        for source in sources:
-            networks.append(measure(source))
-            files.append({"row": name, **asdict(source), **summarise(networks[-1:])})
+        networks = [measure(source) for source in sources]
+        files += [{"row": name, **asdict(source), **summarise([one])} for source, one in zip(sources, networks)]
         statistics = ", ".join(dict.fromkeys(source.statistics for source in sources))
-        results.append({"row": name, "files": n, "statistics": statistics, **summarise(networks)})
-        first = first or networks
-        if first is not networks and len(first) == n:
+        results.append({"row": name, "files": len(sources), "statistics": statistics, **summarise(networks)})
+        if first is None:
+            first = networks
+        elif len(first) == len(networks):
             pairs = [{key: mine[key].minus(theirs[key]) for key in mine} for mine, theirs in zip(networks, first)]
             results[-1]["difference"] = {"from": rows[0][0], **summarise(pairs)}
     return results, files
 
 
 def print_table(headings, results, pick, digits, unit):
-    """Print the results of measure_rows with what their errors cover, each above its difference from the first row.
-    pick: (a result, suffix of its keys) -> a list, one entry per column; digits: decimal places; unit: what the error
-    of a single network covers, as "200 images"."""
-    def line(name, form, columns, end):
-        cells = ["-" if None in numbers else form.format(*numbers) for numbers in zip(*columns)]
-        print(f"{name:{width}}" + "".join(f"{cell:>19}" for cell in cells) + "   " + end)
+    """Print the results of measure_rows, each with its difference from the first row. pick: (a result, suffix of its
+    keys) -> a list, one entry per column; digits: decimal places; unit: what a single network's errors cover."""
+    width = max(len(result["row"]) for result in results)
+    print(" " * width + "".join(f"{heading:>24}" for heading in headings) + "   +- over; statistics of batch norm")
 
-    less, f = f"  difference from {results[0]['row']}", f".{digits}f"
-    width = max([len(result["row"]) for result in results] + [len(less) * (len(results) > 1)])
-    line("", "{}", [headings], "+- over; statistics of batch norm")
+    def line(name, form, numbers, suffixes, end):
+        columns = zip(*(pick(numbers, suffix) for suffix in suffixes))
+        cells = ["-" if None in column else form.format(*column, digits) for column in columns]
+        print(f"{name:{width}}" + "".join(f"{cell:>24}" for cell in cells) + "   " + end)
+
     for result in results:
         over = f"{result['files']} files" if result["files"] > 1 else unit
-        line(result["row"], f"{{:{f}}} +-{{:{f}}}", [pick(result, ""), pick(result, "_se")],
-             f"{over}; {result['statistics']}")
+        line(result["row"], "{0:.{2}f} +-{1:.{2}f}", result, ("", "_se"), f"{over}; {result['statistics']}")
         if "difference" in result:
-            means, *ends = (pick(result["difference"], suffix) for suffix in ("", "_low", "_high"))
-            line(less, f"{{:+{f}}}", [means], "paired")
-            line("  its 95 % interval", f"{{:+{f}}} to {{:+{f}}}", ends, f"over {over}")
-        elif result is not results[0]:
-            print(f"  no difference from {results[0]['row']}: {result['files']} against {results[0]['files']} files")
+            line("", "{0:+.{3}f} [{1:+.{3}f}, {2:+.{3}f}]", result["difference"], ("", "_low", "_high"),
+                 f"difference from {results[0]['row']}, 95 % interval, paired over {over}")
 
 
 # -------------------------------------------------------------------------------------------------- objects of a split
@@ -594,25 +495,20 @@ def select_objects(labels, crowd, number=None):
 
 
 class Objects(torch.utils.data.Dataset):
-    """The images of a split that have objects, with the selected ones.
+    """The images of a split that have objects, with the selected ones: `number` per image (None: all).
 
     Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels, and the objects' indices
     in `labelled` (K,) int64, padded with zeros and -1 to the K of all (-1 alone: the image is unreadable). `disturbed`
-    is the picture where an object's box touches a pixel, else another image of the split, drawn by (seed, image).
-
-    Args: labelled: data.Labelled; size: pixels; number: objects per image, None: all; limit: only the first so many
-    images. Raises UserError if there is no object, or no other image to disturb with."""
+    is the picture where an object's box touches a pixel, else another image of the split, drawn by (seed, image)."""
     def __init__(self, labelled, size, number=None, limit=None, seed=0):
         self.labelled, self.size, self.seed = labelled, size, seed
         self.n = min(len(labelled.images), limit or len(labelled.images))  # images
         spans = [slice(*labelled.offsets[i:i + 2]) for i in range(self.n)]
         self.selected = [s.start + select_objects(labelled.labels[s], labelled.crowd[s], number) for s in spans]
         self.filled = [i for i in range(self.n) if len(self.selected[i])]  # the images with objects
-        self.count = sum(map(len, self.selected))
-        if not self.filled or self.n < 2:
-            raise UserError(f"{labelled.images.root} has no boxes in its first {self.n:,} images, or no second one to "
-                            "disturb them with: raise --limit-images")
         self.k = max(map(len, self.selected))
+        if not self.filled or self.n < 2:
+            raise UserError(f"{labelled.images.root} needs boxes and two images, not {self.n:,}: --limit-images")
 
     def __len__(self):
         return len(self.filled)
@@ -622,25 +518,17 @@ class Objects(torch.utils.data.Dataset):
         own = self.selected[i]
         boxes, index = np.zeros((self.k, 4), np.float32), np.full(self.k, -1)
         try:
-            image, background = self.labelled.read(i), self.background(i)
+            other = (i + 1 + int(rng("background", self.seed, i).integers(self.n - 1))) % self.n
+            image, background = self.labelled.read(i), self.labelled.images.read(other)
         except OSError:
-            print(f"left out, cannot be read: {self.labelled.images.name(i)}", flush=True)
-            nothing = np.zeros((side, side, 3), np.uint8)
-            return nothing, nothing, boxes, index
+            print(f"left out, it or its background cannot be read: {self.labelled.images.name(i)}", flush=True)
+            return *np.zeros((2, side, side, 3), np.uint8), boxes, index
         picture, disturbed = resize(image, side, side), resize(background, side, side)
         boxes[:len(own)] = self.labelled.boxes[own] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
         index[:len(own)] = own
         for x1, y1, x2, y2 in np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).astype(int):
             disturbed[y1:y2, x1:x2] = picture[y1:y2, x1:x2]
         return picture, disturbed, boxes, index
-
-    def background(self, i):
-        """Another image than i, by (seed, i); the next one if it cannot be read. Raises OSError if none can be."""
-        first = int(rng("background", self.seed, i).integers(self.n - 1))
-        for step in range(self.n - 1):
-            with suppress(OSError):  # it is named when its own turn comes
-                return self.labelled.images.read((i + 1 + (first + step) % (self.n - 1)) % self.n)
-        raise OSError("no background")
 
     def image_of(self, index):
         """The image that each object belongs to, (M,) int64 both."""
@@ -653,7 +541,6 @@ class ObjectFeatures(nn.Module):
     """The features of objects by torchvision's ResNet: normalised images (B, 3, H, W) and boxes (B, K, 4) in their
     pixels, empty ones for padding -> (B * K, 2048) at ResNet-50, not normalised. head "map": RoIAlign 7x7 on C5 of the
     image, averaged (section 5.3); "roi": C5 on RoIAlign of C4, `bins` x `bins`, averaged (d3ssl.Encoder)."""
-
     def __init__(self, network, head="map", bins=14):
         super().__init__()
         self.network, self.head, self.bins = network, head, bins
@@ -662,33 +549,30 @@ class ObjectFeatures(nn.Module):
         c4, layer4 = resnet_stages(self.network, images)[-1], self.network.layer4
         if self.head == "map":  # one bin with 14x14 samples: the mean of 7x7 bins with 2x2 samples each
             return roi_align(layer4(c4).float(), boxes, 1, 1 / 32, ratio=14).flatten(1)
-        features = None
+        features = c4.new_zeros(*boxes.shape[:2], 2 * c4.shape[1])
         for k in range(boxes.shape[1]):  # the k-th object of every image that has one: nothing is spent on padding
             there = (boxes[:, k, 2] > boxes[:, k, 0]).nonzero()[:, 0]
-            some = layer4(roi_align(c4[there], boxes[there, k:k + 1], self.bins, 1 / 16)).mean((2, 3))
-            features = some.new_zeros(*boxes.shape[:2], some.shape[1]) if features is None else features
-            features[there, k] = some
+            regions = roi_align(c4[there], boxes[there, k:k + 1], self.bins, 1 / 16)
+            features[there, k] = layer4(regions).mean((2, 3))
         return features.flatten(0, 1)
 
 
 def clean_batches(images, size, seed=0, device="cpu", number=256):
     """Yield normalised images (B, 3, size, size) and boxes (B, 4, 4) to estimate batch norm's statistics on: `number`
-    train images drawn by seed, in equal batches of about 32; those that cannot be read are left out. The boxes, random
-    with sqrt(area share) uniform in the range of the proposals' filter, are what C5 sees with head "roi"."""
+    train images drawn by seed, in equal batches of about 32. The boxes, which C5 sees with head "roi", are random, with
+    sqrt(area share) uniform in the range of the proposals' filter."""
     chosen = rng("clean", seed).choice(len(images), min(number, len(images)), replace=False)
     for some in np.array_split(chosen, max(1, round(len(chosen) / BATCH))):
         pictures, boxes = [], []
         for i in some.tolist():
-            try:
+            with suppress(OSError):
                 pictures.append(resize(images.read(i), size, size))
-            except OSError:
-                continue
-            random = rng("clean boxes", seed, i)
-            side = random.uniform(*SEARCH["share"], (4, 1)) * size
-            stretch = 2 ** random.uniform(-0.5, 0.5, (4, 1))  # aspects between 1/2 and 2
-            sides = np.concatenate([side * stretch, side / stretch], 1).clip(max=size)
-            corner = random.uniform(0, 1, (4, 2)) * (size - sides)
-            boxes.append(np.concatenate([corner, corner + sides], 1))
+                random = rng("clean boxes", seed, i)
+                side = random.uniform(*SEARCH["share"], (4, 1)) * size
+                stretch = 2 ** random.uniform(-0.5, 0.5, (4, 1))  # aspects between 1/2 and 2
+                sides = np.concatenate([side * stretch, side / stretch], 1).clip(max=size)
+                corner = random.uniform(0, 1, (4, 2)) * (size - sides)
+                boxes.append(np.concatenate([corner, corner + sides], 1))
         if pictures:
             pixels = torch.from_numpy(np.stack(pictures)).to(device)
             yield normalise(to_float(pixels)), torch.from_numpy(np.stack(boxes)).float().to(device)
@@ -703,25 +587,21 @@ def median_colours(images, boxes):
 
 @torch.inference_mode()
 def extract(model, objects, what="objects", workers=0, device="cpu"):
-    """The L2-normalised features of all objects, clean and disturbed, in half precision on the CPU.
-
-    Args: model: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`; objects: Objects.
-    Returns features (2, M, C) float16, [1] disturbed, and the objects' indices in objects.labelled (M,) int64. Memory
-    is 8 * M * C bytes. Raises UserError if a feature is not finite or an image has another size than as annotated."""
-    features, indices, done, progress = [], [], 0, Progress(what, len(objects))
+    """Features (2, M, C) float16 of all objects (Objects), L2-normalised, [1] disturbed, on the CPU; and their indices
+    in objects.labelled (M,) int64. model: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`.
+    Raises UserError if a feature is not finite or an image has another size than as annotated."""
+    features, indices, progress = [], [], Progress(what, len(objects))
     batches = torch.utils.data.BatchSampler(range(len(objects)), BATCH, drop_last=False)
-    for *pictures, boxes, index in make_loader(objects, batches, workers):
-        real = index >= 0  # (B, K), the others are padding
-        most = int(real.sum(1).max())  # objects of one image; 0 where none of these images can be read
+    for n, (*pictures, boxes, index) in enumerate(make_loader(objects, batches, workers), 1):
+        most = int((index >= 0).sum(1).max())  # objects of one image; 0 where none of these images can be read
+        boxes, index = boxes[:, :most].to(device), index[:, :most].flatten()
         if most:
-            boxes, real = boxes[:, :most].to(device), real[:, :most].flatten()
             values = torch.stack([model(normalise(to_float(pixels.to(device))), boxes) for pixels in pictures])
-            features.append(F.normalize(values.float(), dim=2).half().cpu()[:, real])
-            indices.append(index[:, :most].flatten()[real])
+            features.append(F.normalize(values.float(), dim=2).half().cpu()[:, index >= 0])
+            indices.append(index[index >= 0])
             if not features[-1].isfinite().all():
                 raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
-        done += len(index)
-        progress.update(done)
+        progress.update(min(n * BATCH, len(objects)))
     if not features:
         raise UserError(f"none of the {len(objects):,} images in {objects.labelled.images.root} can be read")
     return torch.cat(features, 1), torch.cat(indices)
@@ -732,9 +612,8 @@ def extract(model, objects, what="objects", workers=0, device="cpu"):
 @torch.inference_mode()
 def nearest(queries, bank, k, device="cpu", columns=2048):
     """The k nearest of bank (M, D) for each query (Q, D), both float16 and L2-normalised, by cosine in float32 (DINO's
-    eval_knn), `columns` of the bank at once; ties to the lower index of those that topk takes.
-
-    Returns cosines (Q, k) float32, descending, and indices (Q, k); min(k, M) of them."""
+    eval_knn), `columns` of the bank at once; ties to the lower index of those that topk takes. Returns cosines (Q, k)
+    float32, descending, and indices (Q, k); min(k, M) of them."""
     queries = queries.to(device).float()
     best, index = queries[:, :0], torch.empty(len(queries), 0, dtype=torch.long, device=device)
     for start in range(0, len(bank), columns):
@@ -761,24 +640,23 @@ MEASURES = {"oknn_top1": "O-KNN top-1 ↑", "oknn_top5": "top-5 ↑", "disturbed
 
 
 class Answers(NamedTuple):
-    """Section 5.3 for one network."""
+    """Section 5.3 for one network, Q queries and a bank of M: features, [1] disturbed, and the objects they are of."""
     points: torch.Tensor   # (5, Q) float64, by MEASURES: 100 or 0 for each query (`lost`: a difference)
-    asked: torch.Tensor    # (2, Q, C), features of the queries, [1] disturbed
-    queries: torch.Tensor  # (Q,), the objects that they are of
-    stored: torch.Tensor   # (2, M, C) and (M,), likewise of the bank
-    bank: torch.Tensor
+    asked: torch.Tensor    # (2, Q, C)
+    queries: torch.Tensor  # (Q,)
+    stored: torch.Tensor   # (2, M, C)
+    bank: torch.Tensor     # (M,)
 
 
 def evaluate(model, bank, queries, k=20, workers=0, device="cpu"):
     """Answers of a model, (images, boxes) -> features, to O-KNN and disturbed O-KNN; bank, queries: Objects."""
     stored, bank_index = extract(model, bank, "bank", workers, device)
     asked, query_index = extract(model, queries, "queries", workers, device)
-    labels = torch.from_numpy(queries.labelled.labels)[query_index]
-    bank_labels, categories = torch.from_numpy(bank.labelled.labels)[bank_index], len(bank.labelled.categories)
-    points = []
+    labels, points = torch.from_numpy(queries.labelled.labels)[query_index], []
     for i in (0, 1):
         cosines, index = nearest(asked[i], stored[i], k, device)
-        hits = 100 * (vote(cosines, bank_labels[index], categories) == labels[:, None]).double()
+        votes = torch.from_numpy(bank.labelled.labels)[bank_index[index]]
+        hits = 100 * (vote(cosines, votes, len(bank.labelled.categories)) == labels[:, None]).double()
         points += [hits[:, 0], hits.sum(1)]
     points = torch.stack([*points, points[0] - points[2]])
     return Answers(points, asked, query_index, stored, bank_index)
@@ -1212,36 +1090,26 @@ def transfer(args):
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
-    """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed: the query in white,
-    then its nearest of the bank by falling cosine, framed green where they have its category, red where not."""
-    number, names = min(number, len(answers.queries)), queries.labelled.categories
+    """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed. In the first column the
+    query's box is white; then its nearest of the bank by falling cosine, green if of its category, else red."""
+    number, side = min(number, len(answers.queries)), 112
     chosen = sorted(rng("neighbours", seed).choice(len(answers.queries), number, replace=False).tolist())
-    sheet = Image.new("RGB", (109 * (neighbours + 1), 18 + 2 * number * 126), "#202020")
+    sheet = Image.new("RGB", (side * (neighbours + 1), 2 * number * side))
     draw = ImageDraw.Draw(sheet)
-    legend = "white: query; then its nearest, green: of its category, red: of another; every second line: disturbed"
-    draw.text((5, 2), legend, fill="white", font_size=12)
-    for disturbed in (0, 1):
-        nearby = nearest(answers.asked[disturbed][chosen], answers.stored[disturbed], neighbours)[1]
-        for n, query in enumerate(answers.queries[chosen].tolist()):
-            y = 18 + (2 * n + disturbed) * 126
-            tiles = [(queries, query), *((bank, i) for i in answers.bank[nearby[n]].tolist())]
-            for x, (objects, i) in zip(range(0, sheet.width, 109), tiles):
-                label = objects.labelled.labels[i]
-                right = label == queries.labelled.labels[query]
-                colour = "white" if x == 0 else "#3fcf5f" if right else "#ff4d4d"
-                sheet.paste(object_crop(objects, i, disturbed), (x, y))
-                draw.rectangle([x, y, x + 103, y + 103], outline=colour, width=4)
-                draw.text((x + 52, y + 112), names[label], fill=colour, anchor="mm", font_size=12)
+    for line in range(2 * number):
+        n, disturbed = chosen[line // 2], line % 2
+        _, ((*found,),) = nearest(answers.asked[disturbed][n:n + 1], answers.stored[disturbed], neighbours)
+        tiles = [(queries, int(answers.queries[n])), *((bank, int(answers.bank[i])) for i in found)]
+        for column, (objects, i) in enumerate(tiles):
+            labels, corner = objects.labelled.labels, (column * side, line * side)
+            *pictures, boxes, index = objects[objects.filled.index(int(objects.image_of(i)))]
+            sheet.paste(Image.fromarray(pictures[disturbed]).resize((side, side)), corner)
+            right = labels[i] == queries.labelled.labels[answers.queries[n]]
+            colour = "white" if not column else "#3fcf5f" if right else "#ff4d4d"
+            box = boxes[index == i][0] * side / objects.size + corner * 2
+            draw.rectangle(box.tolist(), outline=colour, width=2)
+            draw.text(corner, objects.labelled.categories[labels[i]], fill=colour, stroke_width=1, stroke_fill="black")
     return sheet
-
-
-def object_crop(objects, i, disturbed):
-    """A PIL picture, 104 x 104, of object i with some of its surroundings, as it is or disturbed."""
-    item = objects[objects.filled.index(int(objects.image_of(i)))]
-    x1, y1, x2, y2 = item[2][item[3] == i][0]
-    half = min(0.65 * max(x2 - x1, y2 - y1), objects.size / 2)
-    x, y = np.clip([(x1 + x2) / 2, (y1 + y2) / 2], half, objects.size - half)
-    return Image.fromarray(item[disturbed]).resize((104, 104), Image.BICUBIC, (x - half, y - half, x + half, y + half))
 
 
 def save_picture(picture, path):
@@ -1257,15 +1125,10 @@ def add_checkpoint_arguments(parser):
     """What every script that asks checkpoints takes."""
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="ENTRY", help="rows of the table: FILE, FILE:teacher (its momentum "
-        "encoder), FILE:PREFIX (one of several ResNets), 'NAME=GLOB' (the mean over files), random (untrained), or "
-        "colour (evaluate.py: no network, the median colour of each box)")
-    add("--arch", choices=RESNETS, help="architecture of random (default: the first file's, else resnet50)")
-    add("--teacher", action="store_true", help="take the momentum encoder of every file, not the other one")
-    add("--prefix", help="which of several ResNets to take of every file")
-    add("--statistics", choices=("saved", "clean"), default="saved", help="statistics of batch norm: the file's, or "
-        "those of 256 clean train images (default: saved, but random has none and is always clean)")
-    add("--roi", type=positive, help="side of RoIAlign's output on C4 (default: as trained, else as the first of our "
-        "files, else scenes 6, photographs 14: detectron2's)")
+        "encoder), FILE:PREFIX (one of several ResNets), NAME=GLOB, random (untrained), colour (no network)")
+    add("--arch", choices=tuple(ARCHITECTURES.values()), help="of random (default: the first file's, else resnet50)")
+    add("--statistics", choices=("saved", "clean"), default="saved", help="of batch norm; clean: of 256 train images")
+    add("--roi", type=positive, help="side of RoIAlign on C4 (default: as trained; else scenes 6, photographs 14)")
     add("--data", choices=tuple(SIZE), default="scenes", help="labelled data set (default: scenes)")
     add("--root", help="the data set's folder (default: data/DATA)")
     add("--seed", type=whole_number, default=0, help="seed of random's weights and of what is drawn (default: 0)")
@@ -1278,8 +1141,7 @@ def parse_arguments(arguments=None):
     add_checkpoint_arguments(parser)
     add = parser.add_argument
     add("--size", type=positive, help="side of the input, a multiple of 16 (default: scenes 112, voc 224, else 448)")
-    add("--head", choices=("map", "roi"), help="RoIAlign on C5 of the image, or C5 on RoIs of C4 (default: scenes roi, "
-        "else map: section 5.3)")
+    add("--head", choices=("map", "roi"), help="see above (default: scenes roi, else map: section 5.3)")
     add("--k", type=positive, default=20, help="neighbours that vote (default: 20, as in DINO)")
     add("--objects", type=positive, default=3, help="N, objects per train image in the bank (section 5.3; default: 3)")
     add("--limit-images", type=positive, help="images of each split, its first ones (default: all)")
@@ -1289,22 +1151,20 @@ def parse_arguments(arguments=None):
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
     add("--out", help="folder for last.pt, detector.pth, results.json (default: runs/TASK-CKPT)")
     add("--resume", choices=("auto", "never"), default="auto", help="whether to resume OUT/last.pt (default: auto)")
-    add("--batch-size", type=positive, default=Transfer.batch_size, help="of all ranks together; rate and steps "
-        "scale with it (default: 16, MoCo's)")
+    add("--batch-size", type=positive, default=Transfer.batch_size, help="of all ranks together (default: 16, MoCo's)")
     add("--steps", type=positive, help="length of the schedule; drops and warm-up stay in proportion (default: MoCo's)")
     add("--short-side", type=positive, help="one for training and test (default: MoCo's 480-800, coco 640-800; 800)")
     add("--lr", type=float, default=Transfer.lr, help="learning rate for 16 images (default: 0.02, MoCo's)")
-    add("--rois", type=positive, default=Transfer.rois, help="boxes per image that train the RoI "
-        "head (default: 512, detectron2's)")
+    add("--rois", type=positive, default=Transfer.rois, help="boxes per image that train the RoI head (default: 512)")
     args = parser.parse_args(arguments)
     args.size = args.size or SIZE[args.data]
     args.head = args.head or ("roi" if args.data == "scenes" else "map")
     if args.size % 16:
         raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
-    if args.transfer and len(args.ckpt) > 1:
-        raise UserError(f"--transfer {args.transfer} fine-tunes one network: name one --ckpt, and run it once for each")
-    if args.export and (args.export[0] not in ("detectron2", "torchvision") or len(args.ckpt) > 1):
-        raise UserError("--export FORMAT FILE: the format is detectron2 or torchvision, and --ckpt names one file")
+    if (args.transfer or args.export) and len(args.ckpt) > 1:
+        raise UserError("--transfer and --export take one network: name one --ckpt, and run it once for each")
+    if args.export and args.export[0] not in ("detectron2", "torchvision"):
+        raise UserError(f"--export {args.export[0]} FILE: the format is detectron2 or torchvision")
     return args
 
 
@@ -1321,8 +1181,6 @@ def main():
     same_classes(val.categories, train.categories, f"the train split of {args.data}", "the val split")
     bank = Objects(train, args.size, args.objects, args.limit_images, args.seed)
     queries = Objects(val, args.size, None, args.limit_images, args.seed)
-    if args.k > bank.count:
-        raise UserError(f"--k {args.k} is larger than the bank of {bank.count:,} objects: lower it, or add images")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     answers = None
@@ -1334,7 +1192,7 @@ def main():
             clean = partial(clean_batches, train.images, args.size, args.seed, device)
             model = ObjectFeatures(load_source(source, args.head, clean, device), args.head, source.bins)
         first, answers = answers is None, evaluate(model, bank, queries, args.k, args.workers, device)
-        if args.neighbours and first:
+        if first and args.neighbours:
             save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
         return over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
 
@@ -1344,11 +1202,9 @@ def main():
     chance = 100 * (labels == commonest).mean().item()
     print_table(MEASURES.values(), results, lambda result, suffix: [result[name + suffix] for name in MEASURES], 1,
                 f"{len(set(images))} images")
-    print(f"bank: {len(answers.bank):,} objects of {len(bank):,} images; queries: {len(labels):,} of {len(queries):,}; "
-          f"k {args.k}, {args.size} x {args.size} pixels, head {args.head}; to answer {train.categories[commonest]}, "
-          f"the bank's commonest category, is right in {chance:.1f} %")
-    below = [result["row"] for result in results if result["oknn_top1"] < chance]
-    if below:
+    print(f"bank: {len(answers.bank):,} objects; queries: {len(labels):,}; k {args.k}, {args.size} pixels, head "
+          f"{args.head}; to answer {train.categories[commonest]}, the commonest category, is right in {chance:.1f} %")
+    if below := [result["row"] for result in results if result["oknn_top1"] < chance]:
         print(f"below the commonest category: {', '.join(below)}")
     if args.json:
         names = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
