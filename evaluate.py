@@ -176,6 +176,8 @@ def read_torch(file, content):
         if entry.compress_type == zipfile.ZIP_STORED:  # torch.save compresses nothing
             start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", content, entry.header_offset + 26))
             storages[name].content = content[start:start + entry.file_size]
+    if storages["byteorder"].content == b"big":
+        raise UserError("was written on a big-endian machine: save it again on another one")
     return Unpickler(io.BytesIO(storages["data.pkl"].content), storages).load()
 
 
@@ -370,7 +372,7 @@ def open_rows(args):
     sources = [source for _, some in rows for source in some]
     files = [source for source in sources if source.path not in ("random", "colour")]
     for source in files:
-        source.arch, path = source.load()[1], Path(source.path)
+        (network, source.arch), path = source.load(), Path(source.path)
         beside = path.with_name("last.pt")  # of a backbone.pth or a snapshot, which always has clean statistics
         with reading(beside):
             run = read_checkpoint(beside if path.name.startswith("backbone") and beside.exists() else path)
@@ -378,6 +380,9 @@ def open_rows(args):
             source.bins = source.bins or run["config"]["roi"]
             if source.statistics == "saved" and (run.get("clean") or path.name.startswith("backbone-")):
                 source.statistics = "clean (training run)"
+        if source.statistics == "saved" and not network.bn1.running_mean.any() and (network.bn1.running_var == 1).all():
+            print(f"warning: {path}: batch norm's running statistics were never updated (means 0, variances 1): try "
+                  "--statistics clean", file=sys.stderr)
     # Bins of networks that do not know theirs: detectron2's C4 head has 14, the scenes' preset, for 112 pixels, 6.
     bins = next((source.bins for source in files if source.bins), 6 if args.data == "scenes" else 14)
     for source in sources:
