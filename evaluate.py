@@ -32,8 +32,9 @@ import time
 import zipfile
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -50,7 +51,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -526,7 +527,7 @@ class Objects(torch.utils.data.Dataset):
             other = (i + 1 + int(rng("background", self.seed, i).integers(self.n - 1))) % self.n
             image, background = self.labelled.read(i), self.labelled.images.read(other)
         except OSError:
-            print(f"left out, it or its background cannot be read: {self.labelled.images.name(i)}", flush=True)
+            print(f"left out, it or its background cannot be read: {self.labelled.images.name(i)}")
             return *np.zeros((2, side, side, 3), np.uint8), boxes, index
         picture, disturbed = resize(image, side, side), resize(background, side, side)
         boxes[:len(own)] = self.labelled.boxes[own] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
@@ -678,18 +679,17 @@ def over_images(points, images):
 
 @dataclass
 class Transfer:
-    """Every setting of a fine-tuning. Not in the paper, which names MoCo's protocol: from MoCo's detection/configs
-    ("moco") and the defaults of detectron2 that these inherit ("d2"). A batch other than 16 scales linearly: the rate
-    by batch/16, steps, drops and warm-up by 16/batch; --steps replaces the steps, drops and warm-up in proportion."""
+    """Every setting of a fine-tuning; the paper names MoCo's protocol: MoCo's detection/configs ("moco") and the
+    defaults of detectron2 that they inherit ("d2")."""
     task: str                   # section 5.2. voc: Faster R-CNN, trainval 2007 and 2012; coco: Mask R-CNN, train2017
     root: str
     ckpt: str
     arch: str                   # of the backbone; section 5.2: resnet50
     steps: int                  # moco: 24 k (VOC); d2: 90 k, the "1x schedule" of section 5.2 (COCO)
-    drops: tuple                # steps at which the learning rate drops to a tenth; moco and d2's 1x
-    warmup: int                 # steps of linear warm-up from a thousandth; moco: 100 (VOC), d2: 1,000 (COCO)
-    sides: tuple                # short sides drawn in training, in pixels; moco; the last, 800, is the test's
-    long_side: int = 1333       # at most; d2
+    drops: list                 # steps at which the learning rate drops to a tenth; moco and d2's 1x
+    warmup: float               # steps of linear warm-up from a thousandth; moco: 100 (VOC), d2: 1,000 (COCO)
+    sides: list                 # short sides drawn in training, in pixels; moco; the last, 800, is the test's
+    long_side: int              # at most, 5/3 of the short one; d2: 1,333
     batch_size: int = 16        # of all ranks together; moco
     lr: float = 0.02            # for 16 images; moco
     momentum: float = 0.9       # d2
@@ -701,24 +701,24 @@ class Transfer:
 
     def rate(self, step):
         """The learning rate at `step`."""
-        rise = min(1.0, step / self.warmup) if self.warmup else 1.0
-        return self.lr * (0.001 + 0.999 * rise) * 0.1 ** sum(step >= drop for drop in self.drops)
+        return self.lr * min(1, 0.001 + 0.999 * step / self.warmup) * 0.1 ** sum(step >= drop for drop in self.drops)
 
 
-RECIPES = {"voc": dict(steps=24_000, drops=(18_000, 22_000), warmup=100, sides=tuple(range(480, 801, 32))),
-           "coco": dict(steps=90_000, drops=(60_000, 80_000), warmup=1_000, sides=tuple(range(640, 801, 32)))}
+RECIPES = {"voc": dict(steps=24_000, drops=[18_000, 22_000], warmup=100, sides=list(range(480, 801, 32))),
+           "coco": dict(steps=90_000, drops=[60_000, 80_000], warmup=1_000, sides=list(range(640, 801, 32)))}
 
 
 def transfer_config(args, arch="resnet50"):
-    """Transfer from the command line, scaled by its rule."""
-    c = Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, **RECIPES[args.transfer],
-                 batch_size=args.batch_size, lr=args.lr, rois=args.rois, seed=args.seed, limit_images=args.limit_images)
-    if args.short_side:
-        c = replace(c, sides=(args.short_side,), long_side=round(args.short_side * 5 / 3))
-    steps = args.steps or max(1, round(c.steps * 16 / c.batch_size))
-    drops, warmup = tuple(round(drop * steps / c.steps) for drop in c.drops), c.warmup * steps / c.steps
-    precise = max(1, min(c.precise, steps // 10))
-    return replace(c, steps=steps, drops=drops, warmup=warmup, lr=c.lr * c.batch_size / 16, precise=precise)
+    """Transfer from the command line. Another batch than 16 scales rate and steps linearly; drops and warm-up stay in
+    proportion to the steps."""
+    recipe, batch = RECIPES[args.transfer], args.batch_size
+    steps = args.steps or max(1, round(recipe["steps"] * 16 / batch))
+    drops = [round(drop * steps / recipe["steps"]) for drop in recipe["drops"]]
+    sides = [args.short_side] if args.short_side else recipe["sides"]
+    return Transfer(args.transfer, args.root or f"data/{args.transfer}", args.ckpt[0], arch, steps, drops,
+                    recipe["warmup"] * steps / recipe["steps"], sides, round(sides[-1] * 5 / 3), batch,
+                    args.lr * batch / 16, rois=args.rois, precise=max(1, min(Transfer.precise, steps // 10)),
+                    seed=args.seed, limit_images=args.limit_images)
 
 
 class RegionProposals(RegionProposalNetwork):
@@ -727,50 +727,41 @@ class RegionProposals(RegionProposalNetwork):
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
         positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
         sampled, count = positive | negative, self.fg_bg_sampler.batch_size_per_image * len(labels)
-        logits, truth = objectness.flatten()[sampled], torch.cat(labels)[sampled]
-        offsets = torch.cat(regression_targets)[positive]
-        return (F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / count,
+        logits, offsets = objectness.flatten()[sampled], torch.cat(regression_targets)[positive]
+        return (F.binary_cross_entropy_with_logits(logits, torch.cat(labels)[sampled], reduction="sum") / count,
                 F.l1_loss(pred_bbox_deltas[positive], offsets, reduction="sum") / count)
 
 
 class C4Heads(RoIHeads):
-    """detectron2's Res5ROIHeads with MoCo's extra norm: res5's map of each region, whose mean the box predictor reads.
-    The mask predictor reads the map itself: in training the sampled objects' rows of the same map (a second pass would
-    show batch norm the objects alone), in the test that of the detected boxes."""
+    """detectron2's Res5ROIHeads with MoCo's extra norm: the box predictor reads the mean of a region's res5 map, the
+    mask predictor the map; in training both read one pass (a second would show batch norm the objects alone)."""
 
     def __init__(self, layer4, categories, masks, rois):
-        width = layer4[-1].conv1.in_channels
-        super().__init__(None, None, FastRCNNPredictor(width, categories + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
-                         batch_size_per_image=rois, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05,
-                         nms_thresh=0.5, detections_per_img=100)
+        width = layer4[-1].conv2.out_channels * layer4[-1].expansion
+        super().__init__(self.regions, lambda maps: maps.mean((2, 3)), FastRCNNPredictor(width, categories + 1),
+                         fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=rois, positive_fraction=0.25,
+                         bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5, detections_per_img=100,
+                         mask_roi_pool=self.regions, mask_head=nn.Identity())
         self.layer4, self.norm = layer4, nn.BatchNorm2d(width)
-        last = [(self.box_predictor.cls_score, 0.01), (self.box_predictor.bbox_pred, 0.001)]
+        last = {self.box_predictor.cls_score: 0.01, self.box_predictor.bbox_pred: 0.001}  # standard deviations
         if masks:
             self.mask_predictor = MaskRCNNPredictor(width, 256, categories + 1)
             nn.init.zeros_(self.mask_predictor.conv5_mask.bias)
-            last += [(self.mask_predictor.mask_fcn_logits, 0.001)]
-        for layer, deviation in last:
+            last[self.mask_predictor.mask_fcn_logits] = 0.001
+        for layer, deviation in last.items():
             nn.init.normal_(layer.weight, std=deviation)
             nn.init.zeros_(layer.bias)
 
-    def regions(self, c4, boxes):
-        """C4 (B, 1024, h, w), B lists of boxes (n, 4) in pixels -> (sum of n, 2048, 7, 7)."""
-        regions = torchvision.ops.roi_align(c4, boxes, 14, 1 / 16, sampling_ratio=0, aligned=True)
-        return self.norm(self.layer4(regions))
+    def regions(self, features, boxes, shapes=None):
+        """{"0": C4 (B, 1024, h, w)}, B lists of boxes (n, 4) in pixels -> (sum of n, 2048, 7, 7)."""
+        return self.norm(self.layer4(torchvision.ops.roi_align(features["0"], boxes, 14, 1 / 16, aligned=True)))
 
     def forward(self, features, proposals, image_shapes, targets=None):
-        """torchvision's interface: C4 as {"0": map}, B lists of boxes -> detections (in test), losses (in training)."""
-        c4 = features["0"]
+        """torchvision's interface: C4, B lists of boxes -> detections (in test), losses (in training)."""
         if not self.training:
-            scores, deltas = self.box_predictor(self.regions(c4, proposals).mean((2, 3)))
-            boxes, scores, labels = self.postprocess_detections(scores, deltas, proposals, image_shapes)
-            detections = [dict(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels)]
-            if self.mask_predictor is not None:
-                masks = maskrcnn_inference(self.mask_predictor(self.regions(c4, boxes)), labels)
-                detections = [dict(one, masks=m) for one, m in zip(detections, masks)]
-            return detections, {}
+            return super().forward(features, proposals, image_shapes)
         boxes, matched, label_lists, offsets = self.select_training_samples(proposals, targets)
-        maps, labels = self.regions(c4, boxes), torch.cat(label_lists)
+        maps, labels = self.regions(features, boxes), torch.cat(label_lists)
         objects = torch.where(labels > 0)[0]
         scores, deltas = self.box_predictor(maps.mean((2, 3)))
         deltas = deltas.view(len(labels), -1, 4)[objects, labels[objects]]
@@ -786,24 +777,19 @@ class C4Heads(RoIHeads):
 
 
 def mask_targets(masks, matched, boxes):
-    """Mask targets (n, 14, 14) of 0 and 1 for boxes (n, 4): the masks of their objects, rows `matched` (n,) of masks
-    (m, H, W), under aligned RoIAlign, cut at 0.5."""
+    """(n, 14, 14) of 0 and 1: RoIAlign of masks (m, H, W)[matched] (n,) in boxes (n, 4), cut at 0.5."""
     rows = torch.cat([matched[:, None].to(boxes), boxes], 1)
     share = torchvision.ops.roi_align(masks[:, None].to(boxes), rows, 14, aligned=True)[:, 0]
     return (share >= 0.5).to(boxes)
 
 
 def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
-    """detectron2's Faster R-CNN C4, with masks=True Mask R-CNN, with MoCo's extra norm, on torchvision's parts. All
-    layers of `network` become its own. categories: their number; sides, long_side: in pixels. As torchvision does
-    it, not detectron2: images are resized without antialiasing, masks as bitmaps, not polygons; batches are not
-    grouped by aspect ratio, and padded to a multiple of 16 pixels; masks are pasted into boxes of integer pixels."""
+    """detectron2's Faster or Mask R-CNN C4 with MoCo's extra norm, of torchvision's parts and the layers of `network`
+    (.github/RESULTS.md says what differs). categories: their number; sides, long_side: in pixels."""
     backbone = nn.Sequential(OrderedDict(list(network.named_children())[:-3]))  # without layer4, avgpool and fc
-    sizes, ratios = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)  # sides of a square anchor; height / width
-    anchors = AnchorGenerator((sizes,), (ratios,))
-    root = torch.tensor(ratios)[:, None].sqrt()
-    width, height = (torch.tensor(sizes) / root).flatten(), (torch.tensor(sizes) * root).flatten()
-    anchors.cell_anchors = [torch.stack([-width, -height, width, height], 1) / 2]  # torchvision's are rounded
+    shapes = [(side / ratio**0.5, side * ratio**0.5) for ratio in (0.5, 1, 2) for side in (32, 64, 128, 256, 512)]
+    half, anchors = torch.tensor(shapes) / 2, AnchorGenerator()
+    anchors.cell_anchors = [torch.cat([-half, half], 1)]  # torchvision's are rounded
     rpn = RegionProposals(anchors, RPNHead(network.layer4[0].conv1.in_channels, 15), fg_iou_thresh=0.7,
                           bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, nms_thresh=0.7,
                           pre_nms_top_n=dict(training=12000, testing=6000),
@@ -813,89 +799,85 @@ def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, 
 
 
 class Detection(torch.utils.data.Dataset):
-    """Images and targets of a split for torchvision's detectors, by keys (epoch, index), which alone decide the flip.
+    """Training images (3, H, W) uint8 and their targets {boxes (n, 4), labels (n,) from 1, masks (n, H, W)} by keys
+    (epoch, index), which alone decide the flip. kept (M,) bool: the objects to train on."""
 
-    Items: the image's index in its split; image (3, H, W) uint8; {boxes (n, 4), labels (n,) from 1, masks (n, H, W)
-    uint8}. `kept` (M,) bool: the objects to train on, images without them are left out and half of the others flipped;
-    None: all images, no targets. Raises UserError if an image cannot be read or does not have its annotated size."""
-
-    def __init__(self, labelled, kept=None, masks=False, limit=None, seed=0):
-        self.labelled, self.masks, self.seed, self.index = labelled, masks, seed, range(len(labelled.images))[:limit]
-        if kept is not None:
-            self.rows = [np.flatnonzero(kept[a:b]) + a for a, b in zip(labelled.offsets, labelled.offsets[1:])]
-            self.index = [i for i in self.index if len(self.rows[i])]
-        self.train = kept is not None
-
-    def __len__(self):
-        return len(self.index)
+    def __init__(self, labelled, kept, masks=False, limit=None, seed=0):
+        self.labelled, self.kept, self.masks, self.seed = labelled, kept, masks, seed
+        rows = zip(range(len(labelled.images))[:limit], labelled.offsets, labelled.offsets[1:])
+        self.index = [i for i, start, end in rows if kept[start:end].any()]
 
     def __getitem__(self, key):
         split, i = self.labelled, self.index[key[1]]
-        try:
-            image, target = split.read(i), {}
-        except OSError:
-            raise UserError(f"{split.images.root / split.images.name(i)} cannot be read: download it again") from None
-        if self.train:
-            rows, width = self.rows[i], image.shape[1]
-            target = dict(boxes=torch.tensor(split.boxes[rows]), labels=torch.tensor(split.labels[rows] + 1))
+        image, (start, end) = read_whole(split, i), split.offsets[i:i + 2]
+        rows = start + np.flatnonzero(self.kept[start:end])
+        target = dict(boxes=torch.tensor(split.boxes[rows]), labels=torch.tensor(split.labels[rows] + 1))
+        if self.masks:
+            target["masks"] = torch.from_numpy(masks_of(split, i, rows))
+        if rng("flip", self.seed, key[0], i).random() < 0.5:
+            image = image.flip(2)
+            target["boxes"][:, [0, 2]] = image.shape[2] - target["boxes"][:, [2, 0]]
             if self.masks:
-                target["masks"] = torch.from_numpy(np.stack([mask_or_box(split, row, image.shape) for row in rows]))
-            if rng("flip", self.seed, key[0], i).random() < 0.5:
-                image = image[:, ::-1].copy()
-                target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
-                if self.masks:
-                    target["masks"] = target["masks"].flip(2)
-        return i, torch.from_numpy(image).permute(2, 0, 1), target
-
-    def batches(self, schedule, workers, device):
-        """Lists of items on the device, images float32 in [0, 1]; `schedule`: lists of keys."""
-        for batch in make_loader(self, schedule, workers, collate=list):  # images have their own sizes
-            yield [(i, image.to(device).float() / 255, {key: value.to(device) for key, value in target.items()})
-                   for i, image, target in batch]
+                target["masks"] = target["masks"].flip(2)
+        return image, target
 
 
-def mask_or_box(split, row, shape):
-    """(H, W) uint8 mask of object `row` in an image of `shape` (H, W, ...): its box if it has none, or an empty one."""
-    mask = split.mask(row) if split.mask else None
-    if mask is None or mask.shape != (*shape[:2],) or not mask.any():
-        (x1, y1), (x2, y2) = np.floor(split.boxes[row, :2]).astype(int), np.ceil(split.boxes[row, 2:]).astype(int)
-        mask = np.zeros(shape[:2], bool)
-        mask[y1:y2, x1:x2] = True
-    return mask.astype(np.uint8)
+def read_whole(split, i):
+    """Image i as (3, H, W) uint8. Raises UserError if it cannot be read or does not have its annotated size."""
+    try:
+        return torch.from_numpy(split.read(i)).permute(2, 0, 1)
+    except OSError:
+        raise UserError(f"{split.images.root / split.images.name(i)} cannot be read: download it again") from None
 
 
-def same_classes(ours, theirs, where, whose, cure="give both one list"):
+def masks_of(split, i, rows):
+    """(n, H, W) uint8 masks of objects `rows` (n,) of image i; of one without a mask, or with an empty one, its box."""
+    width, height = split.sizes[i]
+    masks = np.zeros((len(rows), height, width), np.uint8)
+    for mask, row in zip(masks, rows):
+        annotated = split.mask(row)
+        if annotated is not None and annotated.any():
+            mask[:] = annotated
+        else:
+            x1, y1, x2, y2 = split.boxes[row].tolist()
+            mask[int(y1):math.ceil(y2), int(x1):math.ceil(x2)] = 1
+    return masks
+
+
+def same_classes(ours, theirs, where, whose):
     if ours != theirs:
         odd = ", ".join(sorted({*ours} ^ {*theirs})[:3]) or "their order"
-        raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: {cure}")
+        raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: give both "
+                        "one list")
 
 
-def fine_tune(c, network, out, resume="auto", workers=0):
-    """Fine-tune a C4 detector on `network`, which it takes over, by the Transfer `c`, and test it.
-
-    Writes OUT/last.pt, from which the same command resumes, and OUT/detector.pth, the tested weights. Returns (0, the
-    results and settings, {} on other ranks than the first), (128 + signal, {}) if SIGTERM or SIGINT stopped it."""
-    rank, world_size, local_rank, _ = torchrun_ranks()
-    is_main = rank == 0
+def fine_tune(args):
+    """--transfer: fine-tune a C4 detector, test it, print AP. Writes OUT/last.pt, from which the same command resumes,
+    OUT/detector.pth, the tested weights, and OUT/results.json. Returns 0, or 128 + the signal that stopped it."""
+    rank, world_size, local_rank, local_world_size = torchrun_ranks()
+    is_main, workers = rank == 0, min(args.workers, max(1, usable_cores() // local_world_size))
+    torch.set_float32_matmul_precision("high")
+    network, arch = load_from(args, args.ckpt[0])
+    c, name = transfer_config(args, arch), re.sub(r"[^\w.]+", "-", args.ckpt[0].removeprefix("runs/"))
+    out = Path(args.out or f"runs/{c.task}-{name}")
     lock = lock_folder(out) if is_main else None  # noqa: F841: held until the end
-
-    # Data: both splits, and every test image once: a day of training must not end with an error in one of them.
+    if c.task == "coco":
+        mask_coder()  # that it is missing, or a test image, should not show after a day of training
     train, val = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", "val"))
     same_classes(train.categories, val.categories, f"the val split of {c.root}", "the train split")
     masks = c.task == "coco" and train.mask is not None
-    kept = ~train.crowd | (c.task == "voc")  # VOC's difficult objects are trained on
-    trained, tested = Detection(train, kept, masks, c.limit_images, c.seed), Detection(val, limit=c.limit_images)
-    if c.batch_size % world_size or c.batch_size > len(trained):
+    trained = Detection(train, ~train.crowd | (c.task == "voc"), masks, c.limit_images, c.seed)  # with VOC's difficult
+    if c.batch_size % world_size or c.batch_size > len(trained.index):
         raise UserError(f"--batch-size {c.batch_size}: choose a multiple of the {world_size} ranks, and at most the "
-                        f"{len(trained):,} images with objects in {c.root}")
-    for j in range(rank, len(tested), world_size):
-        tested[0, j]
+                        f"{len(trained.index):,} images with objects in {c.root}")
+    tested = range(len(val.images))[:c.limit_images]
+    for i in tested[rank::world_size]:
+        read_whole(val, i)
 
     # The checkpoint to resume from; the data may have moved.
-    settings = {**asdict(c), "drops": list(c.drops), "sides": list(c.sides), "ckpt": digest(network), "masks": masks}
     names = [train.images.names[i] for i in trained.index] + [name.encode() for name in train.categories]
-    settings.update(root=None, listing=listing(names))
-    saved = load_checkpoint(out / "last.pt", settings, world_size) if resume == "auto" else None
+    settings = {**asdict(c), "root": None, "ckpt": digest(network), "masks": masks, "listing": listing(names)}
+    saved = load_checkpoint(out / "last.pt", settings, world_size) if args.resume == "auto" else None
     step = saved["step"] if saved else 0
     device = connect(world_size, local_rank)
     agree(out, step=step, settings=settings)
@@ -905,22 +887,21 @@ def fine_tune(c, network, out, resume="auto", workers=0):
     model = c4_detector(network, len(train.categories), masks, c.sides, c.long_side, c.rois)
     model.to(device, memory_format=torch.channels_last)
     parallel_model = data_parallel(model, world_size)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    of_norms = {p: None for norm in norms for p in norm.parameters()}  # a dict keeps their order
-    others = [p for p in model.parameters() if p not in of_norms]
-    optimizer = torch.optim.SGD([dict(params=others, weight_decay=c.weight_decay),
-                                 dict(params=list(of_norms), weight_decay=0.0)], lr=c.lr, momentum=c.momentum)
+    norms = {p for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    optimizer = torch.optim.SGD([
+        dict(params=[p for p in model.parameters() if p not in norms], weight_decay=c.weight_decay),
+        dict(params=[p for p in model.parameters() if p in norms])], lr=c.lr, momentum=c.momentum)
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    del saved
 
     def batches(first, last):
         """(images, targets) of steps first to last. What the model samples is a function of (seed, step, rank)."""
-        schedule = Schedule(len(trained), c.batch_size, c.seed, first, last, rank, world_size)
-        for n, batch in enumerate(trained.batches(schedule, workers, device), first):
+        schedule = Schedule(len(trained.index), c.batch_size, c.seed, first, last, rank, world_size)
+        for n, batch in enumerate(make_loader(trained, schedule, workers, collate=list), first):
             torch.manual_seed(int(rng("sampling", c.seed, n, rank).integers(2**63)))
-            yield [image for _, image, _ in batch], [target for _, _, target in batch]
+            yield ([image.to(device).float() / 255 for image, _ in batch],  # of their own sizes
+                   [{key: value.to(device) for key, value in target.items()} for _, target in batch])
 
     def save(name, **more):
         ensure_finite(model.parameters(), step, out)
@@ -930,9 +911,9 @@ def fine_tune(c, network, out, resume="auto", workers=0):
 
     # The loop.
     if is_main:
-        print(f"{c.arch}-C4 of {c.ckpt}, {'boxes and masks' if masks else 'boxes'} of {len(trained):,} images of "
-              f"{c.root}, {world_size} x {device.type}, steps {step:,} to {c.steps:,}", flush=True)
-    signals, saved_at, recent, lap = stop_on_signal(), -math.inf, [], time.perf_counter()
+        print(f"{c.arch}-C4 of {c.ckpt}, {'boxes and masks' if masks else 'boxes'} of {len(trained.index):,} images of "
+              f"{c.root}, {world_size} x {device.type}, steps {step:,} to {c.steps:,}")
+    signals, first, began = stop_on_signal(), step, time.perf_counter()
     parallel_model.train()
     for images, targets in batches(step, c.steps):
         for group in optimizer.param_groups:
@@ -941,155 +922,119 @@ def fine_tune(c, network, out, resume="auto", workers=0):
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recent.append(torch.stack(list(losses.values())).detach())
         step += 1
         if step % 20 == 0 or step == c.steps or (signals and world_size == 1):
-            # The only collective of the loop beside the gradients': means, and whether to stop or to save.
-            due = step == c.steps or time.perf_counter() - saved_at > 300
-            states = gather_objects((torch.stack(recent).mean(0).tolist(), max(signals, default=0), due))
-            means, stop = np.mean([values for values, _, _ in states], 0), max(number for _, number, _ in states)
+            # The only collective of the loop beside the gradients': losses, and whether to stop.
+            states = gather_objects(([loss.item() for loss in losses.values()], max(signals, default=0)))
+            means, stop = np.mean([values for values, _ in states], 0), max(number for _, number in states)
             ensure_finite([torch.from_numpy(means)], step, out)
             if is_main:
-                rate = len(recent) * c.batch_size / (time.perf_counter() - lap)
+                rate = (step - first) * c.batch_size / (time.perf_counter() - began)
                 parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(losses, means))
                 print(f"step {step:,}/{c.steps:,}  loss {means.sum():.3f}  {parts}  {rate:.1f} images/s  "
-                      f"{duration((c.steps - step) * c.batch_size / rate)} left", flush=True)
-            if stop or any(due for _, _, due in states):
+                      f"{duration((c.steps - step) * c.batch_size / rate)} left")
+            if stop or step == c.steps or step % 500 in (20, 0):
                 save("last.pt", optimizer=optimizer.state_dict())
-                saved_at = time.perf_counter()
             if stop:
+                if is_main:
+                    print(f"stopped and saved {out}/last.pt: run the same command again to resume")
                 gather_objects(step)  # torchrun ends all ranks after the first: none leaves before the save
-                return 128 + stop, {}
-            recent, lap = [], time.perf_counter()
+                return 128 + stop
+
+    # The test, with batch norm's statistics of the final weights. It has nothing to save if a signal comes.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # the test has nothing to save
-
-    # The test, with batch norm's statistics of the final weights.
-    with torch.no_grad():
-        precise_batch_norm(model, batches(c.steps, c.steps + c.precise))
-        for statistic in [s for norm in norms for s in (norm.running_mean, norm.running_var) if world_size > 1]:
-            dist.all_reduce(statistic)
-            statistic /= world_size
+        signal.signal(number, signal.SIG_DFL)
+    precise_batch_norm(model, batches(c.steps, c.steps + c.precise))
     save("detector.pth")
-    mine, detections, progress = range(rank, len(tested), world_size), [], Progress("test", len(tested))
-    model.eval()
+    detections, progress = [], Progress("test", len(tested))
     with torch.inference_mode():
-        for (i, image, _), in tested.batches([[(0, j)] for j in mine], workers, device):
-            output = {key: value.cpu().numpy() for key, value in model([image])[0].items()}
-            rles = [run_length(mask[0] >= 0.5) for mask in output.get("masks", ())]
-            detections.append((i, output["boxes"], output["labels"] - 1, output["scores"], rles))
-            if is_main:
-                progress.update(min(len(detections) * world_size, len(tested)))  # the other ranks are about as far
+        for i in tested[rank::world_size]:
+            output = model([read_whole(val, i).to(device).float() / 255])[0]
+            boxes, scores, labels = (output[key].cpu().numpy() for key in ("boxes", "scores", "labels"))
+            rles = run_lengths(output["masks"][:, 0].cpu().numpy() >= 0.5) if masks else []
+            detections.append((i, boxes, labels - 1, scores, rles))
+            if is_main:  # the other ranks are about as far
+                progress.update(min(len(detections) * world_size, len(tested)))
     detections = sorted(sum(gather_objects(detections), []), key=lambda one: one[0])
-    if not is_main:
-        return 0, {}
-    measure, kinds = voc_ap if c.task == "voc" else coco_ap, ("box", "mask") if masks and val.mask else ("box",)
-    return 0, {**{kind: measure(val, tested.index, detections, kind) for kind in kinds}, **asdict(c), "images":
-               len(trained), "tested": len(tested), "backbone": settings["ckpt"], "world_size": world_size}
+    if is_main:
+        measure, kinds = voc_ap if c.task == "voc" else coco_ap, ["box", "mask"] if masks and val.mask else ["box"]
+        results = {kind: measure(val, tested, detections, kind) for kind in kinds}
+        for kind, result in results.items():
+            print(f"{kind:4}", *(f"  {name} {value:.1f}" for name, value in result.items() if value is not None))
+        results.update(asdict(c), images=len(trained.index), tested=len(tested), backbone=settings["ckpt"])
+        write_json(args.json or out / "results.json", dict(results, world_size=world_size))
+    return 0
 
 
-THRESHOLDS = np.arange(50, 100, 5) / 100  # of IoU; COCO's ten, as detectron2 has them for VOC too
-
-
-def summary(table):
-    """AP, AP50 and AP75 in percent of table (categories, thresholds); NaN: no object, None: no object at all."""
+def average_precision(table):
+    """AP, AP50 and AP75 in percent of table (categories, COCO's ten thresholds); NaN: no object, None: none at all."""
     columns = dict(AP=table, AP50=table[:, 0], AP75=table[:, 5])
     return {name: None if np.isnan(some).all() else 100 * float(np.nanmean(some)) for name, some in columns.items()}
 
 
 def voc_ap(labelled, index, detections, kind="box"):
-    """`summary` of VOC2007's 11-point AP as detectron2 computes it, without its rounding of scores and boxes: a
-    detection is right if its IoU with the object that it overlaps most is over the threshold and no earlier one was
-    right about that object; those of difficult objects do not count.
-
-    Args: labelled: the split; index: its tested images; detections: [(image, boxes (n, 4) in its pixels, labels (n,)
-    from 0, scores (n,), masks in RLE)] of all of them."""
-    table = np.full((len(labelled.categories), len(THRESHOLDS)), math.nan)
-    for label in range(len(labelled.categories)):
-        ranked, objects = [], 0
-        for i, boxes, labels, scores, _ in detections:
-            rows = np.arange(*labelled.offsets[i:i + 2])
-            rows = rows[labelled.labels[rows] == label]
-            objects += (~labelled.crowd[rows]).sum()
-            pair = boxes[labels == label], labelled.boxes[rows]
-            iou = torchvision.ops.box_iou(*(torch.as_tensor(some).double() for some in pair)).numpy()
-            iou, rows = np.pad(iou, ((0, 0), (0, 1))), np.append(rows, -1)  # a last column of zeros: no object
-            ranked.append((-scores[labels == label], iou.max(1), rows[iou.argmax(1)]))
-        scores, overlap, best = map(np.concatenate, zip(*ranked))
-        order = np.argsort(scores, kind="stable")
-        overlap, best = overlap[order], best[order]
-        for t, threshold in enumerate(THRESHOLDS if objects else ()):
-            difficult = (overlap > threshold) & labelled.crowd[best]
-            candidates = np.flatnonzero((overlap > threshold) & ~difficult)
-            _, first = np.unique(best[candidates], return_index=True)  # of each object
-            right = np.isin(np.arange(len(best)), candidates[first])
-            hits, misses = np.cumsum(right), np.cumsum(~right & ~difficult)
-            recall, precision = hits / objects, hits / np.maximum(hits + misses, 1)
-            table[label, t] = np.mean([precision[recall >= r].max(initial=0.0) for r in np.arange(0, 1.1, 0.1)])
-    return summary(table)
+    """VOC2007's 11-point AP as detectron2 computes it, without its rounding of scores and boxes: a detection is right
+    if its IoU with the object that it overlaps most is over the threshold and no earlier one was right about that
+    object; those of difficult objects do not count. index: the tested images of `labelled`; detections: of each (image,
+    boxes (n, 4) in its pixels, labels (n,) from 0, scores (n,), masks in RLE). Returns {AP, AP50, AP75}, in percent."""
+    ranked = defaultdict(list)  # of each label: (score, IoU with the object that it overlaps most, its row)
+    for i, boxes, labels, scores, _ in detections:
+        start, end = labelled.offsets[i:i + 2]
+        pair = (torch.as_tensor(some).double() for some in (boxes, labelled.boxes[start:end]))
+        iou = torchvision.ops.box_iou(*pair).numpy() * (labels[:, None] == labelled.labels[start:end])
+        iou = np.pad(iou, ((0, 0), (0, 1)))  # a last column of zeros: no object
+        for label, *one in zip(labels, scores, iou.max(1), start + iou.argmax(1)):
+            ranked[label].append(one)
+    rows = [row for i in index for row in range(*labelled.offsets[i:i + 2]) if not labelled.crowd[row]]
+    objects = np.bincount(labelled.labels[rows], minlength=len(labelled.categories))
+    table = np.full((len(objects), 10), math.nan)
+    for label, t in np.argwhere(np.isnan(table) & (objects[:, None] > 0)):
+        found, right = set(), []
+        for _, overlap, row in sorted(ranked[label], key=lambda one: -one[0]):
+            hit = overlap > (50 + 5 * t) / 100
+            if not (hit and labelled.crowd[row]):
+                right.append(hit and row not in found)
+                found |= {row} if hit else set()
+        hits = np.cumsum(right)
+        recall, precision = hits / objects[label], hits / np.arange(1, len(hits) + 1)
+        table[label, t] = np.mean([precision[recall >= r].max(initial=0.0) for r in np.arange(0, 1.1, 0.1)])
+    return average_precision(table)
 
 
-def run_length(mask):
-    """COCO's compressed RLE of a mask (H, W)."""
-    return mask_coder().encode(np.asfortranarray(mask, np.uint8))
+def run_lengths(masks):
+    """COCO's compressed RLE of each of the masks (n, H, W)."""
+    return mask_coder().encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
 
 
 def coco_ap(labelled, index, detections, kind):
-    """`summary` of pycocotools' AP of `kind`, box or mask; arguments as voc_ap's. Its ground truth is made of our
-    labels: a raw JSON may lack what pycocotools needs. An object without a mask gets its box, as in training."""
+    """pycocotools' AP of `kind`, box or mask; arguments and result as voc_ap's. Its ground truth is made of our labels:
+    a raw JSON may lack what pycocotools needs. An object without a mask gets its box, as in training."""
     from pycocotools import coco, cocoeval
 
     def as_coco(entries, key):
         """Of entries like `detections`, whose fourth value is pycocotools' `key`."""
-        annotations, result = [], coco.COCO()
-        for i, boxes, labels, values, masks in entries:
-            for n, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-                mask = masks[n] if kind == "mask" else None
-                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": int(labels[n]), "area": 1,
-                                    "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": mask, key: float(values[n])})
+        result, annotations = coco.COCO(), []
+        for i, boxes, *columns in entries:
+            for (x1, y1, x2, y2), label, value, mask in zip_longest(boxes.tolist(), *columns):
+                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": label, key: float(value),
+                                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": 1, "segmentation": mask})
         result.dataset = dict(annotations=annotations, images=[dict(id=i, height=0, width=0) for i in index],
                               categories=[dict(id=label) for label in range(len(labelled.categories))])
         result.createIndex()
         return result
 
-    def truth(i):
-        start, end = labelled.offsets[i:i + 2]
-        masks = [run_length(mask_or_box(labelled, row, labelled.sizes[i][::-1])) for row in range(start, end)
-                 if kind == "mask"]
-        return i, labelled.boxes[start:end], labelled.labels[start:end], labelled.crowd[start:end], masks
+    truth = []
+    for i in index:
+        rows = np.arange(*labelled.offsets[i:i + 2])
+        masks = run_lengths(masks_of(labelled, i, rows)) if kind == "mask" else []
+        truth.append((i, labelled.boxes[rows], labelled.labels[rows], labelled.crowd[rows], masks))
     with redirect_stdout(io.StringIO()):  # pycocotools talks
-        evaluation = cocoeval.COCOeval(as_coco(map(truth, index), "iscrowd"), as_coco(detections, "score"),
+        evaluation = cocoeval.COCOeval(as_coco(truth, "iscrowd"), as_coco(detections, "score"),
                                        "bbox" if kind == "box" else "segm")
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.params.maxDets = [100]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., 0, 0].mean(1).T  # (thresholds, recalls, categories) before
-    return summary(np.where(precision < 0, math.nan, precision))
-
-
-def transfer(args):
-    """--transfer: fine-tune, test, print AP, write OUT/results.json; exits with 128 + signal if it is stopped."""
-    if args.transfer == "coco":
-        mask_coder()  # that pycocotools is missing should not show after a day of training
-    rank, world_size, _, local_world_size = torchrun_ranks()
-    torch.set_float32_matmul_precision("high")
-    network, arch = load_from(args, args.ckpt[0])
-    c, workers = transfer_config(args, arch), min(args.workers, max(1, usable_cores() // local_world_size))
-    path, _, part = c.ckpt.partition(":")  # runs/voc-coco-last-teacher is the default of runs/coco/last.pt:teacher
-    names = [name for name in (*Path(path).with_suffix("").parts[-2:], part) if name.strip("./\\")]
-    out = Path(args.out or "-".join([f"runs/{c.task}", *names]))
-    code, results = fine_tune(c, network, out, args.resume, workers)
-    for kind in [kind for kind in ("box", "mask") if kind in results]:
-        print(f"{kind:4}", *(f"  {name} {value:.1f}" for name, value in results[kind].items() if value is not None))
-    if results:
-        write_json(args.json or out / "results.json", results)
-    if code and rank == 0:
-        print(f"stopped and saved {out}/last.pt: run the same command again to resume", flush=True)
-    if world_size > 1:
-        dist.destroy_process_group()
-    if code:
-        sys.exit(code)
+    precision = evaluation.eval["precision"][..., 0, -1].mean(1).T  # (thresholds, recalls, categories, areas, most)
+    return average_precision(np.where(precision < 0, math.nan, precision))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -1176,7 +1121,10 @@ def parse_arguments(arguments=None):
 def main():
     args = parse_arguments()
     if args.transfer:
-        return transfer(args)
+        code = fine_tune(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
     if args.export:
         network, arch = load_from(args, args.ckpt[0])
         export(network, *args.export)
