@@ -749,7 +749,7 @@ def main():
     code = train(*parse_config())
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -77,12 +77,13 @@ def positive(text):
 
 
 def error_exit(main):
-    """Run a command line. A UserError becomes one line and exit code 2, as does a loader's death; Ctrl-C, 130."""
+    """Run a command line, whose main returns an exit code or None, and exit. A UserError becomes one line and exit code
+    2, as does a loader's death; Ctrl-C, 130."""
     with suppress(AttributeError):  # of another object in the place of stdout
         # A path that is not UTF-8 must not end what prints it; a log shows each line at once.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        return main()
+        sys.exit(main() or 0)
     except (KeyboardInterrupt, UserError, RuntimeError, ConnectionError, EOFError) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
         if code == 130:
@@ -92,7 +93,10 @@ def error_exit(main):
             message = str(error).rpartition("UserError: ")[2].strip().replace("\n", " ")
         elif isinstance(error, torch.OutOfMemoryError):
             message = "a batch does not fit the GPU's memory: lower --batch-size, or use more GPUs"
-        elif re.match(r"Connection|BrokenPipe|EOF|.*(\(shm\)|Bus error|DataLoader worker \(pid)", repr(error), re.S):
+        elif isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print must not raise again
+            message = "the output was closed, as `| head` does"
+        elif re.match(r"Connection|EOF|.*(\(shm\)|Bus error|DataLoader worker \(pid)", repr(error), re.S):
             message = ("a loading process died: is memory or /dev/shm short (docker run --shm-size 8g)? To resume, run "
                        "the same command again, with fewer --workers if it happens again")
         else:

@@ -1124,7 +1124,7 @@ def main():
         code = fine_tune(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(code)
+        return code
     if args.export:
         network, arch = load_from(args, args.ckpt[0])
         export(network, *args.export)

@@ -674,7 +674,8 @@ def test_a_search_that_is_ended_says_so_in_one_line_and_leaves_no_process(pictur
         shutil.copy(pictures / f"{i % 16:03d}.png", tmp_path / f"{i}.png")
     words = [HERE / "data.py", "proposals", "--data", "folder", "--root", tmp_path, "--workers", 2]
     process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
+                               text=True, start_new_session=True,  # the suite may run where Ctrl-C is ignored
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     assert "selective search" in process.stdout.readline()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (workers := children.read_text().split()):
