@@ -2216,7 +2216,7 @@ def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
 
 # --------------------------------------------------------------------------------------------------- evaluate.py: O-KNN
 
-labelled_scenes = cache(partial(open_labelled, "scenes", None))
+opened = cache(open_labelled)
 constant = lambda images, boxes: torch.ones(boxes.numel() // 4, 3)
 number_of = lambda picture: int(picture[-1, -1, 0]) // 10  # a painted one's
 
@@ -2270,12 +2270,6 @@ def test_nearest_is_that_of_all_pairs(dimension):
         assert index[0, :11].tolist() == index[1, :11].tolist() == [7, *range(300, 310)]
 
 
-def test_objects_are_selected_with_distinct_categories_first():
-    labels, crowd = np.array([5, 5, 5, 2, 2, 9, 1]), np.array([0, 0, 0, 0, 0, 1, 0], bool)
-    for number, expected in ((2, [0, 3]), (4, [0, 1, 3, 6]), (None, [0, 1, 2, 3, 4, 6]), (0, [])):
-        assert evaluate.select_objects(labels, crowd, number).tolist() == expected
-
-
 @pytest.mark.parametrize("head, bins, stride", [("map", 7, 32), ("roi", 6, 16)])
 @torch.no_grad()
 def test_heads_are_torchvisions_roi_align(head, bins, stride):
@@ -2313,8 +2307,10 @@ def test_o_knn_of_networks_made_by_hand():
     bank, first, queries = (evaluate.Objects(labelled, 64, number, seed=number) for number in (2, 1, 3))
     inside = evaluate.evaluate(evaluate.median_colours, bank, queries, k=1)
     assert inside.points.mean(1).tolist() == [100, 100, 100, 100, 0] and inside.queries.tolist() == list(range(24))
-    outside = lambda images, boxes: torch.cat([images[:, :, 0, 0], images[:, :, 20, 10]], 1).repeat_interleave(2, 0)
-    points = evaluate.evaluate(lambda *some: outside(*some)[::3 - some[1].shape[1]], first, queries, k=1).points
+
+    def outside(images, boxes):
+        return torch.cat([images[:, :, 0, 0], images[:, :, 20, 10]], 1).repeat_interleave(boxes.shape[1], 0)
+    points = evaluate.evaluate(outside, first, queries, k=1).points
     labels = labelled.labels.reshape(12, 2)  # nearest: a first square of the first's colour
     assert points[0].tolist() == (100.0 * (labels == labels[:, :1])).ravel().tolist()
     assert torch.equal(points[4], points[0] - points[2]) and points[4].any()
@@ -2324,7 +2320,7 @@ def test_o_knn_of_networks_made_by_hand():
 
 def test_colour_alone_does_not_tell_the_scenes():
     """Below three times chance (1 in 15): 14.7 %. Scenes whose category fixes the hue gave 64."""
-    bank, queries = (evaluate.Objects(labelled_scenes(split), 112, None, limit=limit)
+    bank, queries = (evaluate.Objects(opened("scenes", None, split), 112, limit=limit)
                      for split, limit in (("train", 400), ("val", 200)))
     points = evaluate.evaluate(evaluate.median_colours, bank, queries).points
     assert points[0].mean() < 3 * 100 / 15 and torch.equal(points[0], points[2])
@@ -2351,8 +2347,11 @@ def test_disturbed_pictures(number, monkeypatch):
     assert torch.equal(features, again) and torch.equal(index, same)
 
 
-def test_crowds_and_unreadable_images_are_left_out():
-    """With an unreadable image, also the one whose background it is."""
+def test_objects_are_selected():
+    """Distinct categories first, no crowds; with an unreadable image, the one whose background it is goes too."""
+    labels, crowd = np.array([5, 5, 5, 2, 2, 9, 1]), np.array([0, 0, 0, 0, 0, 1, 0], bool)
+    for number, expected in ((2, [0, 3]), (4, [0, 1, 3, 6]), (None, [0, 1, 2, 3, 4, 6]), (0, [])):
+        assert evaluate.select_objects(labels, crowd, number).tolist() == expected
     labelled = painted()
     labelled.crowd[1] = True
     objects = evaluate.Objects(labelled, 64)
@@ -2362,18 +2361,6 @@ def test_crowds_and_unreadable_images_are_left_out():
     kept = [row for row in range(24) if broken not in (row // 2, behind[row // 2]) and row != 1]
     assert evaluate.extract(evaluate.median_colours, objects)[1].tolist() == kept and len(kept) < 21
     assert [len(images) for images, _ in evaluate.clean_batches(labelled.images, 64)] == [11]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_boxes_of_another_size_are_one_line(workers, capsys):
-    """Resized or turned images; for O-KNN, also from a loading process, and for the probes."""
-    labelled = painted()
-    labelled = labelled._replace(sizes=np.array([[64, 48]] * 11 + [[640, 427]]), boxes=labelled.boxes * 1.5)
-    for work in (lambda: evaluate.extract(evaluate.median_colours, evaluate.Objects(labelled, 64), workers=workers),
-                 lambda: probes.open_inputs(labelled, workers=workers)):
-        with pytest.raises(SystemExit, match="2"):
-            data.error_exit(work)
-        assert re.fullmatch(r".*painted/11 .*64 x 48.*640 x 427.*\n", capsys.readouterr().err.lstrip())
 
 
 def test_the_neighbours_frames_are_right():
@@ -2390,20 +2377,22 @@ def test_the_neighbours_frames_are_right():
         assert {name for line in seen for (name,) in line[1:]} == expected
 
 
-COMMANDS = [("evaluate.py", "--limit-images 12 --size 64 --k 5 --objects 2 --neighbours {}/picture.png"),
-            ("probes.py", "--pairs 2 --cut mask --fill mean --plot {}/plot.png --picture {}/picture.png")]
-
-
-@pytest.mark.parametrize("script, words", COMMANDS)
-def test_a_command_prints_and_writes_what_it_measured(script, words, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("script, options, images", [
+    ("evaluate.py", dict(limit_images=12, size=64, k=5, objects=2), ["neighbours"]),
+    ("probes.py", dict(pairs=2, cut="mask", fill="mean"), ["plot", "picture"])])
+def test_a_command_prints_and_writes_what_it_measured(script, options, images, tmp_path, monkeypatch, capsys):
     """The tables have the JSON's numbers in its order, the JSON those of a call from Python; pictures are written."""
     monkeypatch.setattr(probes, "OBJECTS", 5)
+    monkeypatch.setattr(SCRIPTS[script], "open_labelled", opened)
     for seed in (0, 1):
         torch.save(evaluate.build("resnet18", seed).state_dict(), tmp_path / f"{seed}.pth")
-    words = words.replace("{}", str(tmp_path)).split() + ["--workers", 0, "--json", tmp_path / "json"]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    words += [f"--{name}={tmp_path}/{name}" for name in ("json", *images)]
     assert here(script, *words, "--ckpt", f"one={tmp_path}/0.pth", f"both={tmp_path}/*.pth", "random") == 0
     printed, content = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
-    rows, measures, settings = content["rows"], list(SCRIPTS[script].MEASURES), content["settings"]
+    assert content["settings"].items() >= options.items()
+    assert all(Image.open(tmp_path / name).size[0] > 1000 for name in images)
+    rows, measures = content["rows"], list(SCRIPTS[script].MEASURES)
     assert [(row["row"], row["files"], row["statistics"], "difference" in row) for row in rows] == [
         ("one", 1, "saved", False), ("both", 2, "saved", False), ("random", 1, "clean", True)]
 
@@ -2414,21 +2403,16 @@ def test_a_command_prints_and_writes_what_it_measured(script, words, tmp_path, m
                 for values in zip(*(np.ravel(result[name + suffix]) for suffix in suffixes))]
     assert re.findall(r"(\S+) \+-(\S+)", printed) == cells(rows, "", "", "_se")
     assert re.findall(r"(\S+) \[(\S+), (\S+)\]", printed) == cells([rows[2]["difference"]], "+", "", "_low", "_high")
-    network = evaluate.load_backbone(tmp_path / "1.pth")[0]
+    network, val = evaluate.load_backbone(tmp_path / "1.pth")[0], opened("scenes", None, "val")
     if script == "evaluate.py":
-        bank, queries = (evaluate.Objects(labelled_scenes(split), 64, number, 12)
-                         for split, number in (("train", 2), ("val", None)))
-        points = evaluate.evaluate(evaluate.ObjectFeatures(network, "roi", 6), bank, queries, 5).points
-        expected = dict(zip(measures, points.mean(1)))
-        assert [settings[key] for key in ("head", "k", "objects", "limit_images", "size")] == ["roi", 5, 2, 12, 64]
-        assert Image.open(tmp_path / "picture.png").size == (9 * 112, 16 * 112)
+        bank, queries = evaluate.Objects(opened("scenes", None, "train"), 64, 2, 12), evaluate.Objects(val, 64, None, 12)
+        answers = evaluate.evaluate(evaluate.ObjectFeatures(network, "roi", 6), bank, queries, 5)
+        expected = dict(zip(measures, answers.points.mean(1)))
     else:
-        measured = probes.probe(network, probes.open_inputs(labelled_scenes("val"), 2, cut="mask"), fill="mean")
+        measured = probes.probe(network, probes.open_inputs(val, 2, cut="mask"), fill="mean")
         expected = {name: estimate.value for name, estimate in measured.items()}
-        assert [settings[key] for key in ("cut", "fill", "pairs", "bank")] == ["mask", "mean", 2, 5]
-        assert all(Image.open(tmp_path / f"{name}.png").size[0] > 1000 for name in ("plot", "picture"))
-    for name, value in expected.items():
-        np.testing.assert_allclose(content["files"][2][name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+    for name in measures:
+        np.testing.assert_allclose(content["files"][2][name], expected[name], rtol=1e-3, atol=1e-6, err_msg=name)
 
 
 # What users mistake, in one line and with exit code 2: name, command, the message. {tmp}: the folder of `mistaken`.
@@ -2445,6 +2429,9 @@ MISTAKES = [
     ("output", COCO_COLOUR + " {tmp}/tiny --json {tmp}/file/o", "cannot write .*/file/o"),
     ("probes: colour", "probes.py --ckpt colour", "no layers to probe"),
     ("probes: one pair", "probes.py {random} --pairs 1", "--pairs 1.*at least 2"),
+    ("another size", COCO_COLOUR + " {tmp}/turned --workers 0", r"/0+\d\.png is 112 x 112 .* 640 x 112"),
+    ("another size, loading process", COCO_COLOUR + " {tmp}/turned --workers 1", "is 112 x 112 .* 640 x 112"),
+    ("probes: another size", "probes.py {random} --data coco --root {tmp}/turned", "is 112 x 112 .* 640 x 112"),
     ("torchrun", "evaluate.py {random}", "without torchrun"),
     ("probes: few objects", "probes.py {random} --data coco --root {tmp}/tiny", "five objects of two categories"),
 ]
@@ -2455,18 +2442,15 @@ def mistaken(tmp_path_factory):
     """What the commands of MISTAKES name in braces."""
     tmp = tmp_path_factory.mktemp("mistaken")
     (tmp / "file").touch()
-    images = [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(3)]
-    objects = [{"id": i, "image_id": i, "bbox": [8, 12, 16, 24], "category_id": 3, "iscrowd": 0} for i in range(3)]
-    for root, name, number in (("tiny", "cat", 3), ("other", "bird", 3), ("empty", "cat", 0)):
-        for split, first in (("train", "cat"), ("val", name)):
-            content = dict(images=images, annotations=objects[:number],
-                           categories=[{"id": 7, "name": first}, {"id": 3, "name": "dog"}])
-            path = tmp / root / "annotations" / f"instances_{split}2017.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content))
-            (tmp / root / f"{split}2017").mkdir()
-            for i in range(3):
-                Image.new("RGB", (64, 48), (40 * i, 100, 30)).save(tmp / root / f"{split}2017" / f"{i}.png")
+    assert here("data.py", "scenes", "--n", 16, "--out", tmp / "scenes") == 0
+    changes = {"tiny": lambda content: content["annotations"].__delitem__(slice(1, None)),
+               "empty": lambda content: content["annotations"].clear(),
+               "other": lambda content: content["categories"][0].update(name="bird"),
+               "turned": lambda content: [image.update(width=640) for image in content["images"]]}
+    for root, change in changes.items():
+        path = shutil.copytree(tmp / "scenes", tmp / root) / "annotations" / "instances_val2017.json"
+        change(content := json.loads(path.read_text()))
+        path.write_text(json.dumps(content))
     return {"tmp": tmp, "random": "--ckpt random --arch resnet18"}
 
 
@@ -2497,11 +2481,6 @@ def test_the_default_run_learns(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- probes.py
 
-def few_inputs(cut="box", objects=12, pairs=8):
-    with mock.patch.object(probes, "OBJECTS", objects):
-        return probes.open_inputs(labelled_scenes("val"), pairs, cut=cut)
-
-
 class Pointwise(nn.Module):
     """The parts of a ResNet, without spatial mixing beyond its strides' whole cells. fault: what follows res2."""
 
@@ -2513,15 +2492,14 @@ class Pointwise(nn.Module):
         self.layer2, self.layer3, self.layer4 = nn.AvgPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(2)
 
 
-def leak(x):
-    """Every feature mixed with what lies within 44 pixels: coupling."""
-    return F.avg_pool2d(F.pad(x, (11, 11, 11, 11), mode="replicate"), 23, 1)
+leak = lambda x: F.avg_pool2d(F.pad(x, (11,) * 4, mode="replicate"), 23, 1)  # mixes what lies within 44 pixels
 
 
-def test_ideals_and_what_fools_the_papers_measures():
+def test_ideals_and_what_fools_the_papers_measures(monkeypatch):
     """Without spatial mixing all is ideal. Features that are all alike are ideal in CR and MCS, but each tie is a miss;
     a constant added to all brings CR and MCS nearer to 1 and changes rc and rp little."""
-    inputs, added = few_inputs(), torch.linspace(10, 20, 32)[:, None, None]
+    monkeypatch.setattr(probes, "OBJECTS", 12)
+    inputs, added = probes.open_inputs(opened("scenes", None, "val"), 8), torch.linspace(10, 20, 32)[:, None, None]
     faults = (lambda x: x, torch.ones_like, leak, lambda x: leak(x) + added)
     local, alike, plain, shifted = (probes.probe(Pointwise(fault), inputs) for fault in faults)
     assert list(local) == list(probes.MEASURES) and local["rc"].value[4] < 0.05  # roi: RoIAlign reads over a border
@@ -2556,8 +2534,9 @@ def loop_features(network, fill, size, *placed):
 
 @pytest.mark.parametrize("cut, fill, alone", [("box", "black", False), ("mask", "mean", True)])
 @torch.no_grad()
-def test_measures_equal_a_plain_loop(cut, fill, alone):
-    inputs, network = few_inputs(cut, objects=6, pairs=2), Pointwise(leak)
+def test_measures_equal_a_plain_loop(cut, fill, alone, monkeypatch):
+    monkeypatch.setattr(probes, "OBJECTS", 6)
+    inputs, network = probes.open_inputs(opened("scenes", None, "val"), 2, cut=cut), Pointwise(leak)
     a, b, bank = ([(p.numpy(), m.numpy()) for p, m in zip(*squares)] for squares in inputs)
     assert all(mask.all() for _, mask in a) == (cut == "box")
     seen = partial(loop_features, network, {"black": 0, "mean": (124, 116, 104)}[fill])
@@ -2586,7 +2565,7 @@ def test_measures_equal_a_plain_loop(cut, fill, alone):
 
 def test_inputs_are_what_they_say():
     """150 different objects, the same for any number of pairs, which are of two categories; too few are refused."""
-    labelled = labelled_scenes("val")
+    labelled = opened("scenes", None, "val")
     inputs, fewer, other = (probes.open_inputs(labelled, *some) for some in ((40,), (3,), (3, 1)))
     assert inputs.a.pixels.shape == (40, 96, 96, 3) and inputs.bank.pixels.shape == (150, 64, 64, 3)
     assert inputs.bank.masks.all() and len(torch.unique(inputs.bank.pixels.flatten(1), dim=0)) == 150
