@@ -57,7 +57,6 @@ import data
 import evaluate
 import probes
 from augment import normalise
-from d3ssl import Encoder
 from data import Labelled, Scenes, UserError, open_labelled
 
 HERE = Path(__file__).resolve().parent
@@ -2382,53 +2381,6 @@ def test_a_command_prints_and_writes_what_it_measured(script, options, images, t
         np.testing.assert_allclose(content["files"][2][name], expected[name], rtol=1e-3, atol=1e-6, err_msg=name)
 
 
-# What users mistake, in one line and with exit code 2: name, command, the message. {tmp}: the folder of `mistaken`.
-COCO_COLOUR = "evaluate.py --ckpt colour --data coco --k 1 --root"
-MISTAKES = [
-    ("no file of a glob", "evaluate.py --ckpt ours={tmp}/*.pt", r"\*.pt: No such file.*name a checkpoint"),
-    ("no data", "evaluate.py {random} --data coco --root {tmp}/nowhere", "annotations are missing"),
-    ("no boxes", "evaluate.py {random} --data coco --root {tmp}/empty", "/empty"),
-    ("size", "evaluate.py {random} --size 100", "--size 100.*multiple of 16"),
-    ("format", "evaluate.py {random} --export onnx x", "--export onnx.*detectron2 or torchvision"),
-    ("no network", "evaluate.py --ckpt colour --export torchvision x", "colour: No such file.*name a checkpoint"),
-    ("classes", COCO_COLOUR + " {tmp}/other", "other classes.*bird"),
-    ("output", COCO_COLOUR + " {tmp}/tiny --json {tmp}/file/o", "cannot write .*/file/o"),
-    ("probes: colour", "probes.py --ckpt colour", "no layers to probe"),
-    ("probes: one pair", "probes.py {random} --pairs 1", "--pairs 1.*at least 2"),
-    ("another size", COCO_COLOUR + " {tmp}/scenes", r"val2017/0+\.png is 64 x 48 .* 112 x 112"),
-    ("probes: another size", "probes.py {random} --data coco --root {tmp}/scenes", "is 64 x 48 .* 112 x 112"),
-    ("torchrun", "evaluate.py {random}", "without torchrun"),
-    ("probes: few objects", "probes.py {random} --data coco --root {tmp}/tiny", "five objects of two categories"),
-]
-
-
-@pytest.fixture(scope="module")
-def mistaken(tmp_path_factory):
-    """What the commands of MISTAKES name in braces."""
-    tmp = tmp_path_factory.mktemp("mistaken")
-    (tmp / "file").touch()
-    assert here("data.py", "scenes", "--n", 16, "--out", tmp / "scenes") == 0
-    changes = {"tiny": lambda content: content["annotations"].__delitem__(slice(1, None)),
-               "empty": lambda content: content["annotations"].clear(),
-               "other": lambda content: content["categories"][0].update(name="bird")}
-    for root, change in changes.items():
-        path = shutil.copytree(tmp / "scenes", tmp / root) / "annotations" / "instances_val2017.json"
-        change(content := json.loads(path.read_text()))
-        path.write_text(json.dumps(content))
-    Image.new("RGB", (64, 48)).save(min((tmp / "scenes" / "val2017").iterdir()))
-    return {"tmp": tmp, "random": "--ckpt random --arch resnet18"}
-
-
-@pytest.mark.parametrize("words, message", [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
-def test_mistakes_are_one_line(words, message, mistaken, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    if "torchrun" in message:
-        monkeypatch.setattr(evaluate, "torchrun_ranks", lambda: (0, 2, 0, 2))
-    code = here(*words.format(**mistaken).split())
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and len(lines) == 1 and re.search(message, lines[0]), lines
-
-
 @pytest.mark.bench
 def test_the_default_run_learns(tmp_path):
     """Against its networks before step 1; over 20 minutes. Re-identification gave 66 and 70 where the bound is 54."""
@@ -3089,39 +3041,93 @@ def test_transfer_voc(tmp_path, transfer):
     assert (results["images"], results["tested"]) == (2, 2) and "mask" not in results and "AP75" in said
 
 
+# ------------------------------------------------------------------------------------------- mistakes, of all scripts
+
+COCO_COLOUR = "evaluate.py --ckpt colour --data coco --k 1 --root"
+MISTAKES = [  # what it is, the command, what its one line says; in braces: see `mistaken`
+    ("no data", "d3ssl.py --data coco --root {tmp}/nowhere", "nowhere.*does not exist.*--root"),
+    ("no image", "d3ssl.py --data folder --root {tmp}/none", "none contains no image"),
+    ("augmentation", "d3ssl.py --augs prc,foo", "foo is none of prc"),
+    ("two jitters", "d3ssl.py --augs rbj,jitter", "both jitter"),
+    ("architecture", "d3ssl.py --arch vgg", "--arch.*vgg"),
+    ("baseline", "d3ssl.py --regions grid --augs prc", "--regions grid implies --augs none --no-dp"),
+    ("moved boxes", "d3ssl.py --dp-boxes 5", "--dp-boxes 5: at most --boxes 4"),
+    ("range", "d3ssl.py --prc-share 0.5", "--prc-share: 0.5 is not LOW,HIGH"),
+    ("count", "d3ssl.py --boxes 0", "--boxes: 0 is less than 1"),
+    ("number", "d3ssl.py --lr nan", "--lr and the like are finite"),
+    ("odd size", "d3ssl.py --size 31", "--size 31: an even number of at least 64"),
+    ("flag", "d3ssl.py --wat", "unrecognized arguments: --wat"),
+    ("small batch", "d3ssl.py {small} --batch-size 1", "--batch-size 1 on 1 ranks"),
+    ("large batch", "d3ssl.py {small} --batch-size 99", "16 usable images: lower --batch-size 99"),
+    ("cut file", "d3ssl.py {small} --out {tmp}/cut", "cut/last.pt cannot be read as a checkpoint.*--resume never"),
+    ("other rate", "d3ssl.py {small} --lr 7", "--lr 0.001, now 7.0.*--resume never"),
+    ("longer", "d3ssl.py {small} --epochs 9", "--epochs 3, now 9.*a schedule cannot be extended"),
+    ("no file of a glob", "evaluate.py --ckpt ours={tmp}/*.pt", r"\*.pt: No such file.*name a checkpoint"),
+    ("no annotations", "evaluate.py {random} --data coco --root {tmp}/nowhere", "annotations are missing"),
+    ("no boxes", "evaluate.py {random} --data coco --root {tmp}/empty", "/empty"),
+    ("size", "evaluate.py {random} --size 100", "--size 100.*multiple of 16"),
+    ("format", "evaluate.py {random} --export onnx x", "--export onnx.*detectron2 or torchvision"),
+    ("no network", "evaluate.py --ckpt colour --export torchvision x", "colour: No such file.*name a checkpoint"),
+    ("classes", COCO_COLOUR + " {tmp}/other", "other classes.*bird"),
+    ("output", COCO_COLOUR + " {tmp}/tiny --json {tmp}/file/o", "cannot write .*/file/o"),
+    ("another size", COCO_COLOUR + " {tmp}/scenes", r"val2017/0+\.png is 64 x 48 .* 112 x 112"),
+    ("torchrun", "evaluate.py {random}", "without torchrun"),
+    ("probes: colour", "probes.py --ckpt colour", "no layers to probe"),
+    ("probes: one pair", "probes.py {random} --pairs 1", "--pairs 1.*at least 2"),
+    ("probes: another size", "probes.py {random} --data coco --root {tmp}/scenes", "is 64 x 48 .* 112 x 112"),
+    ("probes: few objects", "probes.py {random} --data coco --root {tmp}/tiny", "five objects of two categories"),
+    ("transfer: no VOC", "evaluate.py {look} --transfer voc --root {tmp}/valid", "no VOC2007"),
+    ("transfer: no image", "evaluate.py {look} --root {tmp}/absent", "absent.*gone.png"),
+    ("transfer: classes", "evaluate.py {look} --root {tmp}/other", "other classes.*bird"),
+    ("transfer: another size", "evaluate.py {look} --root {tmp}/resized", "112 x 112.*224 x 112"),
+    ("transfer: batch", "evaluate.py {look} --root {tmp}/valid --batch-size 32", "--batch-size 32.*16 images"),
+    ("transfer: two networks", "evaluate.py {look} --ckpt random random", "one --ckpt"),
+    ("transfer: settings", "evaluate.py {look} --root {tmp}/valid --out {tmp}/old", "0123.*--steps 4, now 1.*never"),
+    ("transfer: rate", "evaluate.py {look} --root {tmp}/valid --steps 20 --lr 1e20", "not finite at step 20"),
+]
+
+
 @pytest.fixture(scope="module")
-def broken(scenes, tmp_path_factory):
-    """A folder of data sets with one mistake each and of one without, and a run with other settings."""
-    tmp = tmp_path_factory.mktemp("broken")
-    for name, change in {
-            "valid": lambda content: None,
-            "absent": lambda content: content["images"].append(dict(id=99, file_name="gone.png", width=8, height=8)),
-            "renamed": lambda content: content["categories"][0].update(name="blob"),
-            "resized": lambda content: (content["images"][0].update(width=224), [
-                one.update(segmentation=None) for one in content["annotations"]])}.items():
-        coco_copy(scenes, tmp / name, change)
-    d3ssl.save_checkpoint(tmp / "other/last.pt", {"config": {"steps": 4, "ckpt": "0123"}, "world_size": 1})
-    return tmp
+def mistaken(pictures, tmp_path_factory):
+    """What the commands of MISTAKES name in braces."""
+    tmp = tmp_path_factory.mktemp("mistaken")
+    (tmp / "file").touch()
+    assert here("data.py", "scenes", "--n", 16, "--out", tmp / "scenes") == 0
+    changes = {"valid": lambda content: None, "tiny": lambda content: content["annotations"].__delitem__(slice(1, None)),
+               "empty": lambda content: content["annotations"].clear(),
+               "other": lambda content: content["categories"][0].update(name="bird"),
+               "absent": lambda content: content["images"].append(dict(id=99, file_name="gone.png", width=8, height=8)),
+               "resized": lambda content: content["images"][0].update(width=224)}
+    for root, change in changes.items():
+        path = shutil.copytree(tmp / "scenes", tmp / root) / "annotations" / "instances_val2017.json"
+        change(content := json.loads(path.read_text()))
+        if root == "resized":
+            [annotation.update(segmentation=None) for annotation in content["annotations"]]
+        path.write_text(json.dumps(content))
+    Image.new("RGB", (64, 48)).save(min((tmp / "scenes" / "val2017").iterdir()))
+    words = small(pictures, tmp / "run", "--workers", 0)
+    mains([*words, "--max-steps", 1])
+    (tmp / "cut").mkdir(), (tmp / "none").mkdir()
+    (tmp / "cut/last.pt").write_bytes((tmp / "run/last.pt").read_bytes()[:5000])
+    d3ssl.save_checkpoint(tmp / "old/last.pt", {"config": {"steps": 4, "ckpt": "0123"}, "world_size": 1})
+    lines = dict(small=words, look=[*LOOK, "--steps", 1], random=["--ckpt", "random", "--arch", "resnet18"])
+    return {"tmp": tmp, **{name: " ".join(map(str, words)) for name, words in lines.items()}}
 
 
-TRANSFER_MISTAKES = [  # name, arguments, what the one line says (a regular expression)
-    ("no VOC", ["--transfer", "voc", "--root", "{tmp}/valid"], "no VOC2007"),
-    ("no image", ["--root", "{tmp}/absent"], "absent.*gone.png"),
-    ("other classes", ["--root", "{tmp}/renamed"], "other classes.*blob"),
-    ("other size", ["--root", "{tmp}/resized"], "112 x 112.*224 x 112"),  # in the test split, before the first step
-    ("large batch", ["--root", "{tmp}/valid", "--batch-size", "16"], "--batch-size 16.*8 images"),
-    ("two networks", ["--ckpt", "random", "random"], "one --ckpt"),
-    ("other settings", ["--root", "{tmp}/valid", "--out", "{tmp}/other"], "last.pt.*0123.*--steps 4, now 1.*never"),
-    ("rate", ["--root", "{tmp}/valid", "--steps", "20", "--lr", "1e20"], "not finite at step 20")]
-
-
-@pytest.mark.parametrize("name, arguments, said", TRANSFER_MISTAKES)
-def test_transfer_mistakes(name, arguments, said, broken, tmp_path, transfer, capfd):
-    """One line that names the thing and the cure, exit code 2; nothing is saved."""
-    code = here("evaluate.py", *LOOK, "--steps", 1, "--out", tmp_path, *(one.format(tmp=broken) for one in arguments))
-    out, error = capfd.readouterr()
-    assert code == 2 and error.count("\n") == 1 and re.search(said, error), error
-    assert "step 1" not in out and not list(tmp_path.glob("*.pt"))
+@pytest.mark.parametrize("command, message", [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
+def test_mistakes_are_one_line(command, message, mistaken, tmp_path, monkeypatch, capfd):
+    """It names the thing and the cure; exit code 2, nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Scenes, "keep", lambda scenes: None)  # nothing here reads a picture
+    shrink(monkeypatch.setattr)
+    if "torchrun" in message:
+        monkeypatch.setattr(evaluate, "torchrun_ranks", lambda: (0, 2, 0, 2))
+    before = {path: path.stat().st_mtime_ns for path in mistaken["tmp"].rglob("*.pt")}
+    code = here(*command.format(**mistaken).split())
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and re.search(message, lines[0]), lines
+    assert before == {path: path.stat().st_mtime_ns for path in mistaken["tmp"].rglob("*.pt")}
+    assert len(before) == 3 and not list(tmp_path.rglob("*.pt*"))
 
 
 # --------------------------------------------------------------------------------------------------------- the README
