@@ -14,9 +14,11 @@ import datetime
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -1716,6 +1718,15 @@ def test_a_part_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------- evaluate.py: any ResNet checkpoint
 
+OLD = {"_use_new_zipfile_serialization": False}  # torch.save's format before torch 1.6
+under = lambda prefix, state: {prefix + key: value for key, value in state.items()}
+without = lambda state, *starts: {key: value for key, value in state.items() if not key.startswith(starts)}
+arrays = lambda state: {key: value.numpy() for key, value in state.items()}
+rows_of = lambda *words: evaluate.open_rows(evaluate.parse_arguments(["--ckpt", *map(str, words)]))
+Call = type("Call", (tuple,), {"__reduce__": lambda self: tuple(self)})  # unpickling (function, arguments) calls it
+
+
+@cache
 def resnet_state(arch="resnet18", seed=0):
     """torchvision's state dict, every buffer and parameter different from its default, so that none can be mixed up."""
     torch.manual_seed(seed)
@@ -1724,51 +1735,11 @@ def resnet_state(arch="resnet18", seed=0):
     return {key: value if value.dtype == torch.long else change(value) for key, value in state.items()}
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return resnet_state()
-
-
-@pytest.fixture(scope="module")
-def shifted():
-    """The decoy: a momentum encoder that differs from the online one in every weight."""
-    return resnet_state(seed=1)
-
-
-def under(prefix, state):
-    return {prefix + key: value for key, value in state.items()}
-
-
-def without(state, *starts):
-    return {key: value for key, value in state.items() if not key.startswith(starts)}
-
-
-def moco_to_detectron2(state):
-    """facebookresearch/moco, detection/convert-pretrain-to-detectron2.py."""
-    words = {f"layer{t}": f"res{t + 1}" for t in (1, 2, 3, 4)} | {f"bn{t}": f"conv{t}.norm" for t in (1, 2, 3)}
-    named = {}
-    for key, value in without(state, "fc.").items():
-        key = key if "layer" in key else "stem." + key
-        for old, new in {**words, "downsample.0": "shortcut", "downsample.1": "shortcut.norm"}.items():
-            key = key.replace(old, new)
-        named[key] = value.numpy()
-    return {"model": named, "__author__": "MOCO", "matching_heuristics": True}
-
-
-def hugging_face(state):
-    """huggingface/transformers, convert_resnet_to_pytorch.py's result, models/resnet/modeling_resnet.py's names."""
-    named, kinds = {}, {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
-    for key, value in without(state, "fc.").items():
-        key = re.sub(r"^(conv|bn)1", lambda m: f"embedder.embedder.{kinds[m[1]]}", key)
-        key = re.sub(r"^layer(\d)\.(\d+)", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}", key)
-        key = re.sub(r"(conv|bn)(\d)", lambda m: f"layer.{int(m[2]) - 1}.{kinds[m[1]]}", key)
-        named["resnet." + re.sub(r"downsample\.(\d)", lambda m: f"shortcut.{kinds[m[1]]}", key)] = value
-    return {**named, "classifier.1.weight": torch.ones(1000, 512), "classifier.1.bias": torch.ones(1000)}
-
-
-def c4(state):
-    """The first three stages with the stem, and the fourth, of a C4 detector."""
-    return without(state, "fc.", "layer4."), {key: value for key, value in state.items() if key.startswith("layer4.")}
+def renamed(state, *pairs):  # each (pattern, word)
+    state = without(state, "fc.")
+    for pattern, word in pairs:
+        state = {re.sub(pattern, word, key): value for key, value in state.items()}
+    return state
 
 
 def module(state):
@@ -1777,135 +1748,103 @@ def module(state):
     return network
 
 
-def sequential(state):
-    return nn.Sequential(*list(module(state).children())[:-1])
-
-
 def saved(content, **how):
-    """The bytes of torch.save's file."""
-    file = io.BytesIO()
-    torch.save(content, file, **how)
+    torch.save(content, file := io.BytesIO(), **how)
     return file.getvalue()
-
-
-OLD = {"_use_new_zipfile_serialization": False}  # the format from before torch 1.6
 
 
 def safetensors(state, **edited):
     """huggingface/safetensors, README's "Format", written from its description; edited: in conv1.weight's entry."""
+    kinds = {torch.long: "I64", torch.half: "F16", torch.bfloat16: "BF16", torch.double: "F64"}
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for key, value in state.items():
-        raw = value.contiguous().numpy().tobytes()
-        kind = "I64" if value.dtype == torch.long else "F32"
-        header[key] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(raw)]}
-        body += raw
-    header.get("conv1.weight", {}).update(edited)
+        start, body = len(body), body + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[key] = {"dtype": kinds.get(value.dtype, "F32"), "shape": value.shape, "data_offsets": [start, len(body)]}
+    header["conv1.weight" if edited else "__metadata__"].update(edited)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
 
+DETECTRON2 = [("^(?!layer)", "stem."), (r"layer(\d)", lambda m: f"res{int(m[1]) + 1}"), (r"bn(\d)", r"conv\1.norm"),
+              (r"downsample\.0", "shortcut"), (r"downsample\.1", "shortcut.norm")]  # as moco's converter
+HUGGING_FACE = [("^(conv|bn)1", r"embedder.embedder.\1"), (r"(conv|bn)(\d)", lambda m: f"layer.{int(m[2]) - 1}.{m[1]}"),
+                (r"^layer(\d)", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers"), ("downsample", "shortcut"),
+                (r"\.(conv|0)\.(?=\w+$)", ".convolution."), (r"\.(bn|1)\.(?=\w+$)", ".normalization.")]  # transformers
+NUMBERS = [("^conv1", "0"), ("^bn1", "1"), (r"^layer(\d)", lambda m: str(int(m[1]) + 3))]  # of nn.Sequential(*children)
 HEADS = {f"{name}.weight": torch.ones(8, 8) for name in ("fc.0", "fcs.2", "fpn.fpn_lateral5", "mlp.1", "projector.0")}
-BESIDE = {"epoch": 200, "opt": argparse.Namespace(arch="resnet50"), "module.queue": torch.zeros(128, 64),
-          "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}, "scheduler": {"last_epoch": 3}}
-RELEASES = {  # prefixes of the backbone and of its momentum encoder; HEADS lie beside both
-    # facebookresearch/moco: moco/builder.py, main_moco.py (DDP); Tete-Xiao/ReSim has the same
-    "moco": (["state_dict.module.encoder_q."], ["state_dict.module.encoder_k."]),
-    # facebookresearch/moco-v3: moco/builder.py
-    "moco v3": (["state_dict.module.base_encoder."], ["state_dict.module.momentum_encoder."]),
-    # hologerry/SoCo: converter_detectron2/convert_detectron2_C4.py; zdaxie/PixPro has the same
-    "soco": (["model.module.encoder."], ["model.module.encoder_k.", "model_ema.encoder."]),
-    # WXinlong/DenseCL: openselfsup/models/densecl.py (backbone is encoder_q[0] under a second name)
-    "densecl": (["state_dict.encoder_q.0.", "state_dict.backbone."], ["state_dict.encoder_k.0."]),
-    # open-mmlab/mmselfsup (OpenSelfSup): models/byol.py (backbone is online_net[0])
-    "openselfsup byol": (["state_dict.online_net.0.", "state_dict.backbone."], ["state_dict.target_net.0."]),
-    # lucidrains/byol-pytorch: byol_pytorch.py
-    "byol-pytorch": (["net.", "online_encoder.net."], ["target_encoder.net."]),
-    # facebookresearch/PLRC: PLRC/models/builder.py and resnet.py
-    "plrc": (["state_dict.module.encoder_q.enc."], ["state_dict.module.encoder_k.enc."]),
-    # facebookresearch/dino: main_dino.py (save_dict), utils.py (MultiCropWrapper)
-    "dino": (["student.module.backbone."], ["teacher.module.backbone."]),
-    # facebookresearch/vissl: utils/checkpoint.py
-    "vissl": (["classy_state_dict.base_model.model.trunk._feature_blocks."], []),
-    # facebookresearch/swav: main_swav.py (DDP, heads beside)
-    "swav": (["module."], []),
-    # as MoCo's ports in many course projects
-    "query and key": (["encoder_query."], ["encoder_key."])}
+BESIDE = {"epoch": 200, "module.queue": torch.zeros(128, 64), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+RELEASES = {  # who: prefixes of the backbone, and of its momentum encoder; HEADS lie beside both
+    "facebookresearch/moco": ("state_dict.module.encoder_q.", "state_dict.module.encoder_k."),
+    "facebookresearch/moco-v3": ("state_dict.module.base_encoder.", "state_dict.module.momentum_encoder."),
+    "hologerry/SoCo": ("model.module.encoder.", "model.module.encoder_k. model_ema.encoder."),
+    "mmselfsup's BYOL": ("state_dict.online_net.0. state_dict.backbone.", "state_dict.target_net.0."),
+    "facebookresearch/dino": ("student.module.backbone.", "teacher.module.backbone."),
+    "words that only begin so": ("schema.net_knn.", "encoder_key.")}
 LAYOUTS = {
-    **{name: lambda p, s, prefixes=prefixes: {**BESIDE, **{
-        key: value for some, state in zip(prefixes, (p, s)) for prefix in some
-        for key, value in under(prefix, {**state, **HEADS}).items()}} for name, prefixes in RELEASES.items()},
-    # torchvision.models.resnet18().state_dict()
-    "torchvision": lambda p, s: p,
-    # facebookresearch/moco: detection/convert-pretrain-to-detectron2.py
-    "detectron2": lambda p, s: moco_to_detectron2(p),
-    # lightly-ai/lightly: examples/pytorch/moco.py (nn.Sequential(*list(resnet.children())[:-1]), backbone_momentum)
-    "lightly": lambda p, s: {"state_dict": nn.ModuleDict({
-        "backbone": sequential(p), "projection_head": nn.Sequential(nn.Linear(9, 9)),
-        "backbone_momentum": sequential(s)}).state_dict()},
-    # huggingface/pytorch-image-models: timm's ResNet has torchvision's names, in a model.safetensors
-    "timm, safetensors": lambda p, s: safetensors({**p, "empty": torch.ones(0)}),
-    # huggingface/transformers: models/resnet/modeling_resnet.py, in a model.safetensors
-    "hugging face": lambda p, s: safetensors(hugging_face(p)),
-    # limbo0000/InstanceLoc: transfer/detection/convert_pretrained.py (backbone, backbone_k, roi_head.shared_head)
-    "insloc c4": lambda p, s: {"meta": {}, "state_dict": {
-        **under("backbone.", c4(p)[0]), **under("backbone_k.", c4(s)[0]), **under("roi_head.shared_head.", c4(p)[1])}},
-    # facebookresearch/detectron2: modeling/roi_heads (Res5ROIHeads); moco's detection/train_net.py (res5.norm)
-    "detectron2 c4": lambda p, s: {"__author__": "MOCO", "model": {
-        **under("backbone.", moco_to_detectron2(c4(p)[0])["model"]), "roi_heads.res5.norm.weight": np.ones(512),
-        **under("roi_heads.", moco_to_detectron2(c4(p)[1])["model"])}},
-    # our own fine-tuned detector: evaluate.c4_detector
-    "our detector": lambda p, s: {"transfer": {}, "step": 3, "model": evaluate.c4_detector(module(p), 3).state_dict()},
-    # pytorch/pytorch: torch.save(model), the whole module; torch.compile's, FSDP's and checkpoint_wrapper's names
-    "module": lambda p, s: {"net": nn.DataParallel(module(p))},
-    "wrapped": lambda p, s: {"model": {
-        "module._orig_mod._fsdp_wrapped_module." + key.replace("1.0.", "1._checkpoint_wrapped_module.0."): value
-        for key, value in p.items()}},
-    "before torch 1.6": lambda p, s: saved({"state_dict": p}, **OLD),
-    "protocol 5": lambda p, s: saved({"model": p}, pickle_protocol=5),
-    # Lightning-AI/pytorch-lightning: checkpoint_connector.py (hyper_parameters: any object; callbacks)
-    "lightning": lambda p, s: {
+    **{name: lambda p, s, both=both: {**BESIDE, **{
+        key: value for prefixes, state in zip(both, (p, s)) for prefix in prefixes.split()
+        for key, value in under(prefix, {**state, **HEADS}).items()}} for name, both in RELEASES.items()},
+    "lightly": lambda p, s: {"state_dict": {
+        **under("backbone.", renamed(p, *NUMBERS)), **under("backbone_momentum.", renamed(s, *NUMBERS)), **HEADS}},
+    "limbo0000/InstanceLoc, C4": lambda p, s: {**renamed(without(s, "layer4."), ("^", "backbone_k.")), **renamed(
+        p, ("^(?!layer4)", "backbone."), ("^layer4", "roi_head.shared_head.layer4"))},
+    "detectron2": lambda p, _: pickle.dumps({"model": arrays(renamed(p, *DETECTRON2)), "__author__": "MOCO"}),
+    "detectron2, Res5ROIHeads": lambda p, _: pickle.dumps({"roi_heads.res5.norm.weight": np.ones(512), **arrays(
+        renamed(p, *DETECTRON2, ("^(?!res5)", "backbone."), ("^res5", "roi_heads.res5")))}),
+    "our detector": lambda p, _: {"transfer": {}, "step": 3, "model": evaluate.c4_detector(module(p), 3).state_dict()},
+    "module": lambda p, _: {"net": nn.DataParallel(module(p))},  # saved with its class
+    "wrapped": lambda p, _: renamed(
+        p, ("^", "module._orig_mod._fsdp_wrapped_module."), (r"1\.0\.", "1._checkpoint_wrapped_module.0.")),
+    "pytorch-lightning, and any object": lambda p, _: {
         "state_dict": under("model.", p), "hyper_parameters": argparse.Namespace(path=Path("a")), "epoch": np.int64(7),
         "callbacks": {"best": Path("a/b"), "classes": np.array(["cat", "dog"]), Path: 1, (1, (2,)): {3}},
         "metrics": defaultdict(list, loss=[1.0]), "layer": partial(nn.BatchNorm2d, eps=1e-3),
-        "odd": [torch.empty(2, device="meta"), torch.eye(2).to_sparse(), torch.zeros(2, dtype=torch.complex64)]},
-    # an optimiser's state by parameter name (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict)
-    "named optimiser": lambda p, s: {"model": p, "optimizer": {"state": {
-        key: {"exp_avg": value, "exp_avg_sq": value, "step": torch.tensor(3.0)} for key, value in p.items()}}},
-}
+        "optimizer": {key: {"exp_avg": value, "step": torch.tensor(3.0)} for key, value in p.items()},
+        "odd": [torch.empty(2, device="meta"), torch.eye(2).to_sparse(), torch.zeros(2, dtype=torch.complex64)]}}
 
 
-def write_checkpoint(path, content):
-    if isinstance(content, dict) and "__author__" in content:
-        content = pickle.dumps(content)
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+def write(path, content):
+    content(path) if callable(content) else path.write_bytes(content if isinstance(content, bytes) else saved(content))
     return path
 
 
-def assert_holds(network, state):
-    assert not network.training and isinstance(network.fc, nn.Identity)
+def assert_holds(path, state, arch="resnet18", **asked):
+    network, found = evaluate.load_backbone(path, **asked)
+    assert found == arch and not network.training and isinstance(network.fc, nn.Identity)
     for key, value in network.state_dict().items():
-        assert key.endswith("num_batches_tracked") or torch.equal(value, state[key]), key
+        assert key.endswith("num_batches_tracked") or torch.equal(value, state[key].float()), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_plain_weights(layout, plain, shifted, tmp_path):
-    path = write_checkpoint(tmp_path / "x", LAYOUTS[layout](plain, shifted))
-    network, arch = evaluate.load_backbone(path)
-    assert arch == "resnet18"
-    assert_holds(network, plain)
-    if layout == "lightly" or RELEASES.get(layout, ((), ()))[1]:
-        assert_holds(evaluate.load_backbone(path, teacher=True)[0], shifted)
+def test_every_layout_gives_the_plain_weights(layout, tmp_path):
+    plain, momentum = resnet_state(), resnet_state(seed=1)  # which differ in every weight
+    path = write(tmp_path / "x", LAYOUTS[layout](plain, momentum))
+    assert_holds(path, plain)
+    if layout == "lightly" or layout in RELEASES:
+        assert_holds(path, momentum, teacher=True)
+    for prefix, state in zip(RELEASES.get(layout, ()), (plain, momentum)):
+        assert_holds(path, state, prefix=prefix.split()[-1])
 
 
-@pytest.mark.parametrize("arch", ["resnet34", "resnet50", "resnet101", "resnet152"])
+def test_every_format_type_and_memory_gives_the_same_numbers(tmp_path):
+    """Views of others too, with offsets and strides; numpy's arrays in either order of bytes and of axes."""
+    kinds = [torch.float, torch.half, torch.bfloat16, torch.double]
+    typed = {key: value.to(kinds[i % 4]) for i, (key, value) in enumerate(resnet_state().items())}
+    views = {key: torch.stack([-value, value], -1)[..., 1] for key, value in typed.items()}
+    numbers = {key: np.asarray(value.float().numpy(), ">f4" if value.dim() == 1 else "<f8", "F")
+               for key, value in typed.items()}
+    for content in (views, saved(views, **OLD), safetensors({**typed, "empty": torch.ones(0)}),
+                    pickle.dumps(numbers, 2), pickle.dumps(numbers, 5)):
+        assert_holds(write(tmp_path / "x", content), typed)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_architecture_is_read_off_the_names(arch, monkeypatch):
     with torch.device("meta"):
         shapes = torchvision.models.get_model(arch, weights=None).state_dict()
     state = {key: torch.rand(()).expand(value.shape) for key, value in shapes.items()}
-    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: hugging_face(state))
-    network, found = evaluate.load_backbone("x")
-    assert found == arch
-    assert_holds(network, state)
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: renamed(state, *HUGGING_FACE))
+    assert_holds("x", state, arch)
 
 
 def write_run(folder, seed=0, clean=True):
@@ -1914,124 +1853,56 @@ def write_run(folder, seed=0, clean=True):
     model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
     for p in model.teacher.parameters():
         p.data += 0.1
-    state = model.student.backbone.state_dict()
+    states = {name: getattr(model, name).backbone.state_dict() for name in ("student", "teacher")}
     statistics = {name: {key: torch.full_like(value, number) for key, value in state.items() if "running_" in key}
-                  for name, number in (("student", 1.0), ("teacher", 2.0))}
+                  for number, (name, state) in enumerate(states.items(), 1)} if clean else None
     folder.mkdir(parents=True)
     torch.save({"d3ssl": 2, "config": {"roi": 6}, "step": 64, "model": model.state_dict(), "optimizer": {"state": {}},
-                "clean": statistics if clean else None}, folder / "last.pt")
-    torch.save(state, folder / "backbone.pth")
-    for images in (256, 1024):
-        os.link(folder / "backbone.pth", folder / f"backbone-{images}.pth")
-    return model
+                "clean": statistics}, folder / "last.pt")
+    for name in ("backbone", "backbone-256", "backbone-1024"):
+        torch.save(states["student"], folder / f"{name}.pth")
+    return states, statistics or {"student": {}, "teacher": {}}
 
 
-@pytest.mark.parametrize("clean", [True, False])
-def test_our_own_checkpoints_and_their_clean_statistics(clean, tmp_path):
-    model = write_run(tmp_path / "run", clean=clean)
-    for name, teacher, source, number in (("last.pt", False, model.student, 1.0), ("last.pt", True, model.teacher, 2.0),
-                                          ("backbone.pth", False, model.student, None)):
-        expected = {key: torch.full_like(value, number) if "running_" in key and clean and number else value
-                    for key, value in source.backbone.state_dict().items()}
-        assert_holds(evaluate.load_backbone(tmp_path / "run" / name, teacher=teacher)[0], expected)
-
-
-REFUSED = {  # content, made of a state dict, and the message
-    "missing": (lambda s: without(s, "layer3.1.bn2.running_var"), "layer3.1.bn2.running_var is a missing key"),
-    "left over": (lambda s: {**s, "layer2.0.se": torch.ones(())}, "layer2.0.se is an unexpected key"),
-    "other shape": (lambda s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)}, r"conv1.weight is \(64, 3, 3, 3\)"),
-    "other depth": (lambda s: {**s, **{k.replace("layer2.1", "layer2.2"): v for k, v in s.items()}},
-                    r"\[2, 3, 2, 2\] blocks"),
-    "not finite": (lambda s: {**s, "bn1.weight": torch.full((64,), float("nan"))}, "bn1.weight is not finite"),
-    "only momentum": (lambda s: under("teacher.", s), "0 ResNets.*of teacher.: name .*FILE:teacher"),
-    "two": (lambda s: {**under("a.", s), **under("b.", {k: v + 1 for k, v in s.items()})}, "2 ResNets.*a., b.: name"),
-    # huggingface/pytorch-image-models: timm/models/resnet.py, resnet50d's deep stem
-    "ResNet-D": (lambda s: {**without(s, "conv1.weight"), "conv1.0.weight": torch.ones(32, 3, 3, 3)},
-                 "conv1.weight is a missing key"),
-    # Separius/SimCLRv2-Pytorch: resnet.py (Stem, BlockGroup.blocks, BottleneckBlock.net), convert.py (resnet, head)
-    "SimCLR v2": (lambda s: {"resnet": {"net.0.0.weight": torch.ones(64, 3, 7, 7),
-                                        "net.1.blocks.0.net.0.weight": torch.ones(64, 64, 1, 1)}}, "holds 0 ResNets"),
-    "text": (lambda s: b"hello", "no checkpoint, or cut short"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_named_in_one_line(case, plain, tmp_path):
-    change, message = REFUSED[case]
-    path = write_checkpoint(tmp_path / "x.pth", change(dict(plain)))
-    with pytest.raises(UserError, match=f"--ckpt {path} .*{message}") as error:
-        evaluate.load_backbone(path)
-    assert "\n" not in str(error.value)
-
-
-def test_no_file_a_folder_or_a_pipe_is_one_line(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for name, message in (("none", "No such file"), ("", "directory"), ("pipe", "checkpoint")):
-        with pytest.raises(UserError, match=message):
-            evaluate.load_backbone(tmp_path / name)
-
-
-def test_prefix_settles_which(plain, shifted, tmp_path):
-    torch.save({"model": {**under("a.", plain), **under("b.", shifted)}}, tmp_path / "x.pth")
-    for prefix, state in (("a", plain), ("model.b.", shifted)):
-        assert_holds(evaluate.load_backbone(tmp_path / "x.pth", prefix=prefix)[0], state)
-    with pytest.raises(UserError, match="0 ResNets that are asked for, of model.a., model.b."):
-        evaluate.load_backbone(tmp_path / "x.pth", prefix="c")
-
-
-class Call:
-    """Unpickling this calls a function."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-def archive(entries, method=zipfile.ZIP_STORED):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as target:
+def archive(entries, method=zipfile.ZIP_STORED, start=b""):
+    with zipfile.ZipFile(file := io.BytesIO(start), "a", method) as target:
         for name, content in entries.items():
             target.writestr(name, content)
     return file.getvalue()
 
 
-def attacks(p, harm):
-    """{name: (content, what must come of it)} of files that a stranger may send; p: a state dict, which comes out of
-    those that are "read"; harm: a path that none may write."""
-    stem, arrays = p["conv1.weight"], {key: value.numpy() for key, value in p.items()}
-    call, damaged, none = Call(open, harm, "w"), "cut short", "holds 0 ResNets"
+def hostile(p, harm):
+    """{name: (content, what must come of it)}: "read" is p, a state dict; harm: a path that none may write."""
+    stem, call, damaged, none = p["conv1.weight"], Call((open, (harm, "w"))), "cut short", "holds 0 ResNets"
     stored = torch.storage.TypedStorage(wrap_storage=stem.untyped_storage(), dtype=stem.dtype, _internal=True)
-    cyclic, entries = {"model": p}, zipfile.ZipFile(io.BytesIO(saved(p)))
+    legacy, cyclic, zipped = saved({"conv1.weight": torch.zeros(3)}, **OLD), {"model": p}, saved(p, pickle_protocol=5)
     cyclic["self"] = cyclic
-    entries = {name: entries.read(name) for name in entries.namelist()}
     dag = b"".join(b"}q%c(U\x01ah%cU\x01bh%cu" % (i + 1, i, i) for i in range(60))  # 2 ** 60 paths
-    legacy = saved({"conv1.weight": torch.zeros(3)}, **OLD)
-    shapes = {"outside": (1, (9408,)), "huge": (0, (10**9, 10**9)), "repeated": (0, (10**6, 10**6), (0, 0)),
-              "negative stride": (9407, (9408,), (-1,)), "negative offset": (-1, (3,)), "negative": (0, (-3,)),
-              "overflow": (0, (2**32, 2**32), (2**32, 1)), "offset": (2**63, (1,)), "no number": (0, ("a",))}
-    stems = {kind: Call(torch._utils._rebuild_tensor_v2, stored, offset, size, *(stride or [(1,) * len(size)]), 0, None)
-             for kind, (offset, size, *stride) in shapes.items()}
-    stems |= {"sparse": stem.to_sparse(), "meta": stem.to("meta"), "objects": np.zeros(3, object),
-              "offset in a dtype": np.zeros(3, np.dtype({"names": ["a"], "formats": ["f4"], "offsets": [4],
-                                                         "itemsize": 8})),
-              "code in a storage": Call(torch._utils._rebuild_tensor_v2, Call(
-                  torch.storage._load_from_bytes, saved(call)), 0, (1,), (1,), 0, None)}
+    tensor = lambda *arguments: Call((torch._utils._rebuild_tensor_v2, (*arguments, 0, None)))
+    shapes = ((1, (9408,), (1,)), (0, (10**9, 10**9), (1, 1)), (0, (10**6, 10**6), (0, 0)), (9407, (9408,), (-1,)),
+              (0, (-3,), (1,)), (-1, (3,), (1,)), (2**63, (1,), (1,)), (0, (2**32, 2**32), (2**32, 1)))
+    stems = [*(tensor(stored, *shape) for shape in shapes), stem.to_sparse(), stem.to("meta"), np.zeros(3, object),
+             np.zeros(3, np.dtype({"names": ["a"], "formats": ["f4"], "offsets": [4], "itemsize": 8})),
+             tensor(Call((torch.storage._load_from_bytes, (saved(call),))), 0, (1,), (1,))]
     return {
-        "reduce": ({"model": p, "x": call}, "read"),
-        "reduce before torch 1.6": (saved({"model": p, "x": call}, **OLD), "read"),
-        **{f"reduce, protocol {i}": (pickle.dumps({"model": arrays, "x": call}, i), "read") for i in range(6)},
-        **{kind: ({**p, "conv1.weight": value}, damaged) for kind, value in stems.items()},
-        "build a class": (b"\x80\x02ctorch\nTensor\n}U\x05shapeK\x01sb.", none),
-        "build a list": (b"\x80\x02]}U\x05shapeK\x01sb.", damaged),
-        "set an item of text": (b"\x80\x02U\x01aU\x01bK\x01s.", damaged),
-        "object dtype, set an item": (b"\x80\x02cnumpy\nndarray\n(K\x01\x85U\x01OU\x08AAAAAAAAtRK\x00K\x01s.", none),
-        "TorchScript": (torch.jit.script(nn.Identity()).save_to_buffer(), "TorchScript.*model.state_dict"),
-        "zip bomb": (archive({"a/data.pkl": pickle.dumps({}, 2), "a/data/0": bytes(10**9)}, zipfile.ZIP_DEFLATED),
-                     damaged),
-        "paths in names": (archive({**entries, f"../../{harm}": b"x", harm: b"x", f"archive/../{harm}": b"x"}), "read"),
-        "many steps": (b"\x80\x02](" + b"}" * 2 * 10**6 + b"e.", "more than 1,000,000 steps"),
+        "no file": (lambda path: None, "No such file.*; name a checkpoint file"),
+        "folder": (os.mkdir, "directory; name"), "pipe": (os.mkfifo, "checkpoint"), "text": (b"hello", damaged),
+        "missing": (without(p, "layer3.1.bn2.running_var"), "cut short.*: layer3.1.bn2.running_var is a missing key"),
+        "left over": ({**p, "layer2.0.se": torch.ones(())}, "layer2.0.se is an unexpected key"),
+        "other shape": ({**p, "conv1.weight": torch.ones(64, 3, 3, 3)}, r"conv1.weight is \(64, 3, 3, 3\), not \(64"),
+        "other depth": ({**p, **renamed(p, (r"layer2\.1", "layer2.2"))}, r"has \[2, 3, 2, 2\] blocks"),
+        "not finite": ({**p, "bn1.weight": torch.full((64,), torch.nan)}, "bn1.weight is not finite: take an earlier"),
+        "only momentum": (under("teacher.", p), "0 ResNets.*of teacher.: name FILE:PREFIX or FILE:teacher"),
+        "two": ({**under("a.", p), **under("b.", {**p, "bn1.bias": stem})}, "2 ResNets.*a., b.: name FILE:PREFIX"),
+        "TorchScript": (archive({"a/constants.pkl": b""}), "TorchScript.*code is not run: save model.state_dict"),
+        "big-endian": (archive({"a/byteorder": b"big"}, start=zipped), "big-endian machine: save it again"),
+        "reduce": ({"model": p, "x": call}, "read"), "reduce, old": (saved({"model": p, "x": call}, **OLD), "read"),
+        **{f"reduce, protocol {i}": (pickle.dumps({"model": arrays(p), "x": call}, i), "read") for i in range(6)},
+        **{f"stem {i}": ({**p, "conv1.weight": value}, "conv1.weight is a mis") for i, value in enumerate(stems)},
+        "a class": (b"\x80\x02ctorch\nTensor\n}U\1aK\1sb.", none), "a list": (b"\x80\x02]}U\1aK\1sb.", damaged),
+        "zip bomb": (archive({"a/data.pkl": pickle.dumps({}, 2), "a/data/0": bytes(10**9)}, 8), damaged),
+        "paths in names": (archive(dict.fromkeys([f"../../{harm}", harm, f"a/../{harm}"], b"x"), start=zipped), "read"),
+        "many steps": (b"\x80\x02](" + b"}" * 2 * 10**6 + b"e.", "more than 1,000,000 steps: save the state dict"),
         "large index": (b"\x80\x02}r\xff\xff\xff\x7f.", none),
         **{f"large {code}": (b"\x80\x05" + code + struct.pack("<Q", 2**38) + b"abc.", damaged)
            for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME)},
@@ -2039,118 +1910,94 @@ def attacks(p, harm):
         "deep key": (b"\x80\x02})" + b"\x85" * 300000 + b"K\x01s.", none),
         "key of 2 ** 64 parts": (b"\x80\x02})" + b"2\x86" * 64 + b"K\x01s.", none),
         "deep dictionaries": (b"\x80\x02" + b"}U\x01a" * 150000 + b"K\x01" + b"s" * 150000 + b".", none),
-        "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
-        "cycle": (cyclic, "read"),
+        "cycle": (cyclic, "read"), "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
         "storage's length": (legacy[:-20] + struct.pack("<q", 2**50) + legacy[-12:], damaged),
         **{f"safetensors at {pair}": (safetensors(p, data_offsets=pair), damaged)
            for pair in ((-37632, 0), (0, 2**62), ("a", "b"))},
         "safetensors length": (struct.pack("<Q", 2**63) + safetensors(p)[8:], damaged),
-        **{f"cut {kind} to {share}": (content[:int(len(content) * share)], damaged)
-           for kind, content in (("zip", saved(p)), ("legacy", legacy), ("safetensors", safetensors(p)))
-           for share in (0, 0.001, 0.5, 0.999)},
-    }
+        **{f"cut {len(content)} bytes to {share}": (content[:int(len(content) * share)], damaged)
+           for content in (zipped, legacy, safetensors(p)) for share in (0, 0.001, 0.5, 0.999)}}
 
 
-# Reads each file in a process of its own, with 2 GiB more memory than it starts with: what came of it, or its signal.
-READ_EACH = """
-import json, os, resource, sys
-import torch, evaluate
-from data import UserError
-evaluate.MOST = 10**6
-plain = torch.load(sys.argv[1], weights_only=True)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**31
-for path in sys.argv[2:]:
-    if (child := os.fork()) == 0:
-        resource.setrlimit(resource.RLIMIT_AS, (used, used))
+def test_what_does_not_fit_is_refused_in_one_line_and_attacks_do_nothing(tmp_path, monkeypatch):
+    """Each is read in a process of its own, with 2 GiB more memory than it starts with."""
+    def read():
+        torch.set_num_threads(1)
+        room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**31
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
         try:
-            state = evaluate.load_backbone(path)[0].state_dict()
-            said = "read" if all(torch.equal(value, plain[key]) for key, value in state.items()) else "other weights"
+            assert_holds(path, resnet_state())
+            answer.write_text("read")
         except UserError as error:
-            said = str(error)
-        print(json.dumps([path, said]), flush=True)
-        os._exit(0)
-    if status := os.waitpid(child, 0)[1]:
-        print(json.dumps([path, f"status {status}"]), flush=True)
-"""
+            answer.write_text(str(error))
+
+    monkeypatch.setattr(evaluate, "MOST", 10**6)
+    path, answer = tmp_path / "x.pth", tmp_path / "answer"
+    for name, (content, outcome) in hostile(resnet_state(), str(tmp_path / "harm")).items():
+        write(path, content)
+        child = multiprocessing.get_context("fork").Process(target=read, daemon=True)
+        child.start()
+        child.join(300)
+        assert child.exitcode == 0 and not (tmp_path / "harm").exists(), (name, child.exitcode)
+        wanted = "read" if outcome == "read" else f"--ckpt {re.escape(str(path))}:? .*{outcome}.*"
+        assert re.fullmatch(wanted, answer.read_text()), (name, answer.read_text())
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def test_attacks(plain, tmp_path):
-    cases = attacks(plain, str(tmp_path / "harm"))
-    torch.save(plain, tmp_path / "plain")
-    paths = {str(write_checkpoint(tmp_path / f"{i}.pth", cases[name][0])): name for i, name in enumerate(cases)}
-    output = command("-c", READ_EACH, tmp_path / "plain", *paths).stdout
-    assert not (tmp_path / "harm").exists()
-    outcomes = {paths[path]: said for path, said in map(json.loads, re.findall(r"^\[.*\]$", output, re.MULTILINE))}
-    wrong = {name: outcomes.get(name) for name in cases if not re.search(cases[name][1], outcomes.get(name, ""))}
-    assert not wrong, wrong
-    for path in paths:
-        Path(path).unlink()
+def test_export(tmp_path):
+    network, state = module(resnet_state()), without(resnet_state(), "fc.")
+    for kind in ("detectron2", "torchvision"):
+        evaluate.export(network, kind, tmp_path / kind)
+    written = pickle.loads((tmp_path / "detectron2").read_bytes())
+    expected = {key: value for key, value in renamed(state, *DETECTRON2).items() if "num_batches_tracked" not in key}
+    assert written["matching_heuristics"] is True and written["model"].keys() == expected.keys()
+    assert all(np.array_equal(written["model"][key], value) for key, value in expected.items())
+    written = torch.load(tmp_path / "torchvision", weights_only=True)
+    assert written.keys() == state.keys() and all(torch.equal(value, state[key]) for key, value in written.items())
 
 
-def test_random_is_seeded_and_leaves_the_global_state():
-    state = torch.get_rng_state()
-    one, two, other = (evaluate.load_backbone("random", "resnet18", seed=seed)[0] for seed in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert_holds(one, two.state_dict())
-    assert not torch.equal(one.layer4[1].conv2.weight, other.layer4[1].conv2.weight)
-
-
-def test_export(plain, tmp_path):
-    network = module(plain)
-    evaluate.export(network, "detectron2", tmp_path / "out.pkl")
-    written, expected = pickle.loads((tmp_path / "out.pkl").read_bytes()), moco_to_detectron2(plain)
-    expected["model"] = {key: value for key, value in expected["model"].items() if "num_batches_tracked" not in key}
-    assert written["matching_heuristics"] is True and written["model"].keys() == expected["model"].keys()
-    assert all(np.array_equal(written["model"][key], value) for key, value in expected["model"].items())
-    evaluate.export(network, "torchvision", tmp_path / "out.pth")
-    written = torch.load(tmp_path / "out.pth", weights_only=True)
-    assert written.keys() == without(plain, "fc.").keys()
-    assert all(torch.equal(value, plain[key]) for key, value in written.items())
-
-
-# rows of a table
-
-def rows_of(*words):
-    return evaluate.open_rows(evaluate.parse_arguments(["--ckpt", *map(str, words)]))
-
-
-def test_rows_know_their_files_bins_and_statistics(plain, shifted, tmp_path):
-    for seed in (3, 5):
-        write_run(tmp_path / f"run-{seed}", seed, clean=seed == 3)
-    torch.save({**under("student.", plain), **under("teacher.", shifted)}, tmp_path / "a=b.pth")
-    rows = rows_of(f"ours={tmp_path}/run-*/last.pt", tmp_path / "run-5" / "backbone-256.pth", tmp_path / "a=b.pth",
-                   f"{tmp_path}/a=b.pth:teacher", f"{tmp_path}/run-3/last.pt:teacher.backbone", "untrained=random",
-                   "colour")
-    clean, saved = "clean (training run)", "saved"
-    assert [(name.removeprefix(f"{tmp_path}/"), [source.statistics for source in some]) for name, some in rows] == [
-        ("ours", [clean, saved]), ("run-5/backbone-256.pth", [clean]), ("a=b.pth", [saved]),
-        ("a=b.pth:teacher", [saved]), ("run-3/last.pt:teacher.backbone", [clean]), ("untrained", ["clean"]),
-        ("colour", ["none"])]
+def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
+    for run, clean in (("a", True), ("b", False)):
+        states, statistics = write_run(tmp_path / run, clean=clean)
+        for name, state in states.items():
+            for asked in ({"teacher": name == "teacher"}, {"prefix": f"{name}.backbone"}):
+                assert_holds(tmp_path / run / "last.pt", {**state, **statistics[name]}, **asked)
+        assert_holds(tmp_path / run / "backbone.pth", states["student"])
+    with pytest.raises(UserError, match="0 ResNets that are asked for, of model.student.*, model.teacher.backbone.:"):
+        evaluate.load_backbone(tmp_path / "a" / "last.pt", prefix="c")
+    plain, momentum = resnet_state(), resnet_state(seed=1)
+    file, clean = write(tmp_path / "a=b.pth", {**under("q.", plain), **under("ema.", momentum)}), "clean (training run)"
+    expected = {f"ours={tmp_path}/*/last.pt": [clean, "saved"], f"{tmp_path}/b/backbone-256.pth": [clean],
+                f"{file}": ["saved"], f"{file}:teacher": ["saved"], f"{tmp_path}/a/last.pt:teacher.backbone": [clean],
+                "untrained=random": ["clean"], "colour": ["none"]}
+    rows = rows_of(*expected)
+    assert [[source.statistics for source in some] for _, some in rows] == [*expected.values()]
+    assert [name for name, _ in rows] == ["ours", *list(expected)[1:5], "untrained", "colour"]
     sources = [source for _, some in rows[:-1] for source in some]
     assert all(source.bins == 6 and source.arch == "resnet18" for source in sources)
-    student, teacher = (evaluate.load_source(source, "roi", None, "cpu") for source in sources[3:5])
-    assert_holds(student, plain)
-    assert_holds(teacher, shifted)
-    assert evaluate.digest(student) != evaluate.digest(teacher)
+    one, two = (evaluate.load_source(source, "roi", None, "cpu") for source in sources[3:5])
+    assert torch.equal(one.conv1.weight, plain["conv1.weight"]) and evaluate.digest(one) != evaluate.digest(two)
+    assert torch.equal(two.conv1.weight, momentum["conv1.weight"])
 
 
-def test_random_is_never_evaluated_without_statistics(tmp_path, monkeypatch):
-    """Whatever --statistics says; a file is re-estimated only when it asks."""
-    torch.save(evaluate.build("resnet18", 0).state_dict(), tmp_path / "x.pth")
+def test_random_is_seeded_and_never_evaluated_without_statistics(tmp_path, monkeypatch, capsys):
+    before = torch.get_rng_state()
+    one, two, other = (evaluate.load_backbone("random", "resnet18", seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before) and all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
+    torch.save(one, tmp_path / "x.pth")
     monkeypatch.setattr(evaluate, "precise_batch_norm", lambda network, batches: called.append(batches))
     for words, expected in (([], ["random"]), (["--statistics", "clean"], [f"{tmp_path}/x.pth", "random"])):
         called = []
         for _, (source,) in rows_of(tmp_path / "x.pth", "random", *words):
             evaluate.load_source(source, "map", lambda: source.path, "cpu")
-        assert called == expected
+        assert called == expected and ("never updated" in capsys.readouterr().err) == (not words)
 
 
 def test_errors_are_those_of_a_bootstrap():
-    """4,000 resamples of 300 images: the bootstrap's own error is 1 % of it, so 6 % are five of these. Queries of one
-    image are alike: an error that takes them as independent is half as large. And a ratio of two random means."""
+    """Of 4,000 resamples: 6 % are five of their own errors. Queries of one image are alike, not independent."""
     random = np.random.default_rng(0)
-    images = np.repeat(np.arange(300), random.integers(1, 8, 300))
-    luck = random.normal(size=(2, 300))
+    images, luck = np.repeat(np.arange(300), random.integers(1, 8, 300)), random.normal(size=(2, 300))
     one, two = 100.0 * (0.9 * luck[:, images] + random.normal(0, 0.3, (2, len(images))) > 0)
     first, second = (evaluate.over_images(np.stack([values] * 5), images + 7)["lost"] for values in (one, two))
     sizes, drawn = np.bincount(images), random.integers(300, size=(4000, 300))
@@ -2159,26 +2006,16 @@ def test_errors_are_those_of_a_bootstrap():
         assert estimate.value == pytest.approx(values.mean()) and estimate.error == pytest.approx(means.std(), rel=0.06)
         assert estimate.error > 1.5 * values.std() / len(values) ** 0.5
     above, below = random.normal(3, 1, 300), random.normal(5, 1, 300)
-    error = (above[drawn].mean(1) / below[drawn].mean(1)).std()
-    assert evaluate.ratio_of_means(above, below).error == pytest.approx(error, rel=0.06)
-
-
-def test_t_quantiles_hold_95_percent():
-    for n, limit in enumerate(evaluate.T95, 1):
-        x = np.linspace(0, limit, 20_001)
-        density = math.gamma((n + 1) / 2) / math.gamma(n / 2) / (n * math.pi) ** 0.5 * (1 + x * x / n) ** (-(n + 1) / 2)
-        assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-4)
+    ratios = above[drawn].mean(1) / below[drawn].mean(1)
+    assert evaluate.ratio_of_means(above, below).error == pytest.approx(ratios.std(), rel=0.06)
 
 
 def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
-    """In the order of the files; of two single networks image by image; None where the numbers of files differ."""
     values = {"a": [1.0, 2.0, 4.0], "b": [3.0, 1.5, 8.0], "c": [5.0]}
     rows = [(name, [evaluate.Source(str(value)) for value in some]) for name, some in values.items()]
     influence = np.random.default_rng(0).normal(size=(50, 2))
-
-    def measure(source):
-        value = float(source.path)
-        return {"m": evaluate.Estimate(np.array([value, np.nan]), influence + value)}
+    estimate = lambda value: {"m": evaluate.Estimate(np.array([value, np.nan]), influence + value)}
+    measure = lambda source: estimate(float(source.path))
     (first, second, alone), files = evaluate.measure_rows(rows, measure)
     assert [file["m"][0] for file in files] == sum(values.values(), []) and files[0]["m"][1] is None
     assert first["m"] == [pytest.approx(7 / 3), None] and "difference" not in first and "difference" not in alone
@@ -2187,14 +2024,16 @@ def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
     low, high = pairs.mean() + np.array([-4.303, 4.303]) * pairs.std(ddof=1) / 3 ** 0.5
     assert difference["from"] == "a" and difference["m"][0] == pytest.approx(pairs.mean())
     assert [difference[key][0] for key in ("m_low", "m_high")] == pytest.approx([low, high])
-    (_, single), _ = evaluate.measure_rows([("x", rows[0][1][:1]), rows[2]], measure)
-    assert single["difference"]["m"][0] == 4
-    assert single["difference"]["m_se"][0] == pytest.approx(4 / 49 ** 0.5)  # the influences of all 50 differ by 4
-    results, pick = [first, second, alone], lambda numbers, suffix: numbers["m" + suffix][:1]
-    evaluate.print_table(["m ↑"], results, pick, 2, "50 images")
+    single = evaluate.measure_rows([("x", rows[0][1][:1]), rows[2]], measure)[0][1]["difference"]
+    assert single["m"][0] == 4 and single["m_se"][0] == pytest.approx(4 / 49 ** 0.5)  # all 50 influences differ by 4
+    evaluate.print_table(["m"], [first, second, alone], lambda numbers, end: numbers["m" + end][:1], 2, "50 images")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and f"+1.83 [{low:+.2f}, {high:+.2f}]" in lines[3] and "from a" in lines[3]
     assert "over 3 files" in lines[3] and "50 images" in lines[4]
+    for n, limit in enumerate(evaluate.T95, 1):  # Student's density, integrated
+        x = np.linspace(0, limit, 20_001)
+        density = math.gamma((n + 1) / 2) / math.gamma(n / 2) / (n * math.pi) ** 0.5 * (1 + x * x / n) ** (-(n + 1) / 2)
+        assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- evaluate.py: O-KNN
