@@ -2882,7 +2882,7 @@ def test_transfer_voc(tmp_path, transfer):
 
 # ------------------------------------------------------------------------------------------- mistakes, of all scripts
 
-COCO_COLOUR = "evaluate.py --ckpt colour --data coco --k 1 --root"
+COCO_COLOUR = "evaluate.py --workers 0 --ckpt colour --data coco --k 1 --root"
 MISTAKES = [  # what it is, the command, what its one line says; in braces: see `mistaken`
     ("no data", "d3ssl.py --data coco --root {tmp}/nowhere", "nowhere.*does not exist.*--root"),
     ("no image", "d3ssl.py --data folder --root {tmp}/none", "none contains no image"),
@@ -2932,7 +2932,8 @@ def mistaken(pictures, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mistaken")
     (tmp / "file").touch()
     assert here("data.py", "scenes", "--n", 16, "--out", tmp / "scenes") == 0
-    changes = {"valid": lambda content: None, "tiny": lambda content: content["annotations"].__delitem__(slice(1, None)),
+    changes = {"valid": lambda content: None,
+               "tiny": lambda content: content["annotations"].__delitem__(slice(1, None)),
                "empty": lambda content: content["annotations"].clear(),
                "other": lambda content: content["categories"][0].update(name="bird"),
                "absent": lambda content: content["images"].append(dict(id=99, file_name="gone.png", width=8, height=8)),
@@ -2949,7 +2950,7 @@ def mistaken(pictures, tmp_path_factory):
     (tmp / "cut").mkdir(), (tmp / "none").mkdir()
     (tmp / "cut/last.pt").write_bytes((tmp / "run/last.pt").read_bytes()[:5000])
     d3ssl.save_checkpoint(tmp / "old/last.pt", {"config": {"steps": 4, "ckpt": "0123"}, "world_size": 1})
-    lines = dict(small=words, look=[*LOOK, "--steps", 1], random=["--ckpt", "random", "--arch", "resnet18"])
+    lines = dict(small=words, look=[*LOOK, "--steps", 1], random=["--workers", 0, "--ckpt", "random", "--arch", "resnet18"])
     return {"tmp": tmp, **{name: " ".join(map(str, words)) for name, words in lines.items()}}
 
 
