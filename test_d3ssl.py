@@ -2950,7 +2950,8 @@ def mistaken(pictures, tmp_path_factory):
     (tmp / "cut").mkdir(), (tmp / "none").mkdir()
     (tmp / "cut/last.pt").write_bytes((tmp / "run/last.pt").read_bytes()[:5000])
     d3ssl.save_checkpoint(tmp / "old/last.pt", {"config": {"steps": 4, "ckpt": "0123"}, "world_size": 1})
-    lines = dict(small=words, look=[*LOOK, "--steps", 1], random=["--workers", 0, "--ckpt", "random", "--arch", "resnet18"])
+    lines = dict(small=words, look=[*LOOK, "--steps", 1],
+                 random=["--workers", 0, "--ckpt", "random", "--arch", "resnet18"])
     return {"tmp": tmp, **{name: " ".join(map(str, words)) for name, words in lines.items()}}
 
 
