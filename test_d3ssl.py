@@ -2837,7 +2837,7 @@ rank, out = os.environ["RANK"], sys.argv[sys.argv.index("--out") + 1]
 kills = [signal.SIGTERM] * (rank == "1" and not os.path.exists(out + "/last.pt"))
 evaluate.Transfer.rate = lambda config, step: kills and os.kill(os.getpid(), kills.pop()) or 0.01
 evaluate.ensure_finite = lambda tensors, step, _: torch.save([*tensors], f"{out}/{rank}.pth")
-print("exit code", evaluate.main())
+sys.stdout.write(f"exit code {evaluate.main()}\\n")  # at once, between the other rank's lines
 """
 
 
