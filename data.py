@@ -126,6 +126,8 @@ def atomic(path, mode="wb"):
             os.fsync(file.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", str(error)):
+            raise
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}") from None
     finally:
         with suppress(OSError):
