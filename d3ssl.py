@@ -79,6 +79,7 @@ class Config:
     momentum: float = setting(0.9, "momentum of SGD and LARS; from DenseCL")
     weight_decay: float = setting(1e-4, "weight decay (decoupled in adamw, weights alone in lars); from DenseCL")
     amp: str = setting("auto", "autocast; auto: bfloat16 where the hardware is faster with it", ("auto", "bf16", "off"))
+    cuda_graph: bool = setting(False, "replay forward and backward pass as CUDA graphs: see README, Speed")
     workers: int = setting(8, "processes per rank that load images, at most the usable cores")
     seed: int = setting(0, "seed of the initialisation, the order of the data and the augmentations")
     max_steps: int = setting(None, "stop the schedule early, after so many steps")
@@ -93,7 +94,7 @@ QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=
 COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5,
               warmup=10)
 LOG_EVERY, SAVE_EVERY = 20, 300  # steps, seconds
-FREE_ON_RESUME = {"root", "proposals", "out", "workers", "max_steps", "snapshots"}  # a resumed run may differ in these
+FREE_ON_RESUME = {"root", "proposals", "out", "cuda_graph", "workers", "max_steps", "snapshots"}  # may differ then
 
 
 # ------------------------------------------------------------------------------------------------ the encoder f (Eq. 1)
@@ -353,8 +354,7 @@ def clean_statistics(model, dataset, device, workers, number=256, batch_size=64)
         encoder.projector = nn.Identity()
         with model.autocast():
             precise_batch_norm(encoder, batches)
-        state = encoder.backbone.state_dict()
-        statistics[name] = {key: value.cpu() for key, value in state.items() if "running_" in key}
+        statistics[name] = {key: x.cpu() for key, x in encoder.backbone.state_dict().items() if "running_" in key}
     return statistics
 
 
@@ -382,12 +382,15 @@ def connect(world_size, local_rank):
     return device
 
 
-def data_parallel(model, world_size):
-    """`model`, or for several ranks its DistributedDataParallel, on GPUs with SyncBatchNorm; each keeps its buffers."""
+def data_parallel(model, world_size, views=None):
+    """`model`, or for several ranks its DistributedDataParallel, on GPUs with SyncBatchNorm; each keeps its buffers.
+    With `views`, an example, forward and backward pass become CUDA graphs: the host launches 3,400 kernels at once."""
+    if world_size > 1 and next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the outermost module is no norm
+    if views is not None:
+        torch.cuda.make_graphed_callables(model, (views,))  # in place; before DDP and any other backward pass
     if world_size == 1:
         return model
-    if next(model.parameters()).is_cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the outermost module is no norm
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
     own_buffers = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **own_buffers)
@@ -461,20 +464,13 @@ def load_checkpoint(path, settings, world_size):
         theirs = saved["config"]
     except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): {advice}") from None
-    differences = [f"{flag(key)} {theirs.get(key)}, now {settings.get(key)}" for key in sorted({*theirs, *settings})
+    differences = [f"{key} {theirs.get(key)}, now {settings.get(key)}" for key in sorted({*theirs, *settings})
                    if theirs.get(key) != settings.get(key)]
     if differences:
         raise UserError(f"{path} was written with other settings ({'; '.join(differences)}): {advice}")
     if saved["world_size"] != world_size:
         print(f"{path} was written by {saved['world_size']} ranks, now {world_size}: results will not be bit-identical")
     return saved
-
-
-def flag(key):
-    """The flag of a setting."""
-    other = {"listing": "the images' names", "number_of_boxes": "the number of proposals",
-             "task": "--transfer", "sides": "--short-side", "ckpt": "the backbone"}  # the last ones are evaluate.py's
-    return other.get(key, "--" + key.replace("_", "-"))
 
 
 def ensure_finite(tensors, step, out):
@@ -517,8 +513,7 @@ def amp_dtype(amp, device):
 
 def load_views(batch, config, step, rank, device):
     """The views of a loaded batch on the device; what is drawn is a function of (seed, step, rank)."""
-    generator = torch.Generator(device)
-    generator.manual_seed(int(rng("augment", config.seed, step, rank).integers(2**63)))
+    generator = torch.Generator(device).manual_seed(int(rng("augment", config.seed, step, rank).integers(2**63)))
     return make_views([tensor.to(device, non_blocking=True) for tensor in batch], config, generator)
 
 
@@ -576,10 +571,12 @@ def train(config, resume="auto"):
 
     # The checkpoint to resume from, the same on every rank.
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_ON_RESUME}
-    settings.update(listing=listing(dataset.names()), number_of_boxes=len(proposals.boxes) if proposals else 0)
+    settings.update(image_names=listing(dataset.names()), number_of_boxes=len(proposals.boxes) if proposals else 0)
     saved = load_checkpoint(out / "last.pt", settings, world_size) if resume == "auto" else None
     step = saved["step"] if saved else 0
     device = connect(world_size, local_rank)
+    if config.cuda_graph and device.type != "cuda":
+        raise UserError("--cuda-graph needs a GPU: leave it out")
     agree(out, step=step, images=len(dataset), last_step=last_step, settings=settings)
     if step >= last_step:
         if is_main:
@@ -591,7 +588,10 @@ def train(config, resume="auto"):
     torch.set_float32_matmul_precision("high")
     amp = amp_dtype(saved["amp"] if saved else config.amp, device)
     model = D3SSL(config, amp).to(device, memory_format=torch.channels_last)
-    parallel_model = data_parallel(model, world_size)
+    example = None
+    if config.cuda_graph:
+        example = load_views(next(iter(batches(step, step + 1))), config, step, rank, device)
+    parallel_model = data_parallel(model, world_size, example)
     optimizer = make_optimizer(config, model)
     if saved:
         model.load_state_dict(saved["model"])
@@ -713,7 +713,7 @@ def parse_config(arguments=None):
             kind = dict(action=argparse.BooleanOptionalAction)
         else:
             kind = dict(type=kinds.get(f.name, kinds.get(f.type, f.type)), choices=f.metadata["choices"])
-        parser.add_argument(flag(f.name), default=None, help=f.metadata["help"] + default, **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + default, **kind)
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="never: overwrite OUT/last.pt")
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")

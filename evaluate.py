@@ -876,7 +876,7 @@ def fine_tune(args):
 
     # The checkpoint to resume from; the data may have moved.
     names = [train.images.names[i] for i in trained.index] + [name.encode() for name in train.categories]
-    settings = {**asdict(c), "root": None, "ckpt": digest(network), "masks": masks, "listing": listing(names)}
+    settings = {**asdict(c), "root": None, "ckpt": digest(network), "masks": masks, "image_names": listing(names)}
     saved = load_checkpoint(out / "last.pt", settings, world_size) if args.resume == "auto" else None
     step = saved["step"] if saved else 0
     device = connect(world_size, local_rank)
