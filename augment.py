@@ -267,7 +267,7 @@ def normalise(images):
 
 class Views(NamedTuple):
     """What D3SSL.forward reads and a contact sheet shows. `boxes` made the masks; RoIAlign reads the jittered `rois`.
-    What de-positioning makes (m_hat, x3, boxes3, rois3) is None without it."""
+    What de-positioning makes (m_hat, x3, boxes3, rois3) is empty without it."""
     x1: torch.Tensor         # (B, 3, H, W) view 1, for the contact sheet alone
     x2: torch.Tensor         # (B, 3, H, W) view 2; the teacher sees it neither cut nor masked
     x1_hat: torch.Tensor     # (B, 3, H, W) Eq. 2
@@ -297,7 +297,7 @@ def make_views(batch, options, generator=None, colour=Colour()):
     x2s = F.avg_pool2d(x2, 2)
     x1_hat = x1 * region_mask(boxes1, size, options, generator)                                        # Eq. 2
     x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], options, generator, is_view2s=True)
-    m_hat = x3 = boxes3 = rois3 = None
+    m_hat = x3 = boxes3 = rois3 = boxes1.new_empty(0)
     if options.dp:
         m_hat, x3, boxes3 = de_position(x2, boxes2[:, :options.dp_boxes], options, generator)
     rois1 = jitter_rois(boxes1, size, options, generator)
@@ -365,7 +365,7 @@ def contact_sheet(views, tile=224):
     columns = {"x1": (views.x1, views.boxes1, None), "x2": (views.x2, views.boxes2, None),
                "x1^ (Eq. 2)": (views.x1_hat, views.boxes1, views.rois1),
                "x2s^ (Eq. 2)": (views.x2s_hat, views.boxes2 / 2, views.rois2 / 2)}
-    if views.x3 is not None:
+    if len(views.x3):
         columns["m^ (Eq. 7)"] = normalise(views.m_hat.expand(-1, 3, -1, -1)), views.boxes3, None
         columns["x3 (Eq. 8)"] = views.x3, views.boxes3, views.rois3
     tiles = []
