@@ -320,7 +320,7 @@ def de_position(x2, boxes, options, generator=None):
 
 def region_mask(boxes, size, options, generator=None, is_view2s=False):
     """The mask (B, 1, H, W) of Eq. 2 for one view, size (H, W), with boxes (B, K, 4) in its pixels: the product of
-    PRC's and PRM's, as far as options.augs names them. "cutout" acts on the student's view 2s alone."""
+    PRC's and PRM's, as far as options.augs names them. "cutout" is applied to view 2s alone."""
     mask = boxes.new_ones((len(boxes), 1, *size))
     if "prc" in options.augs:
         mask = proposal_random_cutout(mask, boxes, options.prc_share, options.prc_threshold, generator)

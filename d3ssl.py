@@ -9,6 +9,7 @@ A run writes last.pt, backbone.pth, config.json, metrics.jsonl and curves.png in
 """
 import argparse
 import fcntl
+import gc
 import inspect
 import json
 import math
@@ -53,10 +54,10 @@ class Config:
     size: int = setting(224, "side of views 1 and 2 in pixels, view 2s has half; section 4")
     boxes: int = setting(4, "K, boxes drawn per image; from SoCo")
     regions: str = setting("proposals", "source of the boxes; section 3", ("proposals", "image", "grid"))
-    augs: tuple = setting(("prc", "prm", "rbj"), "region augmentations; section 4.1; cutout, jitter: SoCo's; or none")
-    prm: str = setting("reveal", "PRM's reading; reveal: section 4.1 to the letter", ("reveal", "hide"))
+    augs: tuple = setting(("prc", "prm", "rbj"), "region augmentations; section 4.1 (cutout, jitter: SoCo's), or none")
+    prm: str = setting("reveal", "PRM's variant; reveal: section 4.1 as written", ("reveal", "hide"))
     prc_share: tuple = setting(PRC_SHARE, "PRC: range of the area cut out of a box; section 4.1")
-    prc_threshold: float = setting(PRC_THRESHOLD, "PRC: hidden share above which a box is made visible first; ours")
+    prc_threshold: float = setting(PRC_THRESHOLD, "PRC: a box of which more is hidden is first made visible; ours")
     prm_scale: tuple = setting(PRM_SCALE, "PRM: range of a rectangle's area, as a share of its box's; section 4.1")
     prm_ratio: tuple = setting(PRM_RATIO, "PRM: range of a rectangle's width / height; section 4.1")
     rbj_scale: tuple = setting(RBJ_SCALE, "RBJ: range of the factor of width and height; ours")
@@ -78,7 +79,7 @@ class Config:
     warmup: int = setting(10, "epochs of linear warm-up, at most a quarter of all; length from SoCo")
     momentum: float = setting(0.9, "momentum of SGD and LARS; from DenseCL")
     weight_decay: float = setting(1e-4, "weight decay (decoupled in adamw, weights alone in lars); from DenseCL")
-    amp: str = setting("auto", "autocast; auto: bfloat16 where the hardware is faster with it", ("auto", "bf16", "off"))
+    amp: str = setting("auto", "autocast; auto: bfloat16 where it is faster", ("auto", "bf16", "off"))
     cuda_graph: bool = setting(False, "replay forward and backward pass as CUDA graphs: see README, Speed")
     workers: int = setting(8, "processes per rank that load images, at most the usable cores")
     seed: int = setting(0, "seed of the initialisation, the order of the data and the augmentations")
@@ -94,7 +95,7 @@ QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=
 COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5,
               warmup=10)
 LOG_EVERY, SAVE_EVERY = 20, 300  # steps, seconds
-FREE_ON_RESUME = {"root", "proposals", "out", "cuda_graph", "workers", "max_steps", "snapshots"}  # may differ then
+FREE_ON_RESUME = {"root", "proposals", "out", "cuda_graph", "workers", "max_steps", "snapshots"}  # may change
 
 
 # ------------------------------------------------------------------------------------------------ the encoder f (Eq. 1)
@@ -123,7 +124,7 @@ class Encoder(nn.Module):
         return self.backbone.layer4(regions).mean((2, 3))
 
     def forward(self, x, boxes, predictor=None):
-        """-> z (B * K, D), L2-normalised, float32. SoCo's and BYOL's `predictor` reads what is not yet normalised."""
+        """-> z (B * K, D), L2-normalised, float32. SoCo's and BYOL's `predictor` runs before that."""
         z = self.projector(self.features(x, boxes))
         if predictor is not None:
             z = predictor(z)
@@ -227,7 +228,7 @@ class Output(NamedTuple):
 
 class D3SSL(nn.Module):
     """Student f_q, teacher f_k and queue; forward is Eqs. 3-5 and 8-10 on views that augment.make_views prepared.
-    amp: the dtype of autocast for the encoders, or None for float32; losses are always float32."""
+    amp: the dtype of autocast for the encoders, None for float32; losses are float32 (on GPUs, TF32 products)."""
 
     def __init__(self, config, amp=None):
         super().__init__()
@@ -383,8 +384,8 @@ def connect(world_size, local_rank):
 
 
 def data_parallel(model, world_size, views=None):
-    """`model`, or for several ranks its DistributedDataParallel, on GPUs with SyncBatchNorm; each keeps its buffers.
-    With `views`, an example, forward and backward pass become CUDA graphs: the host launches 3,400 kernels at once."""
+    """`model`, or for several ranks its DistributedDataParallel, on GPUs with SyncBatchNorm; buffers stay local.
+    With `views`, an example, forward and backward pass become CUDA graphs, whose kernels the host launches at once."""
     if world_size > 1 and next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the outermost module is no norm
     if views is not None:
@@ -411,20 +412,21 @@ def agree(out, **state):
     for name in state:
         values = [str(other[name]) for other in states]
         if len(set(values)) > 1:
-            raise UserError(f"the ranks differ in their {name} ({', '.join(values)[:200]}): share --out {out} and "
-                            "--root between the machines")
+            raise UserError(f"the ranks disagree on {name} ({', '.join(values)[:200]}): share --out {out} and --root")
 
 
 def stop_on_signal():
-    """A list that SIGTERM and SIGINT append their number to. A second signal ends the process at once."""
-    received, both = [], (signal.SIGTERM, signal.SIGINT)
+    """A list that SIGTERM and SIGINT append their number to. One that comes over a second after the first ends the
+    process at once; sooner, it is the same one, from the scheduler and from torchrun."""
+    received, times = [], []
 
     def handler(number, frame):
         received.append(number)
-        for each in both:
-            signal.signal(each, signal.SIG_DFL)
-    for each in both:
-        signal.signal(each, handler)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 1:
+            os._exit(128 + number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
     return received
 
 
@@ -519,7 +521,7 @@ def load_views(batch, config, step, rank, device):
 
 def train_step(model, parallel_model, optimizer, views, step, total_steps):
     """One step; `parallel_model` is `model` or its DistributedDataParallel. Returns loss, loss_dc, loss_dp and accuracy
-    (4,) on the device, from which it reads nothing back; but SyncBatchNorm waits for the GPU three times per norm."""
+    (4,) on the device, from which it reads nothing back; SyncBatchNorm does, three times per norm."""
     config = model.config
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step, total_steps)
@@ -588,9 +590,7 @@ def train(config, resume="auto"):
     torch.set_float32_matmul_precision("high")
     amp = amp_dtype(saved["amp"] if saved else config.amp, device)
     model = D3SSL(config, amp).to(device, memory_format=torch.channels_last)
-    example = None
-    if config.cuda_graph:
-        example = load_views(next(iter(batches(step, step + 1))), config, step, rank, device)
+    example = load_views(next(iter(batches(step, step + 1))), config, step, rank, device) if config.cuda_graph else None
     parallel_model = data_parallel(model, world_size, example)
     optimizer = make_optimizer(config, model)
     if saved:
@@ -632,7 +632,7 @@ def train(config, resume="auto"):
     signals = stop_on_signal()
 
     # Fill the queue. MoCo's random unit vectors are trivial negatives: loss and accuracy would begin at values that
-    # mean nothing. The filling batches are those that would follow the last step.
+    # mean nothing. The filling batches are those after the full schedule.
     if step == 0:
         fill_steps = math.ceil(config.queue / (2 * config.batch_size * config.boxes))
         if is_main:
@@ -738,15 +738,15 @@ def configure(given):
         raise UserError(f"--dp-boxes {config.dp_boxes}: at most --boxes {config.boxes}")
     if max(*config.prc_share, *config.rbj_scale, config.ema) > 1 or config.prm_ratio[0] <= 0:
         raise UserError("--prc-share, --rbj-scale and --ema are at most 1, --prm-ratio is above 0")
-    numbers = [value for value in vars(config).values() if isinstance(value, float)]
-    if not all(0 <= number < math.inf for number in numbers) or config.temperature == 0:
-        raise UserError("--lr and the like are finite and not negative, --temperature is above 0")
+    if not all(0 <= x < math.inf for x in vars(config).values() if isinstance(x, float)) or config.temperature == 0:
+        raise UserError("--lr and other numbers are finite and not negative, --temperature is above 0")
     root, out = config.root or Path("data") / config.data, config.out or Path("runs") / config.data
     return replace(config, root=str(root), out=str(out), roi=config.roi or config.size // 16)
 
 
 def main():
     code = train(*parse_config())
+    gc.collect()  # of CUDA graphs with NCCL's collectives, which destroy_process_group would wait for
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

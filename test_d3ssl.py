@@ -1063,7 +1063,7 @@ def test_ranks_machines_and_roots_may_change_on_resume(two_ranks, pictures, hook
     assert (code, other_code) == (0, 0) and "steps 8 to 12" in printed and "step 12/12" not in other
     assert difference(stopped, two_ranks.out / "run") is None
     for code, printed in two_nodes(["d3ssl.py", *both[0]], ["d3ssl.py", *small(pictures, tmp_path / "new")]):
-        assert code and "d3ssl.py: error: the ranks differ in their step (12, 0): share --out" in printed
+        assert code and "d3ssl.py: error: the ranks disagree on step (12, 0): share --out" in printed
         assert "Traceback" not in printed.split("d3ssl.py: error:")[0]
     assert not (tmp_path / "new" / "last.pt").exists()
 
@@ -1073,6 +1073,18 @@ def test_a_signal_saves_and_ends_with_its_number(pictures, hooked, tmp_path):
     done = command(hooked, "SIGINT:step:5", *words, env={"PYTHONPATH": str(HERE)}, ok=False)
     assert done.returncode == 128 + signal.SIGINT and saved_step(tmp_path / "run") == 5
     assert "stopped by SIGINT at step 5 of 12 and saved: run the same command again to resume" in done.stdout
+
+
+def test_a_second_signal_ends_the_process_unless_it_comes_at_once(monkeypatch):
+    """A scheduler's SIGTERM comes twice: to each process, and to torchrun, which forwards it."""
+    clock, codes, received = [7.0], [], d3ssl.stop_on_signal()
+    monkeypatch.setattr(d3ssl, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    for wait, number in ((0, signal.SIGTERM), (0.9, signal.SIGTERM), (0.2, signal.SIGINT)):
+        assert not codes
+        clock[0] += wait
+        os.kill(os.getpid(), number)
+    assert codes == [130] and received == [15, 15, 2]
 
 
 def test_the_queue_starts_with_teacher_features_of_batches_that_training_never_sees(pictures, tmp_path, monkeypatch):
@@ -2865,7 +2877,7 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("moved boxes", "d3ssl.py --dp-boxes 5", "--dp-boxes 5: at most --boxes 4"),
     ("range", "d3ssl.py --prc-share 0.5", "--prc-share: 0.5 is not LOW,HIGH"),
     ("count", "d3ssl.py --boxes 0", "--boxes: 0 is less than 1"),
-    ("number", "d3ssl.py --lr nan", "--lr and the like are finite"),
+    ("number", "d3ssl.py --lr nan", "--lr and other numbers are finite"),
     ("odd size", "d3ssl.py --size 31", "--size 31: an even number of at least 64"),
     ("flag", "d3ssl.py --wat", "unrecognized arguments: --wat"),
     ("small batch", "d3ssl.py {small} --batch-size 1", "--batch-size 1 on 1 ranks"),
