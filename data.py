@@ -605,12 +605,13 @@ def read_list(path, folder, strict=False):
 
 
 def voc_images(root, split, strict=False):
-    """The images of a VOCdevkit (`root` or the folder in it), named VOC<year>/JPEGImages/<name>.jpg. If a year has a
-    test list, val is that and train is trainval of all years (section 5.2). Raises UserError without such a list."""
+    """The images of a VOCdevkit (`root` or the folder in it), named VOC<year>/JPEGImages/<name>.jpg. If VOC2007 has a
+    test list, val is that (2012's has no annotations) and train is trainval of all years (section 5.2). Raises
+    UserError without such a list."""
     base = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
-    if any(base.glob("VOC2*/ImageSets/Main/test.txt")):
+    if (base / "VOC2007/ImageSets/Main/test.txt").exists():
         split = {"train": "trainval", "val": "test"}[split]
-    lists = sorted(base.glob(f"VOC2*/ImageSets/Main/{split}.txt"))
+    lists = sorted(base.glob(f"VOC2{'007' if split == 'test' else '*'}/ImageSets/Main/{split}.txt"))
     if not lists:
         raise UserError(f"{base} has no VOC2007/ImageSets/Main/{split}.txt: download it (README, section Data), --root")
     return Images(base, [f"{path.parts[-4]}/JPEGImages/{name}" for path in lists
@@ -1094,7 +1095,7 @@ def main():
     scenes.add_argument("--out", required=True)
     scenes.add_argument("--n", type=positive, default=800, help="train images; a quarter as many val images are added")
     search = commands.add_parser("proposals", help="selective search over a data set")
-    search.add_argument("--split", help="the data set's own name of it (default: its train split)")
+    search.add_argument("--split", help="name of the split, e.g. val2017 (default: the train split)")
     search.add_argument("--workers", type=positive, help="processes (default: all cores)")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
     mini = commands.add_parser("openimages-mini", help="choose the images of the paper's OpenImage-MINI")

@@ -468,6 +468,8 @@ def measure_rows(rows, measure):
         elif len(first) == len(networks):
             pairs = [{key: mine[key].minus(theirs[key]) for key in mine} for mine, theirs in zip(networks, first)]
             results[-1]["difference"] = {"from": rows[0][0], **summarise(pairs)}
+        elif min(len(first), len(networks)) > 1:
+            print(f"warning: {len(networks)} files of {name}, {len(first)} of {rows[0][0]}: unpaired", file=sys.stderr)
     return results, files
 
 
@@ -1077,13 +1079,13 @@ def add_checkpoint_arguments(parser):
     add("--ckpt", nargs="+", required=True, metavar="ENTRY", help="rows of the table: FILE, FILE:teacher (its momentum "
         "encoder), FILE:PREFIX (one of several ResNets), NAME=GLOB, random (untrained), colour (no network)")
     add("--arch", choices=tuple(ARCHITECTURES.values()), help="of random (default: the first file's, else resnet50)")
-    add("--statistics", choices=("saved", "clean"), default="saved", help="of batch norm; clean: of 256 train images")
+    add("--statistics", choices=("saved", "clean"), default="saved", help="of batch norm; clean: from 256 train images")
     add("--roi", type=positive, help="side of RoIAlign on C4 (default: as trained; else scenes 6, photographs 14)")
     add("--data", choices=tuple(SIZE), default="scenes", help="labelled data set (default: scenes)")
     add("--root", help="the data set's folder (default: data/DATA)")
     add("--seed", type=whole_number, default=0, help="seed of random's weights and of what is drawn (default: 0)")
     add("--workers", type=whole_number, default=min(8, usable_cores()), help="loading processes (default: cores, <= 8)")
-    add("--json", metavar="FILE", help="write there settings, versions, rows, and all numbers of each file")
+    add("--json", metavar="FILE", help="write settings, versions, rows and each file's numbers to FILE")
 
 
 def parse_arguments(arguments=None):
@@ -1091,12 +1093,12 @@ def parse_arguments(arguments=None):
     add_checkpoint_arguments(parser)
     add = parser.add_argument
     add("--size", type=positive, help="side of the input, a multiple of 16 (default: scenes 112, voc 224, else 448)")
-    add("--head", choices=("map", "roi"), help="see above (default: scenes roi, else map: section 5.3)")
+    add("--head", choices=("map", "roi"), help="object feature, see above (default: scenes roi, else map: section 5.3)")
     add("--k", type=positive, default=20, help="neighbours that vote (default: 20, as in DINO)")
     add("--objects", type=positive, default=3, help="N, objects per train image in the bank (section 5.3; default: 3)")
     add("--limit-images", type=positive, help="images of each split, its first ones (default: all)")
     add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
-    add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="write the backbone for detectron2 or torchvision, stop")
+    add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="write the backbone for detectron2 or torchvision, exit")
     add = parser.add_argument_group("with --transfer").add_argument
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
     add("--out", help="folder for last.pt, detector.pth, results.json (default: runs/TASK-CKPT)")
@@ -1156,14 +1158,15 @@ def main():
     print_table(MEASURES.values(), results, lambda result, suffix: [result[name + suffix] for name in MEASURES], 1,
                 f"{len(set(images))} images")
     print(f"bank: {len(answers.bank):,} objects; queries: {len(labels):,}; k {args.k}, {args.size} pixels, head "
-          f"{args.head}; to answer {train.categories[commonest]}, the commonest category, is right in {chance:.1f} %")
+          f"{args.head}; always answering the commonest category, {train.categories[commonest]}: {chance:.1f} %")
     if below := [result["row"] for result in results if result["oknn_top1"] < chance]:
         print(f"below the commonest category: {', '.join(below)}")
     if args.json:
         names = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
         settings = dict({name: getattr(args, name) for name in names}, root=str(train.images.root),
                         bank_objects=len(answers.bank), query_objects=len(labels), commonest=chance)
-        write_json(args.json, {"settings": settings, "versions": VERSIONS, "rows": results, "files": files})
+        write_json(args.json, {"command": sys.argv, "settings": settings, "versions": VERSIONS, "rows": results,
+                               "files": files})
         print(f"wrote {args.json}")
 
 

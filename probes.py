@@ -25,6 +25,7 @@ From Python: `probe(network, open_inputs(open_labelled("scenes")), bins=6)`, a t
 gives all of these by name, `reid(network, bank, bins=6)` the last two alone: each .value and .error, five numbers
 in the order of LAYERS."""
 import argparse
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -398,7 +399,8 @@ def main():
         names = ("data", "root", "seed", "pairs", "cut", "alone", "fill", "statistics")
         settings = {**{name: getattr(args, name) for name in names}, "side": SIDE, "bank": len(inputs.bank.masks),
                     "bank_side": BANK_SIDE, "layers": LAYERS}
-        write_json(args.json, {"settings": settings, "versions": VERSIONS, "rows": results, "files": files})
+        write_json(args.json, {"command": sys.argv, "settings": settings, "versions": VERSIONS, "rows": results,
+                               "files": files})
         print(f"wrote {args.json}")
     if args.plot:
         plot(results, args.plot)
