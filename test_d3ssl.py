@@ -1831,8 +1831,7 @@ def test_every_format_type_and_memory_gives_the_same_numbers(tmp_path):
     kinds = [torch.float, torch.half, torch.bfloat16, torch.double]
     typed = {key: value.to(kinds[i % 4]) for i, (key, value) in enumerate(resnet_state().items())}
     views = {key: torch.stack([-value, value], -1)[..., 1] for key, value in typed.items()}
-    numbers = {key: np.asarray(value.float().numpy(), ">f4" if value.dim() == 1 else "<f8", "F")
-               for key, value in typed.items()}
+    numbers = {k: np.asarray(v.float().numpy(), ">f4" if v.dim() == 1 else "<f8", "F") for k, v in typed.items()}
     for content in (views, saved(views, **OLD), safetensors({**typed, "empty": torch.ones(0)}),
                     pickle.dumps(numbers, 2), pickle.dumps(numbers, 5)):
         assert_holds(write(tmp_path / "x", content), typed)
@@ -1845,23 +1844,6 @@ def test_architecture_is_read_off_the_names(arch, monkeypatch):
     state = {key: torch.rand(()).expand(value.shape) for key, value in shapes.items()}
     monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: renamed(state, *HUGGING_FACE))
     assert_holds("x", state, arch)
-
-
-def write_run(folder, seed=0, clean=True):
-    """A trainer's folder: last.pt of a fresh model with clean statistics of 1 and 2, backbone.pth, snapshots."""
-    torch.manual_seed(seed)
-    model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
-    for p in model.teacher.parameters():
-        p.data += 0.1
-    states = {name: getattr(model, name).backbone.state_dict() for name in ("student", "teacher")}
-    statistics = {name: {key: torch.full_like(value, number) for key, value in state.items() if "running_" in key}
-                  for number, (name, state) in enumerate(states.items(), 1)} if clean else None
-    folder.mkdir(parents=True)
-    torch.save({"d3ssl": 2, "config": {"roi": 6}, "step": 64, "model": model.state_dict(), "optimizer": {"state": {}},
-                "clean": statistics}, folder / "last.pt")
-    for name in ("backbone", "backbone-256", "backbone-1024"):
-        torch.save(states["student"], folder / f"{name}.pth")
-    return states, statistics or {"student": {}, "teacher": {}}
 
 
 def archive(entries, method=zipfile.ZIP_STORED, start=b""):
@@ -1957,12 +1939,19 @@ def test_export(tmp_path):
 
 
 def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
-    for run, clean in (("a", True), ("b", False)):
-        states, statistics = write_run(tmp_path / run, clean=clean)
+    model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
+    for p in model.teacher.parameters():
+        p.data += 0.1
+    states = {name: getattr(model, name).backbone.state_dict() for name in ("student", "teacher")}
+    cleaned = {name: {key: torch.full_like(value, number) for key, value in state.items() if "running_" in key}
+               for number, (name, state) in enumerate(states.items(), 1)}
+    for run, statistics in (tmp_path / "a", cleaned), (tmp_path / "b", None):
+        run.mkdir()
+        write(run / "last.pt", {"d3ssl": 2, "config": {"roi": 6}, "model": model.state_dict(), "clean": statistics})
+        assert_holds(write(run / "backbone-256.pth", states["student"]), states["student"])
         for name, state in states.items():
             for asked in ({"teacher": name == "teacher"}, {"prefix": f"{name}.backbone"}):
-                assert_holds(tmp_path / run / "last.pt", {**state, **statistics[name]}, **asked)
-        assert_holds(tmp_path / run / "backbone.pth", states["student"])
+                assert_holds(run / "last.pt", {**state, **(statistics or {}).get(name, {})}, **asked)
     with pytest.raises(UserError, match="0 ResNets that are asked for, of model.student.*, model.teacher.backbone.:"):
         evaluate.load_backbone(tmp_path / "a" / "last.pt", prefix="c")
     plain, momentum = resnet_state(), resnet_state(seed=1)
@@ -2031,9 +2020,8 @@ def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
     assert len(lines) == 5 and f"+1.83 [{low:+.2f}, {high:+.2f}]" in lines[3] and "from a" in lines[3]
     assert "over 3 files" in lines[3] and "50 images" in lines[4]
     for n, limit in enumerate(evaluate.T95, 1):  # Student's density, integrated
-        x = np.linspace(0, limit, 20_001)
-        density = math.gamma((n + 1) / 2) / math.gamma(n / 2) / (n * math.pi) ** 0.5 * (1 + x * x / n) ** (-(n + 1) / 2)
-        assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-4)
+        x = torch.linspace(0, limit, 20_001, dtype=torch.double)
+        assert torch.trapezoid(torch.distributions.StudentT(n).log_prob(x).exp(), x) == pytest.approx(0.475, abs=5e-5)
 
 
 # --------------------------------------------------------------------------------------------------- evaluate.py: O-KNN
@@ -2175,11 +2163,10 @@ def test_the_neighbours_frames_are_right():
     colours = {"white": (255, 255, 255), "green": (63, 207, 95), "red": (255, 77, 77)}
     for model, expected in ((evaluate.median_colours, {"green"}), (constant, {"green", "red"})):
         sheet = evaluate.neighbour_sheet(evaluate.evaluate(model, objects, objects, k=3), objects, objects, number=2)
-        tiles = np.asarray(sheet).reshape(4, 112, 9, 112, 3).transpose(0, 2, 1, 3, 4)
-        seen = [[[name for name, rgb in colours.items() if (tile == rgb).all(-1).sum() > 100] for tile in line]
-                for line in tiles]
-        assert all(line[0] == ["white"] and all(len(tile) == 1 for tile in line) for line in seen)
-        assert {name for line in seen for (name,) in line[1:]} == expected
+        tiles = np.asarray(sheet).reshape(4, 112, 9, 112, 3).transpose(0, 2, 1, 3, 4).reshape(36, 112, 112, 3)
+        seen = [[name for name, rgb in colours.items() if (tile == rgb).all(-1).sum() > 100] for tile in tiles]
+        assert seen[::9] == [["white"]] * 4
+        assert {name for n, (name,) in enumerate(seen) if n % 9} == expected
 
 
 @pytest.mark.parametrize("script, options, images", [
@@ -2322,8 +2309,7 @@ def test_inputs_are_what_they_say():
 
 # ------------------------------------------------------- VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
 
-HEADER = ("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,"
-          "IsInside\n")
+HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 
 
 def box_row(image, label, box=(0.25, 0.5, 0.75, 1.0), group=0):
@@ -2341,7 +2327,7 @@ def openimages(root, rows, classes="/m/1,Person\n/m/2,Cattle\n/m/3,\n", images=(
         picture(root / split / f"{image:016x}.jpg")
     root.mkdir(exist_ok=True)
     (root / "class-descriptions-boxable.csv").write_bytes(classes.encode("latin-1"))
-    (root / f"{split}-annotations-bbox.csv").write_bytes((HEADER + "".join(rows)).encode("latin-1"))
+    (root / f"{split}-annotations-bbox.csv").write_bytes("".join([HEADER, "\n", *rows]).encode("latin-1"))
     return root / f"{split}-annotations-bbox.csv"
 
 
@@ -2455,7 +2441,7 @@ def test_builder_writes_the_list_and_prints_table_2(tmp_path, capfd):
     assert re.search(fr"here +{len(chosen)} +{len(own) / len(chosen):.2f} +{kinds / len(chosen):.2f}", said)
     assert re.search(r"paper +146,000 +9.10 +3.20 +569", said) and "not shared: Bus" in said
     assert build(3) == (chosen, said) and build(4)[0] != chosen
-    path.write_text(HEADER + "".join(rows[::-1]))
+    path.write_text("".join([HEADER, "\n", *rows[::-1]]))
     assert build(3)[0] == chosen  # of the seed and the boxes, not of the order of the rows
 
 
@@ -2562,17 +2548,14 @@ FOUR, SHAPE, SQUARE = "of four numbers or iscrowd of 0 or 1", "segmentation neit
 
 @pytest.mark.parametrize("kind, broken", [
     *((data.EMPTY_BOX, dict(bbox=box)) for box in ([500, 5, 9, 9], [5, 5, 1e-6, 9], [64 - 1e-9, 5, 5, 9], [9, 9, -5, 5],
-                                                   [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5],
-                                                   [10 ** 400, 0, 5, 5])),
+                                                   [math.nan, 0, 5, 5], [0, 0, math.inf, 5], [10**400, 0, 5, 5])),
     *((FOUR, dict(bbox=box)) for box in (None, [1, 2, 3], "1234", [[1], 2, 3, 4], ["1", 2, 3, 4], {}, 7)),
-    *((FOUR, a) for a in (None, [], "text", dict(image_id=[5]))),
-    *((FOUR, dict(iscrowd=value)) for value in ("0", None, 2, [])),
+    *((FOUR, a) for a in (None, "text", dict(image_id=[5]), dict(iscrowd="0"), dict(iscrowd=None), dict(iscrowd=2))),
     *(("category id unknown", dict(category_id=value)) for value in (99, {})), ("image id unknown", dict(image_id="5")),
     *((SHAPE, dict(segmentation=shape)) for shape in (
-        SQUARE, [SQUARE, 3], [SQUARE[:5]], [[*SQUARE, "x", 2]], [[*SQUARE, float("nan"), 1]], [[*SQUARE, 1e30, 1]],
-        "text", 5, {"size": [32, 64]}, {"size": [64, 32], "counts": [2048]}, {"size": [32, 64], "counts": [2047]},
-        {"size": [32, 64], "counts": [2049, -1]}, {"size": [32, 64], "counts": "zzz"}, {"size": [32, 64], "counts": ""},
-        {"size": [32, 64], "counts": [None]}, {"size": [32, 64], "counts": 7}))])
+        SQUARE, [SQUARE, 3], [SQUARE[:5]], [[*SQUARE, "x", 2]], [[*SQUARE, math.nan, 1]], [[*SQUARE, 1e30, 1]],
+        "text", 5, {"size": [32, 64]}, {"size": [64, 32], "counts": [2048]},
+        *({"size": [32, 64], "counts": counts} for counts in ([2047], [2049, -1], "zzz", "", [None], 7))))])
 def test_a_broken_annotation_is_counted_and_the_others_are_read(tmp_path, capfd, kind, broken):
     """Without `id`, `area` and `iscrowd`, which nobody needs here, in one's own file with a byte-order mark."""
     coco(tmp_path, [{}, broken, dict(segmentation=[SQUARE], iscrowd=1, bbox=[60, 30, 9, 9])], encoding="utf-8-sig")
@@ -2591,8 +2574,7 @@ def test_a_broken_annotation_is_counted_and_the_others_are_read(tmp_path, capfd,
     *(("images.0. is.*1.jpg.*width", dict(images=[{**IMAGE, "width": w}])) for w in (None, "64", 0, -3, [], 1e400)),
     ("images.1.*'id', 5.*twice", dict(images=[IMAGE, {**IMAGE, "file_name": "2.jpg"}])),
     ("images.1.*'file_name', '1.jpg'.*twice", dict(images=[IMAGE, {**IMAGE, "id": 6}])),
-    *(("images.0.*each needs", dict(images=[image])) for image in (None, {}, {**IMAGE, "id": [1]},
-                                                                   {**IMAGE, "file_name": 1})),
+    *(("images.0.*each needs", dict(images=[i])) for i in (None, {}, dict(IMAGE, id=[1]), dict(IMAGE, file_name=1))),
     ("categories.1.*'id', 3.*twice", dict(categories=[dict(id=3, name="cat"), dict(id=3, name="dog")])),
     *(("categories.0.*each needs", dict(categories=[c])) for c in ("cat", dict(id={}, name="cat"), dict(id=3))),
     *(("a COCO annotation file", broken) for broken in (dict(categories={"3": "cat"}), b"[]")),
@@ -2608,8 +2590,7 @@ def test_a_coco_file_that_is_wrong_is_an_error_that_names_the_place(tmp_path, sa
 
 # ---------------------------------------------------------------------------- transfer to detection (section 5.2)
 
-LOOK = ["--ckpt", "random", "--arch", "resnet18", "--transfer", "coco", "--short-side", "64", "--batch-size", "2",
-        "--rois", "8", "--workers", "0", "--resume", "auto"]
+LOOK = "--ckpt random --arch resnet18 --transfer coco --short-side 64 --batch-size 2 --rois 8 --workers 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -2649,10 +2630,9 @@ def test_transfer_is_of_the_pretrained_object_feature():
         model = evaluate.c4_detector(network, 5, sides=(256,)).eval()
         model.roi_heads.norm = nn.Identity()
         features = {"0": model.backbone(model.transform([image])[0].tensors)}
-        for samples, box in (1, [3.5, 8.2, 60.1, 170.9]), (2, [2.5, 3.0, 240.5, 255.0]):
+        for ways, box in (1, [3.5, 8.2, 60.1, 170.9]), (2, [2.5, 3.0, 240.5, 255.0]):
             box = torch.tensor([box])
-            right, wrong = (network.layer4(d3ssl.roi_align(c4, box[None], 14, 1 / 16, n))
-                            for n in (samples, 3 - samples))
+            right, wrong = (network.layer4(d3ssl.roi_align(c4, box[None], 14, 1 / 16, n)) for n in (ways, 3 - ways))
             torch.testing.assert_close(model.roi_heads.regions(features, [box]), right, rtol=0, atol=1e-3)
             assert (wrong - right).abs().max() > 0.02
 
@@ -2698,8 +2678,7 @@ def test_voc_ap_by_hand():
     one; the fourth has an IoU of 2 / 3; the fifth is no dog."""
     square = np.array([0, 0, 40, 40])
     boxes = [square, square + [0, 8, 0, 8], square + [60, 0, 60, 0], square + [0, 60, 0, 60], square]
-    split = data.labelled([None] * 2, ["cat", "dog", "none"], [0, 0, 0, 0, 1], boxes, np.array([0, 0, 0, 1, 0]),
-                          np.arange(5) == 2)
+    split = data.labelled(range(2), ["cat", "dog", "none"], [0, 0, 0, 0, 1], boxes, [0, 0, 0, 1, 0], np.arange(5) == 2)
     first = square[None].repeat(2, 0), np.array([0, 0]), np.array([0.9, 0.8]), []
     detections = [(0, *first), (0, np.array(boxes[2:4]), np.array([0, 1]), np.array([0.7, 0.3]), []),
                   (1, np.array([square + [0, 8, 0, 8], square]), np.array([0, 1]), np.array([0.6, 0.5]), [])]
@@ -2710,7 +2689,6 @@ def test_voc_ap_by_hand():
 
 def perfect(split):
     """Detections that are the split's objects, crowds aside, each with its mask, else its box as mask."""
-    detections = []
     for i in range(len(split.images)):
         rows = [row for row in range(*split.offsets[i:i + 2]) if not split.crowd[row]]
         masks = np.zeros((len(rows), *split.sizes[i][::-1]), bool)
@@ -2718,9 +2696,7 @@ def perfect(split):
             drawn, (x1, y1, x2, y2) = split.mask(row), split.boxes[row].astype(int)
             mask[y1:y2, x1:x2] = drawn is None
             mask |= drawn is not None and drawn
-        detections.append((i, split.boxes[rows], split.labels[rows], 1 - np.arange(len(rows)) / 99,
-                           evaluate.run_lengths(masks)))
-    return detections
+        yield i, split.boxes[rows], split.labels[rows], np.linspace(1, 0.9, len(rows)), evaluate.run_lengths(masks)
 
 
 def test_coco_ap_is_pycocotools_own(scenes):
@@ -2742,12 +2718,10 @@ def test_coco_ap_is_pycocotools_own(scenes):
         assert result == pytest.approx([100 * value for value in oracle.stats[:3]]) and 10 < result[0] < 95
 
 
-def coco_copy(scenes, root, change):
-    """`scenes` in COCO's layout, with the annotations of val changed in place."""
-    shutil.copytree(scenes, root)
-    file = root / "annotations/instances_val2017.json"
-    content = json.loads(file.read_text())
-    change(content)
+def coco_copy(source, root, change):
+    """A copy of `source`, in COCO's layout, with the annotations of val changed in place."""
+    file = shutil.copytree(source, root) / "annotations/instances_val2017.json"
+    change(content := json.loads(file.read_text()))
     file.write_text(json.dumps(content))
     return root
 
@@ -2804,11 +2778,10 @@ def test_detector_overfits_two_scenes(tmp_path, transfer):
     data.write_scenes(tmp_path, 2)
     shutil.copytree(tmp_path / "train2017", tmp_path / "val2017", dirs_exist_ok=True)
     shutil.copy(tmp_path / "annotations/instances_train2017.json", tmp_path / "annotations/instances_val2017.json")
-    _, results = transfer(tmp_path / "out", "--root", tmp_path, "--steps", 60, "--lr", 0.4, "--rois", 16)
+    _, results = transfer(out := tmp_path / "out", "--root", tmp_path, "--steps", 60, "--lr", 0.4, "--rois", 16)
     assert results["box"]["AP50"] > 60 and results["mask"]["AP50"] > 60
-    running, tested = (torch.load(tmp_path / "out" / name, weights_only=True)["model"]
-                       for name in ("last.pt", "detector.pth"))
-    assert {key.rpartition(".")[2] for key in running if not torch.equal(running[key], tested[key])} == {
+    last, tested = (torch.load(out / name, weights_only=True)["model"] for name in ("last.pt", "detector.pth"))
+    assert {key.rpartition(".")[2] for key in last if not torch.equal(last[key], tested[key])} == {
         "running_mean", "running_var", "num_batches_tracked"}
 
 
@@ -2901,7 +2874,7 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("transfer: no VOC", "evaluate.py {look} --transfer voc --root {tmp}/valid", "no VOC2007"),
     ("transfer: no image", "evaluate.py {look} --root {tmp}/absent", "absent.*gone.png"),
     ("transfer: classes", "evaluate.py {look} --root {tmp}/other", "other classes.*bird"),
-    ("transfer: another size", "evaluate.py {look} --root {tmp}/resized", "112 x 112.*224 x 112"),
+    ("transfer: another size", "evaluate.py {look} --root {tmp}/wider", "112 x 112.*224 x 112"),
     ("transfer: batch", "evaluate.py {look} --root {tmp}/valid --batch-size 32", "--batch-size 32.*16 images"),
     ("transfer: two networks", "evaluate.py {look} --ckpt random random", "one --ckpt"),
     ("transfer: settings", "evaluate.py {look} --root {tmp}/valid --out {tmp}/old", "0123.*--steps 4, now 1.*never"),
@@ -2915,26 +2888,21 @@ def mistaken(pictures, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mistaken")
     (tmp / "file").touch()
     assert here("data.py", "scenes", "--n", 16, "--out", tmp / "scenes") == 0
-    changes = {"valid": lambda content: None,
-               "tiny": lambda content: content["annotations"].__delitem__(slice(1, None)),
-               "empty": lambda content: content["annotations"].clear(),
-               "other": lambda content: content["categories"][0].update(name="bird"),
-               "absent": lambda content: content["images"].append(dict(id=99, file_name="gone.png", width=8, height=8)),
-               "resized": lambda content: content["images"][0].update(width=224)}
+    changes = {"valid": lambda c: None,
+               "tiny": lambda c: c["annotations"].__delitem__(slice(1, None)),
+               "empty": lambda c: c["annotations"].clear(),
+               "other": lambda c: c["categories"][0].update(name="bird"),
+               "absent": lambda c: c["images"].append(dict(id=99, file_name="gone.png", width=8, height=8)),
+               "wider": lambda c: (c["images"][0].update(width=224), [a.pop("segmentation") for a in c["annotations"]])}
     for root, change in changes.items():
-        path = shutil.copytree(tmp / "scenes", tmp / root) / "annotations" / "instances_val2017.json"
-        change(content := json.loads(path.read_text()))
-        if root == "resized":
-            [annotation.update(segmentation=None) for annotation in content["annotations"]]
-        path.write_text(json.dumps(content))
+        coco_copy(tmp / "scenes", tmp / root, change)
     Image.new("RGB", (64, 48)).save(min((tmp / "scenes" / "val2017").iterdir()))
     words = small(pictures, tmp / "run", "--workers", 0)
     mains([*words, "--max-steps", 1])
     (tmp / "cut").mkdir(), (tmp / "none").mkdir()
     (tmp / "cut/last.pt").write_bytes((tmp / "run/last.pt").read_bytes()[:5000])
     d3ssl.save_checkpoint(tmp / "old/last.pt", {"config": {"steps": 4, "ckpt": "0123"}, "world_size": 1})
-    lines = dict(small=words, look=[*LOOK, "--steps", 1],
-                 random=["--workers", 0, "--ckpt", "random", "--arch", "resnet18"])
+    lines = dict(small=words, look=[*LOOK, "--steps", 1], random="--workers 0 --ckpt random --arch resnet18".split())
     return {"tmp": tmp, **{name: " ".join(map(str, words)) for name, words in lines.items()}}
 
 
@@ -2994,8 +2962,6 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     (tmp_path / "runs" / "scenes").mkdir(parents=True)
     torch.save(weights, tmp_path / "runs" / "scenes" / "backbone.pth")
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+    exec("\n".join(snippets), names := {})
     assert names["arch"] == "resnet18" and 0 < float((names["mask"] == 0).float().mean()) < 1
     assert torch.equal(names["network"].state_dict()["conv1.weight"], weights["conv1.weight"])
