@@ -1827,10 +1827,9 @@ def test_every_layout_gives_the_plain_weights(layout, tmp_path):
 
 
 def test_every_format_type_and_memory_gives_the_same_numbers(tmp_path):
-    """Views of others too, with offsets and strides; numpy's arrays in either order of bytes and of axes."""
     kinds = [torch.float, torch.half, torch.bfloat16, torch.double]
     typed = {key: value.to(kinds[i % 4]) for i, (key, value) in enumerate(resnet_state().items())}
-    views = {key: torch.stack([-value, value], -1)[..., 1] for key, value in typed.items()}
+    views = {key: torch.stack([-value, value], -1)[..., 1] for key, value in typed.items()}  # with strides
     numbers = {k: np.asarray(v.float().numpy(), ">f4" if v.dim() == 1 else "<f8", "F") for k, v in typed.items()}
     for content in (views, saved(views, **OLD), safetensors({**typed, "empty": torch.ones(0)}),
                     pickle.dumps(numbers, 2), pickle.dumps(numbers, 5)):
@@ -1857,8 +1856,7 @@ def hostile(p, harm):
     """{name: (content, what must come of it)}: "read" is p, a state dict; harm: a path that none may write."""
     stem, call, damaged, none = p["conv1.weight"], Call((open, (harm, "w"))), "cut short", "holds 0 ResNets"
     stored = torch.storage.TypedStorage(wrap_storage=stem.untyped_storage(), dtype=stem.dtype, _internal=True)
-    legacy, cyclic, zipped = saved({"conv1.weight": torch.zeros(3)}, **OLD), {"model": p}, saved(p, pickle_protocol=5)
-    cyclic["self"] = cyclic
+    legacy, zipped = saved({"conv1.weight": torch.zeros(3)}, **OLD), saved(p, pickle_protocol=5)
     dag = b"".join(b"}q%c(U\x01ah%cU\x01bh%cu" % (i + 1, i, i) for i in range(60))  # 2 ** 60 paths
     tensor = lambda *arguments: Call((torch._utils._rebuild_tensor_v2, (*arguments, 0, None)))
     shapes = ((1, (9408,), (1,)), (0, (10**9, 10**9), (1, 1)), (0, (10**6, 10**6), (0, 0)), (9407, (9408,), (-1,)),
@@ -1867,7 +1865,6 @@ def hostile(p, harm):
              np.zeros(3, np.dtype({"names": ["a"], "formats": ["f4"], "offsets": [4], "itemsize": 8})),
              tensor(Call((torch.storage._load_from_bytes, (saved(call),))), 0, (1,), (1,))]
     return {
-        "no file": (lambda path: None, "No such file.*; name a checkpoint file"),
         "folder": (os.mkdir, "directory; name"), "pipe": (os.mkfifo, "checkpoint"), "text": (b"hello", damaged),
         "missing": (without(p, "layer3.1.bn2.running_var"), "cut short.*: layer3.1.bn2.running_var is a missing key"),
         "left over": ({**p, "layer2.0.se": torch.ones(())}, "layer2.0.se is an unexpected key"),
@@ -1889,13 +1886,11 @@ def hostile(p, harm):
         **{f"large {code}": (b"\x80\x05" + code + struct.pack("<Q", 2**38) + b"abc.", damaged)
            for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME)},
         "deep lists": (b"\x80\x02" + b"]" * 300000 + b"a" * 299999 + b".", none),
-        "deep key": (b"\x80\x02})" + b"\x85" * 300000 + b"K\x01s.", none),
         "key of 2 ** 64 parts": (b"\x80\x02})" + b"2\x86" * 64 + b"K\x01s.", none),
         "deep dictionaries": (b"\x80\x02" + b"}U\x01a" * 150000 + b"K\x01" + b"s" * 150000 + b".", none),
-        "cycle": (cyclic, "read"), "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
+        "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
         "storage's length": (legacy[:-20] + struct.pack("<q", 2**50) + legacy[-12:], damaged),
-        **{f"safetensors at {pair}": (safetensors(p, data_offsets=pair), damaged)
-           for pair in ((-37632, 0), (0, 2**62), ("a", "b"))},
+        **{f"safetensors {at}": (safetensors(p, data_offsets=at), damaged) for at in ((-37632, 0), (0, 2**62), "ab")},
         "safetensors length": (struct.pack("<Q", 2**63) + safetensors(p)[8:], damaged),
         **{f"cut {len(content)} bytes to {share}": (content[:int(len(content) * share)], damaged)
            for content in (zipped, legacy, safetensors(p)) for share in (0, 0.001, 0.5, 0.999)}}
@@ -1923,7 +1918,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_attacks_do_nothing(tmp_pat
         assert child.exitcode == 0 and not (tmp_path / "harm").exists(), (name, child.exitcode)
         wanted = "read" if outcome == "read" else f"--ckpt {re.escape(str(path))}:? .*{outcome}.*"
         assert re.fullmatch(wanted, answer.read_text()), (name, answer.read_text())
-        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_export(tmp_path):
@@ -2001,10 +1996,9 @@ def test_errors_are_those_of_a_bootstrap():
 
 def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
     values = {"a": [1.0, 2.0, 4.0], "b": [3.0, 1.5, 8.0], "c": [5.0]}
-    rows = [(name, [evaluate.Source(str(value)) for value in some]) for name, some in values.items()]
+    rows = [(name, [evaluate.Source(value) for value in some]) for name, some in values.items()]
     influence = np.random.default_rng(0).normal(size=(50, 2))
-    estimate = lambda value: {"m": evaluate.Estimate(np.array([value, np.nan]), influence + value)}
-    measure = lambda source: estimate(float(source.path))
+    measure = lambda source: {"m": evaluate.Estimate(np.array([source.path, np.nan]), influence + source.path)}
     (first, second, alone), files = evaluate.measure_rows(rows, measure)
     assert [file["m"][0] for file in files] == sum(values.values(), []) and files[0]["m"][1] is None
     assert first["m"] == [pytest.approx(7 / 3), None] and "difference" not in first and "difference" not in alone
@@ -2067,7 +2061,6 @@ def test_nearest_is_that_of_all_pairs(dimension):
 @pytest.mark.parametrize("head, bins, stride", [("map", 7, 32), ("roi", 6, 16)])
 @torch.no_grad()
 def test_heads_are_torchvisions_roi_align(head, bins, stride):
-    """On C5, averaged (map); on C4, through the last stage, averaged (roi)."""
     network, images = evaluate.load_backbone("random", "resnet18", seed=2)[0], torch.randn(3, 3, 128, 128)
     boxes = random_boxes(3, 4, (128, 128), seed=3)
     boxes[1, 2:] = boxes[2, 0] = 0  # padding, also before an object
@@ -2285,8 +2278,7 @@ def test_measures_equal_a_plain_loop(cut, fill, alone, monkeypatch):
 
 
 def test_inputs_are_what_they_say():
-    """150 different objects, the same for any number of pairs; too few are refused. A box fills its square; an object
-    along its mask keeps its proportions, and is there however thin it is."""
+    """A box fills its square; an object along its mask keeps its proportions, and is there however thin it is."""
     labelled = opened("scenes", None, "val")
     inputs, fewer, other = (probes.open_inputs(labelled, *some) for some in ((40,), (3,), (3, 1)))
     assert inputs.a.pixels.shape == (40, 96, 96, 3) and inputs.bank.pixels.shape == (150, 64, 64, 3)
@@ -2322,13 +2314,12 @@ def picture(path, width=40, height=20):
     cv2.imwrite(str(path), np.full((height, width, 3), 90, np.uint8))
 
 
-def openimages(root, rows, classes="/m/1,Person\n/m/2,Cattle\n/m/3,\n", images=(1, 2), split="validation"):
+def openimages(root, rows, images=(1, 2), split="validation"):
     for image in images:
         picture(root / split / f"{image:016x}.jpg")
     root.mkdir(exist_ok=True)
-    (root / "class-descriptions-boxable.csv").write_bytes(classes.encode("latin-1"))
-    (root / f"{split}-annotations-bbox.csv").write_bytes("".join([HEADER, "\n", *rows]).encode("latin-1"))
-    return root / f"{split}-annotations-bbox.csv"
+    (root / "class-descriptions-boxable.csv").write_text("/m/1,Person\n/m/2,Cattle\n/m/3,\n")
+    return write(root / f"{split}-annotations-bbox.csv", "".join([HEADER, "\n", *rows]).encode("latin-1"))
 
 
 XML = """<annotation><size><width>40</width><height>20</height></size>
@@ -2364,8 +2355,7 @@ def test_voc_reads_both_years_and_keeps_train_and_val_apart(tmp_path):
     picture(base / "JPEGImages/000001.jpg", 32, 64)
     with pytest.raises(UserError, match="000001.jpg is 32 x 64 pixels, but 40 x 20 in its annotations"):
         val.read(0)
-    voc(tmp_path / "untested", 2012, {"train": ["a"], "val": ["b"], "trainval": ["a", "b"]})
-    base = tmp_path / "untested/VOCdevkit"
+    base = voc(tmp_path / "untested", 2012, {"train": ["a"], "val": ["b"], "trainval": ["a", "b"]}).parent
     names = [data.open_images("voc", base, split).names.tolist() for split in ("train", "val")]
     assert names == [[b"VOC2012/JPEGImages/a.jpg"], [b"VOC2012/JPEGImages/b.jpg"]]
 
@@ -2446,12 +2436,10 @@ def test_builder_writes_the_list_and_prints_table_2(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("kind, row", [
-    ("line cannot be read", "00000000000000zz,xclick,/m/1,1,0,1,0,1,0,0,0,0,0\n"),
-    ("line cannot be read", box_row(1, "/m/1", ("?", 0, 1, 1))),
-    ("line cannot be read", box_row(1, "/m/1").replace(",0,1,0,0,0\n", "\n")),
+    *(("line cannot be read", box_row(1, "/m/1").replace(*change)) for change in (
+        ("1,xclick", "z,xclick"), ("0.25", "?"), (",0,0\n", "\n"))),
     ("category id unknown", box_row(1, "/m/9")), ("category id unknown", box_row(1, "/m/\xff")),
-    *((data.EMPTY_BOX, box_row(1, "/m/1", box)) for box in ((1.1, 0, 1.5, 1), ("nan", 0, 1, 1), (0.5, 0, 0.5 + 1e-9, 1),
-                                                            (1 - 1e-9, 0, 2, 1), ("-inf", 0, 1, 1)))])
+    *((data.EMPTY_BOX, box_row(1, "/m/1", box)) for box in ((1.1, 0, 1.5, 1), ("nan", 0, 1, 1), (1 - 1e-9, 0, 2, 1)))])
 def test_a_broken_row_is_counted_and_the_others_are_read(tmp_path, capfd, kind, row):
     valid = [box_row(1 + i % 2, "/m/1") for i in range(50)]
     path = openimages(tmp_path, valid[:30] + [row] + valid[30:])
@@ -2515,12 +2503,10 @@ def coco(root, annotations, encoding="utf-8", **lists):
     lists = dict(images=[IMAGE], categories=[dict(id=3, name="cat")], annotations=annotations) | lists
     picture(root / "train2017/1.jpg", 64, 32)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(lists), encoding=encoding)
-    return path
+    return write(path, json.dumps(lists).encode(encoding))
 
 
 def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
-    """Polygons of all sizes, with parts that overlap, and run lengths, compressed or not, against COCO's own reader."""
     import pycocotools.mask
     from pycocotools.coco import COCO as Reader
     random, shapes = np.random.default_rng(0), [None, [], [[1, 2, 3, 4]]]  # no mask: none, no part, two corners
@@ -2575,7 +2561,6 @@ def test_a_broken_annotation_is_counted_and_the_others_are_read(tmp_path, capfd,
     ("images.1.*'id', 5.*twice", dict(images=[IMAGE, {**IMAGE, "file_name": "2.jpg"}])),
     ("images.1.*'file_name', '1.jpg'.*twice", dict(images=[IMAGE, {**IMAGE, "id": 6}])),
     *(("images.0.*each needs", dict(images=[i])) for i in (None, {}, dict(IMAGE, id=[1]), dict(IMAGE, file_name=1))),
-    ("categories.1.*'id', 3.*twice", dict(categories=[dict(id=3, name="cat"), dict(id=3, name="dog")])),
     *(("categories.0.*each needs", dict(categories=[c])) for c in ("cat", dict(id={}, name="cat"), dict(id=3))),
     *(("a COCO annotation file", broken) for broken in (dict(categories={"3": "cat"}), b"[]")),
     ("not JSON.*line 2", b"{\n"), ("not JSON.*position", b'{"na\xffme'),
@@ -2729,7 +2714,6 @@ def coco_copy(source, root, change):
 ODD_ANNOTATIONS = {  # n: the number of an annotation
     "ids twice": lambda a, n: a.update(id=1 + n // 2), "crowd": lambda a, n: a.update(iscrowd=n % 2),
     "no segmentation": lambda a, n: n % 2 or a.update(segmentation=None),
-    "crowd without mask": lambda a, n: n or a.update(iscrowd=1, segmentation=[]),
     "a part of two points": lambda a, n: a.update(segmentation=[[1, 1, 2, 2], [10, 10, 40, 10, 40, 40, 10, 40]])}
 
 
@@ -2744,8 +2728,7 @@ def test_coco_ap_of_perfect_detections_is_100(name, scenes, tmp_path):
     assert target["masks"].flatten(1).any(1).all() and len(target["masks"]) == len(target["boxes"])
 
 
-def test_detection_targets(scenes):
-    """Flipped or not, by (epoch, index), a mask fits its box."""
+def test_detection_targets_fit_an_image_that_is_flipped_or_not(scenes):
     split = data.open_labelled("coco", scenes, "train")
     views, flips = evaluate.Detection(split, ~split.crowd, True), 0
     for epoch, j in np.ndindex(4, 8):
@@ -2760,24 +2743,22 @@ def test_detection_targets(scenes):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    (["voc"], dict(steps=24000, drops=[18000, 22000], warmup=100, lr=0.02, precise=200, sides=[*range(480, 801, 32)])),
-    (["voc", "--batch-size", "8"], dict(steps=48000, drops=[36000, 44000], warmup=200, lr=0.01)),
-    (["coco"], dict(steps=90000, drops=[60000, 80000], warmup=1000, sides=[*range(640, 801, 32)], long_side=1333)),
-    (["coco", "--steps", "900", "--short-side", "240"], dict(
-        steps=900, drops=[600, 800], warmup=10, precise=90, sides=[240], long_side=400))])
+    ("voc", dict(steps=24000, drops=[18000, 22000], warmup=100, lr=0.02, precise=200, sides=[*range(480, 801, 32)])),
+    ("voc --batch-size 8", dict(steps=48000, drops=[36000, 44000], warmup=200, lr=0.01)),
+    ("coco", dict(steps=90000, drops=[60000, 80000], warmup=1000, sides=[*range(640, 801, 32)], long_side=1333)),
+    ("coco --steps 900 --short-side 240", dict(drops=[600, 800], warmup=10, precise=90, sides=[240], long_side=400))])
 def test_transfer_schedule(arguments, expected):
-    config = evaluate.transfer_config(evaluate.parse_arguments(["--ckpt", "random", "--transfer", *arguments]))
+    config = evaluate.transfer_config(evaluate.parse_arguments(f"--ckpt random --transfer {arguments}".split()))
     assert {name: getattr(config, name) for name in expected} == expected
     first, second = config.drops
     rates = [config.rate(step) / config.lr for step in (0, config.warmup / 2, first - 1, first, second - 1, second)]
     assert rates == pytest.approx([0.001, 0.5005, 1, 0.1, 0.1, 0.01])
 
 
-def test_detector_overfits_two_scenes(tmp_path, transfer):
+def test_detector_overfits_two_scenes(tmp_path, transfer, monkeypatch):
     """Four seeds gave AP50 of 89 to 100, without learning at most 5. Batch norm's statistics are estimated anew."""
     data.write_scenes(tmp_path, 2)
-    shutil.copytree(tmp_path / "train2017", tmp_path / "val2017", dirs_exist_ok=True)
-    shutil.copy(tmp_path / "annotations/instances_train2017.json", tmp_path / "annotations/instances_val2017.json")
+    monkeypatch.setattr(evaluate, "open_labelled", lambda task, root, *_, **__: open_labelled(task, root, "train"))
     _, results = transfer(out := tmp_path / "out", "--root", tmp_path, "--steps", 60, "--lr", 0.4, "--rois", 16)
     assert results["box"]["AP50"] > 60 and results["mask"]["AP50"] > 60
     last, tested = (torch.load(out / name, weights_only=True)["model"] for name in ("last.pt", "detector.pth"))
@@ -2786,7 +2767,6 @@ def test_detector_overfits_two_scenes(tmp_path, transfer):
 
 
 def test_transfer_stops_on_sigterm_and_resumes(scenes, tmp_path, transfer, monkeypatch):
-    """The same command again, from another folder: the weights of an uninterrupted run, bit for bit."""
     rate, signals, out, moved = evaluate.Transfer.rate, [], tmp_path / "stopped", tmp_path / "moved"
     monkeypatch.setattr(evaluate.Transfer, "rate", lambda config, step: (
         step == 1 and signals and os.kill(os.getpid(), signals.pop())) or rate(config, step))
@@ -2829,7 +2809,6 @@ def test_transfer_on_two_ranks(scenes, tmp_path):
 
 
 def test_transfer_voc(tmp_path, transfer):
-    """Trainval of two years trains, test2007 is tested, boxes alone."""
     voc(tmp_path, 2007, {"trainval": ["000001"], "test": ["000002", "000004"]})
     voc(tmp_path, 2012, {"trainval": ["2012_000003"]})
     said, results = transfer(tmp_path / "out", "--transfer", "voc", "--root", tmp_path / "VOCdevkit", "--steps", 1)
@@ -2841,7 +2820,6 @@ def test_transfer_voc(tmp_path, transfer):
 COCO_COLOUR = "evaluate.py --workers 0 --ckpt colour --data coco --k 1 --root"
 MISTAKES = [  # what it is, the command, what its one line says; in braces: see `mistaken`
     ("no data", "d3ssl.py --data coco --root {tmp}/nowhere", "nowhere.*does not exist.*--root"),
-    ("no image", "d3ssl.py --data folder --root {tmp}/none", "none contains no image"),
     ("augmentation", "d3ssl.py --augs prc,foo", "foo is none of prc"),
     ("two jitters", "d3ssl.py --augs rbj,jitter", "both jitter"),
     ("architecture", "d3ssl.py --arch vgg", "--arch.*vgg"),
@@ -2851,7 +2829,6 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("count", "d3ssl.py --boxes 0", "--boxes: 0 is less than 1"),
     ("number", "d3ssl.py --lr nan", "--lr and the like are finite"),
     ("odd size", "d3ssl.py --size 31", "--size 31: an even number of at least 64"),
-    ("flag", "d3ssl.py --wat", "unrecognized arguments: --wat"),
     ("small batch", "d3ssl.py {small} --batch-size 1", "--batch-size 1 on 1 ranks"),
     ("large batch", "d3ssl.py {small} --batch-size 99", "16 usable images: lower --batch-size 99"),
     ("cut file", "d3ssl.py {small} --out {tmp}/cut", "cut/last.pt cannot be read as a checkpoint.*--resume never"),
@@ -2870,8 +2847,6 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("probes: colour", "probes.py --ckpt colour", "no layers to probe"),
     ("probes: one pair", "probes.py {random} --pairs 1", "--pairs 1.*at least 2"),
     ("probes: another size", "probes.py {random} --data coco --root {tmp}/scenes", "is 64 x 48 .* 112 x 112"),
-    ("probes: few objects", "probes.py {random} --data coco --root {tmp}/tiny", "five objects of two categories"),
-    ("transfer: no VOC", "evaluate.py {look} --transfer voc --root {tmp}/valid", "no VOC2007"),
     ("transfer: no image", "evaluate.py {look} --root {tmp}/absent", "absent.*gone.png"),
     ("transfer: classes", "evaluate.py {look} --root {tmp}/other", "other classes.*bird"),
     ("transfer: another size", "evaluate.py {look} --root {tmp}/wider", "112 x 112.*224 x 112"),
@@ -2884,7 +2859,6 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
 
 @pytest.fixture(scope="module")
 def mistaken(pictures, tmp_path_factory):
-    """What the commands of MISTAKES name in braces."""
     tmp = tmp_path_factory.mktemp("mistaken")
     (tmp / "file").touch()
     assert here("data.py", "scenes", "--n", 16, "--out", tmp / "scenes") == 0
@@ -2899,7 +2873,7 @@ def mistaken(pictures, tmp_path_factory):
     Image.new("RGB", (64, 48)).save(min((tmp / "scenes" / "val2017").iterdir()))
     words = small(pictures, tmp / "run", "--workers", 0)
     mains([*words, "--max-steps", 1])
-    (tmp / "cut").mkdir(), (tmp / "none").mkdir()
+    (tmp / "cut").mkdir()
     (tmp / "cut/last.pt").write_bytes((tmp / "run/last.pt").read_bytes()[:5000])
     d3ssl.save_checkpoint(tmp / "old/last.pt", {"config": {"steps": 4, "ckpt": "0123"}, "world_size": 1})
     lines = dict(small=words, look=[*LOOK, "--steps", 1], random="--workers 0 --ckpt random --arch resnet18".split())
@@ -2908,7 +2882,6 @@ def mistaken(pictures, tmp_path_factory):
 
 @pytest.mark.parametrize("command, message", [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
 def test_mistakes_are_one_line(command, message, mistaken, tmp_path, monkeypatch, capfd):
-    """It names the thing and the cure; exit code 2, nothing is written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Scenes, "keep", lambda scenes: None)  # nothing here reads a picture
     shrink(monkeypatch.setattr)
@@ -2943,9 +2916,8 @@ def test_readme_and_results_name_functions_files_and_flags_that_exist(capsys):
     printed = {}  # what --help says of each script, and of each command of data.py
     for script, words in commands:
         key = (script, *words.split()[:1]) if script == "data.py" else (script,)
-        if key not in printed:
-            assert here(*key, "--help") == 0
-            printed[key] = capsys.readouterr().out
+        assert here(*key, "--help") == 0
+        printed[key] = capsys.readouterr().out
         for word in words.split():
             assert not word.startswith("--") or re.search(rf"{word}\b", printed[key]), (key, word)
     known = " ".join(printed.values()) + " --shm-size --nnodes --node_rank --master_addr"  # Docker's, torchrun's
