@@ -1942,7 +1942,7 @@ def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
                for number, (name, state) in enumerate(states.items(), 1)}
     for run, statistics in (tmp_path / "a", cleaned), (tmp_path / "b", None):
         run.mkdir()
-        write(run / "last.pt", {"d3ssl": 2, "config": {"roi": 6}, "model": model.state_dict(), "clean": statistics})
+        write(run / "last.pt", {"d3ssl": 2, "config": {"roi": 5}, "model": model.state_dict(), "clean": statistics})
         assert_holds(write(run / "backbone-256.pth", states["student"]), states["student"])
         for name, state in states.items():
             for asked in ({"teacher": name == "teacher"}, {"prefix": f"{name}.backbone"}):
@@ -1958,7 +1958,7 @@ def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
     assert [[source.statistics for source in some] for _, some in rows] == [*expected.values()]
     assert [name for name, _ in rows] == ["ours", *list(expected)[1:5], "untrained", "colour"]
     sources = [source for _, some in rows[:-1] for source in some]
-    assert all(source.bins == 6 and source.arch == "resnet18" for source in sources)
+    assert all(source.bins == 5 and source.arch == "resnet18" for source in sources)
     one, two = (evaluate.load_source(source, "roi", None, "cpu") for source in sources[3:5])
     assert torch.equal(one.conv1.weight, plain["conv1.weight"]) and evaluate.digest(one) != evaluate.digest(two)
     assert torch.equal(two.conv1.weight, momentum["conv1.weight"])
