@@ -2534,7 +2534,7 @@ FOUR, SHAPE, SQUARE = "of four numbers or iscrowd of 0 or 1", "segmentation neit
 
 @pytest.mark.parametrize("kind, broken", [
     *((data.EMPTY_BOX, dict(bbox=box)) for box in ([500, 5, 9, 9], [5, 5, 1e-6, 9], [64 - 1e-9, 5, 5, 9], [9, 9, -5, 5],
-                                                   [math.nan, 0, 5, 5], [0, 0, math.inf, 5], [10**400, 0, 5, 5])),
+                                                   [math.nan, 0, 5, 5], [0, 0, math.inf, 5], [0, 0, 10**400, 5])),
     *((FOUR, dict(bbox=box)) for box in (None, [1, 2, 3], "1234", [[1], 2, 3, 4], ["1", 2, 3, 4], {}, 7)),
     *((FOUR, a) for a in (None, "text", dict(image_id=[5]), dict(iscrowd="0"), dict(iscrowd=None), dict(iscrowd=2))),
     *(("category id unknown", dict(category_id=value)) for value in (99, {})), ("image id unknown", dict(image_id="5")),
