@@ -1828,12 +1828,10 @@ def test_every_layout_gives_the_plain_weights(layout, tmp_path):
 
 
 def test_every_format_type_and_memory_gives_the_same_numbers(tmp_path):
-    """Views of others too, with offsets and strides; numpy's arrays in either order of bytes and of axes."""
     kinds = [torch.float, torch.half, torch.bfloat16, torch.double]
     typed = {key: value.to(kinds[i % 4]) for i, (key, value) in enumerate(resnet_state().items())}
-    views = {key: torch.stack([-value, value], -1)[..., 1] for key, value in typed.items()}
-    numbers = {key: np.asarray(value.float().numpy(), ">f4" if value.dim() == 1 else "<f8", "F")
-               for key, value in typed.items()}
+    views = {key: torch.stack([-value, value], -1)[..., 1] for key, value in typed.items()}  # with strides
+    numbers = {k: np.asarray(v.float().numpy(), ">f4" if v.dim() == 1 else "<f8", "F") for k, v in typed.items()}
     for content in (views, saved(views, **OLD), safetensors({**typed, "empty": torch.ones(0)}),
                     pickle.dumps(numbers, 2), pickle.dumps(numbers, 5)):
         assert_holds(write(tmp_path / "x", content), typed)
@@ -1848,23 +1846,6 @@ def test_architecture_is_read_off_the_names(arch, monkeypatch):
     assert_holds("x", state, arch)
 
 
-def write_run(folder, seed=0, clean=True):
-    """A trainer's folder: last.pt of a fresh model with clean statistics of 1 and 2, backbone.pth, snapshots."""
-    torch.manual_seed(seed)
-    model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
-    for p in model.teacher.parameters():
-        p.data += 0.1
-    states = {name: getattr(model, name).backbone.state_dict() for name in ("student", "teacher")}
-    statistics = {name: {key: torch.full_like(value, number) for key, value in state.items() if "running_" in key}
-                  for number, (name, state) in enumerate(states.items(), 1)} if clean else None
-    folder.mkdir(parents=True)
-    torch.save({"d3ssl": 2, "config": {"roi": 6}, "step": 64, "model": model.state_dict(), "optimizer": {"state": {}},
-                "clean": statistics}, folder / "last.pt")
-    for name in ("backbone", "backbone-256", "backbone-1024"):
-        torch.save(states["student"], folder / f"{name}.pth")
-    return states, statistics or {"student": {}, "teacher": {}}
-
-
 def archive(entries, method=zipfile.ZIP_STORED, start=b""):
     with zipfile.ZipFile(file := io.BytesIO(start), "a", method) as target:
         for name, content in entries.items():
@@ -1876,8 +1857,7 @@ def hostile(p, harm):
     """{name: (content, what must come of it)}: "read" is p, a state dict; harm: a path that none may write."""
     stem, call, damaged, none = p["conv1.weight"], Call((open, (harm, "w"))), "cut short", "holds 0 ResNets"
     stored = torch.storage.TypedStorage(wrap_storage=stem.untyped_storage(), dtype=stem.dtype, _internal=True)
-    legacy, cyclic, zipped = saved({"conv1.weight": torch.zeros(3)}, **OLD), {"model": p}, saved(p, pickle_protocol=5)
-    cyclic["self"] = cyclic
+    legacy, zipped = saved({"conv1.weight": torch.zeros(3)}, **OLD), saved(p, pickle_protocol=5)
     dag = b"".join(b"}q%c(U\x01ah%cU\x01bh%cu" % (i + 1, i, i) for i in range(60))  # 2 ** 60 paths
     tensor = lambda *arguments: Call((torch._utils._rebuild_tensor_v2, (*arguments, 0, None)))
     shapes = ((1, (9408,), (1,)), (0, (10**9, 10**9), (1, 1)), (0, (10**6, 10**6), (0, 0)), (9407, (9408,), (-1,)),
@@ -1886,7 +1866,6 @@ def hostile(p, harm):
              np.zeros(3, np.dtype({"names": ["a"], "formats": ["f4"], "offsets": [4], "itemsize": 8})),
              tensor(Call((torch.storage._load_from_bytes, (saved(call),))), 0, (1,), (1,))]
     return {
-        "no file": (lambda path: None, "No such file.*; name a checkpoint file"),
         "folder": (os.mkdir, "directory; name"), "pipe": (os.mkfifo, "checkpoint"), "text": (b"hello", damaged),
         "missing": (without(p, "layer3.1.bn2.running_var"), "cut short.*: layer3.1.bn2.running_var is a missing key"),
         "left over": ({**p, "layer2.0.se": torch.ones(())}, "layer2.0.se is an unexpected key"),
@@ -1908,13 +1887,11 @@ def hostile(p, harm):
         **{f"large {code}": (b"\x80\x05" + code + struct.pack("<Q", 2**38) + b"abc.", damaged)
            for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME)},
         "deep lists": (b"\x80\x02" + b"]" * 300000 + b"a" * 299999 + b".", none),
-        "deep key": (b"\x80\x02})" + b"\x85" * 300000 + b"K\x01s.", none),
         "key of 2 ** 64 parts": (b"\x80\x02})" + b"2\x86" * 64 + b"K\x01s.", none),
         "deep dictionaries": (b"\x80\x02" + b"}U\x01a" * 150000 + b"K\x01" + b"s" * 150000 + b".", none),
-        "cycle": (cyclic, "read"), "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
+        "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
         "storage's length": (legacy[:-20] + struct.pack("<q", 2**50) + legacy[-12:], damaged),
-        **{f"safetensors at {pair}": (safetensors(p, data_offsets=pair), damaged)
-           for pair in ((-37632, 0), (0, 2**62), ("a", "b"))},
+        **{f"safetensors {at}": (safetensors(p, data_offsets=at), damaged) for at in ((-37632, 0), (0, 2**62), "ab")},
         "safetensors length": (struct.pack("<Q", 2**63) + safetensors(p)[8:], damaged),
         **{f"cut {len(content)} bytes to {share}": (content[:int(len(content) * share)], damaged)
            for content in (zipped, legacy, safetensors(p)) for share in (0, 0.001, 0.5, 0.999)}}
@@ -1942,7 +1919,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_attacks_do_nothing(tmp_pat
         assert child.exitcode == 0 and not (tmp_path / "harm").exists(), (name, child.exitcode)
         wanted = "read" if outcome == "read" else f"--ckpt {re.escape(str(path))}:? .*{outcome}.*"
         assert re.fullmatch(wanted, answer.read_text()), (name, answer.read_text())
-        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_export(tmp_path):
@@ -1958,12 +1935,19 @@ def test_export(tmp_path):
 
 
 def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
-    for run, clean in (("a", True), ("b", False)):
-        states, statistics = write_run(tmp_path / run, clean=clean)
+    model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
+    for p in model.teacher.parameters():
+        p.data += 0.1
+    states = {name: getattr(model, name).backbone.state_dict() for name in ("student", "teacher")}
+    cleaned = {name: {key: torch.full_like(value, number) for key, value in state.items() if "running_" in key}
+               for number, (name, state) in enumerate(states.items(), 1)}
+    for run, statistics in (tmp_path / "a", cleaned), (tmp_path / "b", None):
+        run.mkdir()
+        write(run / "last.pt", {"d3ssl": 2, "config": {"roi": 5}, "model": model.state_dict(), "clean": statistics})
+        assert_holds(write(run / "backbone-256.pth", states["student"]), states["student"])
         for name, state in states.items():
             for asked in ({"teacher": name == "teacher"}, {"prefix": f"{name}.backbone"}):
-                assert_holds(tmp_path / run / "last.pt", {**state, **statistics[name]}, **asked)
-        assert_holds(tmp_path / run / "backbone.pth", states["student"])
+                assert_holds(run / "last.pt", {**state, **(statistics or {}).get(name, {})}, **asked)
     with pytest.raises(UserError, match="0 ResNets that are asked for, of model.student.*, model.teacher.backbone.:"):
         evaluate.load_backbone(tmp_path / "a" / "last.pt", prefix="c")
     plain, momentum = resnet_state(), resnet_state(seed=1)
@@ -1975,7 +1959,7 @@ def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
     assert [[source.statistics for source in some] for _, some in rows] == [*expected.values()]
     assert [name for name, _ in rows] == ["ours", *list(expected)[1:5], "untrained", "colour"]
     sources = [source for _, some in rows[:-1] for source in some]
-    assert all(source.bins == 6 and source.arch == "resnet18" for source in sources)
+    assert all(source.bins == 5 and source.arch == "resnet18" for source in sources)
     one, two = (evaluate.load_source(source, "roi", None, "cpu") for source in sources[3:5])
     assert torch.equal(one.conv1.weight, plain["conv1.weight"]) and evaluate.digest(one) != evaluate.digest(two)
     assert torch.equal(two.conv1.weight, momentum["conv1.weight"])
@@ -2013,10 +1997,9 @@ def test_errors_are_those_of_a_bootstrap():
 
 def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
     values = {"a": [1.0, 2.0, 4.0], "b": [3.0, 1.5, 8.0], "c": [5.0]}
-    rows = [(name, [evaluate.Source(str(value)) for value in some]) for name, some in values.items()]
+    rows = [(name, [evaluate.Source(value) for value in some]) for name, some in values.items()]
     influence = np.random.default_rng(0).normal(size=(50, 2))
-    estimate = lambda value: {"m": evaluate.Estimate(np.array([value, np.nan]), influence + value)}
-    measure = lambda source: estimate(float(source.path))
+    measure = lambda source: {"m": evaluate.Estimate(np.array([source.path, np.nan]), influence + source.path)}
     (first, second, alone), files = evaluate.measure_rows(rows, measure)
     assert [file["m"][0] for file in files] == sum(values.values(), []) and files[0]["m"][1] is None
     assert first["m"] == [pytest.approx(7 / 3), None] and "difference" not in first and "difference" not in alone
@@ -2032,9 +2015,8 @@ def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
     assert len(lines) == 5 and f"+1.83 [{low:+.2f}, {high:+.2f}]" in lines[3] and "from a" in lines[3]
     assert "over 3 files" in lines[3] and "50 images" in lines[4]
     for n, limit in enumerate(evaluate.T95, 1):  # Student's density, integrated
-        x = np.linspace(0, limit, 20_001)
-        density = math.gamma((n + 1) / 2) / math.gamma(n / 2) / (n * math.pi) ** 0.5 * (1 + x * x / n) ** (-(n + 1) / 2)
-        assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-4)
+        x = torch.linspace(0, limit, 20_001, dtype=torch.double)
+        assert torch.trapezoid(torch.distributions.StudentT(n).log_prob(x).exp(), x) == pytest.approx(0.475, abs=5e-5)
 
 
 # --------------------------------------------------------------------------------------------------- evaluate.py: O-KNN
@@ -2080,7 +2062,6 @@ def test_nearest_is_that_of_all_pairs(dimension):
 @pytest.mark.parametrize("head, bins, stride", [("map", 7, 32), ("roi", 6, 16)])
 @torch.no_grad()
 def test_heads_are_torchvisions_roi_align(head, bins, stride):
-    """On C5, averaged (map); on C4, through the last stage, averaged (roi)."""
     network, images = evaluate.load_backbone("random", "resnet18", seed=2)[0], torch.randn(3, 3, 128, 128)
     boxes = random_boxes(3, 4, (128, 128), seed=3)
     boxes[1, 2:] = boxes[2, 0] = 0  # padding, also before an object
@@ -2176,11 +2157,10 @@ def test_the_neighbours_frames_are_right():
     colours = {"white": (255, 255, 255), "green": (63, 207, 95), "red": (255, 77, 77)}
     for model, expected in ((evaluate.median_colours, {"green"}), (constant, {"green", "red"})):
         sheet = evaluate.neighbour_sheet(evaluate.evaluate(model, objects, objects, k=3), objects, objects, number=2)
-        tiles = np.asarray(sheet).reshape(4, 112, 9, 112, 3).transpose(0, 2, 1, 3, 4)
-        seen = [[[name for name, rgb in colours.items() if (tile == rgb).all(-1).sum() > 100] for tile in line]
-                for line in tiles]
-        assert all(line[0] == ["white"] and all(len(tile) == 1 for tile in line) for line in seen)
-        assert {name for line in seen for (name,) in line[1:]} == expected
+        tiles = np.asarray(sheet).reshape(4, 112, 9, 112, 3).transpose(0, 2, 1, 3, 4).reshape(36, 112, 112, 3)
+        seen = [[name for name, rgb in colours.items() if (tile == rgb).all(-1).sum() > 100] for tile in tiles]
+        assert seen[::9] == [["white"]] * 4
+        assert {name for n, (name,) in enumerate(seen) if n % 9} == expected
 
 
 @pytest.mark.parametrize("script, options, images", [
@@ -2299,8 +2279,7 @@ def test_measures_equal_a_plain_loop(cut, fill, alone, monkeypatch):
 
 
 def test_inputs_are_what_they_say():
-    """150 different objects, the same for any number of pairs; too few are refused. A box fills its square; an object
-    along its mask keeps its proportions, and is there however thin it is."""
+    """A box fills its square; an object along its mask keeps its proportions, and is there however thin it is."""
     labelled = opened("scenes", None, "val")
     inputs, fewer, other = (probes.open_inputs(labelled, *some) for some in ((40,), (3,), (3, 1)))
     assert inputs.a.pixels.shape == (40, 96, 96, 3) and inputs.bank.pixels.shape == (150, 64, 64, 3)
@@ -2323,8 +2302,7 @@ def test_inputs_are_what_they_say():
 
 # ------------------------------------------------------- VOC, OpenImages, OpenImage-MINI, Table 2, broken annotations
 
-HEADER = ("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,"
-          "IsInside\n")
+HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 
 
 def box_row(image, label, box=(0.25, 0.5, 0.75, 1.0), group=0):
@@ -2337,13 +2315,12 @@ def picture(path, width=40, height=20):
     cv2.imwrite(str(path), np.full((height, width, 3), 90, np.uint8))
 
 
-def openimages(root, rows, classes="/m/1,Person\n/m/2,Cattle\n/m/3,\n", images=(1, 2), split="validation"):
+def openimages(root, rows, images=(1, 2), split="validation"):
     for image in images:
         picture(root / split / f"{image:016x}.jpg")
     root.mkdir(exist_ok=True)
-    (root / "class-descriptions-boxable.csv").write_bytes(classes.encode("latin-1"))
-    (root / f"{split}-annotations-bbox.csv").write_bytes((HEADER + "".join(rows)).encode("latin-1"))
-    return root / f"{split}-annotations-bbox.csv"
+    (root / "class-descriptions-boxable.csv").write_text("/m/1,Person\n/m/2,Cattle\n/m/3,\n")
+    return write(root / f"{split}-annotations-bbox.csv", "".join([HEADER, "\n", *rows]).encode("latin-1"))
 
 
 XML = """<annotation><size><width>40</width><height>20</height></size>
@@ -2379,8 +2356,7 @@ def test_voc_reads_both_years_and_keeps_train_and_val_apart(tmp_path):
     picture(base / "JPEGImages/000001.jpg", 32, 64)
     with pytest.raises(UserError, match="000001.jpg is 32 x 64 pixels, but 40 x 20 in its annotations"):
         val.read(0)
-    voc(tmp_path / "untested", 2012, {"train": ["a"], "val": ["b"], "trainval": ["a", "b"]})
-    base = tmp_path / "untested/VOCdevkit"
+    base = voc(tmp_path / "untested", 2012, {"train": ["a"], "val": ["b"], "trainval": ["a", "b"]}).parent
     names = [data.open_images("voc", base, split).names.tolist() for split in ("train", "val")]
     assert names == [[b"VOC2012/JPEGImages/a.jpg"], [b"VOC2012/JPEGImages/b.jpg"]]
 
@@ -2456,17 +2432,15 @@ def test_builder_writes_the_list_and_prints_table_2(tmp_path, capfd):
     assert re.search(fr"here +{len(chosen)} +{len(own) / len(chosen):.2f} +{kinds / len(chosen):.2f}", said)
     assert re.search(r"paper +146,000 +9.10 +3.20 +569", said) and "not shared: Bus" in said
     assert build(3) == (chosen, said) and build(4)[0] != chosen
-    path.write_text(HEADER + "".join(rows[::-1]))
+    path.write_text("".join([HEADER, "\n", *rows[::-1]]))
     assert build(3)[0] == chosen  # of the seed and the boxes, not of the order of the rows
 
 
 @pytest.mark.parametrize("kind, row", [
-    ("line cannot be read", "00000000000000zz,xclick,/m/1,1,0,1,0,1,0,0,0,0,0\n"),
-    ("line cannot be read", box_row(1, "/m/1", ("?", 0, 1, 1))),
-    ("line cannot be read", box_row(1, "/m/1").replace(",0,1,0,0,0\n", "\n")),
+    *(("line cannot be read", box_row(1, "/m/1").replace(*change)) for change in (
+        ("1,xclick", "z,xclick"), ("0.25", "?"), (",0,0\n", "\n"))),
     ("category id unknown", box_row(1, "/m/9")), ("category id unknown", box_row(1, "/m/\xff")),
-    *((data.EMPTY_BOX, box_row(1, "/m/1", box)) for box in ((1.1, 0, 1.5, 1), ("nan", 0, 1, 1), (0.5, 0, 0.5 + 1e-9, 1),
-                                                            (1 - 1e-9, 0, 2, 1), ("-inf", 0, 1, 1)))])
+    *((data.EMPTY_BOX, box_row(1, "/m/1", box)) for box in ((1.1, 0, 1.5, 1), ("nan", 0, 1, 1), (1 - 1e-9, 0, 2, 1)))])
 def test_a_broken_row_is_counted_and_the_others_are_read(tmp_path, capfd, kind, row):
     valid = [box_row(1 + i % 2, "/m/1") for i in range(50)]
     path = openimages(tmp_path, valid[:30] + [row] + valid[30:])
@@ -2530,12 +2504,10 @@ def coco(root, annotations, encoding="utf-8", **lists):
     lists = dict(images=[IMAGE], categories=[dict(id=3, name="cat")], annotations=annotations) | lists
     picture(root / "train2017/1.jpg", 64, 32)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(lists), encoding=encoding)
-    return path
+    return write(path, json.dumps(lists).encode(encoding))
 
 
 def test_masks_are_those_of_pycocotools(tmp_path, monkeypatch):
-    """Polygons of all sizes, with parts that overlap, and run lengths, compressed or not, against COCO's own reader."""
     import pycocotools.mask
     from pycocotools.coco import COCO as Reader
     random, shapes = np.random.default_rng(0), [None, [], [[1, 2, 3, 4]]]  # no mask: none, no part, two corners
@@ -2563,17 +2535,14 @@ FOUR, SHAPE, SQUARE = "of four numbers or iscrowd of 0 or 1", "segmentation neit
 
 @pytest.mark.parametrize("kind, broken", [
     *((data.EMPTY_BOX, dict(bbox=box)) for box in ([500, 5, 9, 9], [5, 5, 1e-6, 9], [64 - 1e-9, 5, 5, 9], [9, 9, -5, 5],
-                                                   [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5],
-                                                   [10 ** 400, 0, 5, 5])),
+                                                   [math.nan, 0, 5, 5], [0, 0, math.inf, 5], [0, 0, 10**400, 5])),
     *((FOUR, dict(bbox=box)) for box in (None, [1, 2, 3], "1234", [[1], 2, 3, 4], ["1", 2, 3, 4], {}, 7)),
-    *((FOUR, a) for a in (None, [], "text", dict(image_id=[5]))),
-    *((FOUR, dict(iscrowd=value)) for value in ("0", None, 2, [])),
+    *((FOUR, a) for a in (None, "text", dict(image_id=[5]), dict(iscrowd="0"), dict(iscrowd=None), dict(iscrowd=2))),
     *(("category id unknown", dict(category_id=value)) for value in (99, {})), ("image id unknown", dict(image_id="5")),
     *((SHAPE, dict(segmentation=shape)) for shape in (
-        SQUARE, [SQUARE, 3], [SQUARE[:5]], [[*SQUARE, "x", 2]], [[*SQUARE, float("nan"), 1]], [[*SQUARE, 1e30, 1]],
-        "text", 5, {"size": [32, 64]}, {"size": [64, 32], "counts": [2048]}, {"size": [32, 64], "counts": [2047]},
-        {"size": [32, 64], "counts": [2049, -1]}, {"size": [32, 64], "counts": "zzz"}, {"size": [32, 64], "counts": ""},
-        {"size": [32, 64], "counts": [None]}, {"size": [32, 64], "counts": 7}))])
+        SQUARE, [SQUARE, 3], [SQUARE[:5]], [[*SQUARE, "x", 2]], [[*SQUARE, math.nan, 1]], [[*SQUARE, 1e30, 1]],
+        "text", 5, {"size": [32, 64]}, {"size": [64, 32], "counts": [2048]},
+        *({"size": [32, 64], "counts": counts} for counts in ([2047], [2049, -1], "zzz", "", [None], 7))))])
 def test_a_broken_annotation_is_counted_and_the_others_are_read(tmp_path, capfd, kind, broken):
     """Without `id`, `area` and `iscrowd`, which nobody needs here, in one's own file with a byte-order mark."""
     coco(tmp_path, [{}, broken, dict(segmentation=[SQUARE], iscrowd=1, bbox=[60, 30, 9, 9])], encoding="utf-8-sig")
@@ -2592,9 +2561,7 @@ def test_a_broken_annotation_is_counted_and_the_others_are_read(tmp_path, capfd,
     *(("images.0. is.*1.jpg.*width", dict(images=[{**IMAGE, "width": w}])) for w in (None, "64", 0, -3, [], 1e400)),
     ("images.1.*'id', 5.*twice", dict(images=[IMAGE, {**IMAGE, "file_name": "2.jpg"}])),
     ("images.1.*'file_name', '1.jpg'.*twice", dict(images=[IMAGE, {**IMAGE, "id": 6}])),
-    *(("images.0.*each needs", dict(images=[image])) for image in (None, {}, {**IMAGE, "id": [1]},
-                                                                   {**IMAGE, "file_name": 1})),
-    ("categories.1.*'id', 3.*twice", dict(categories=[dict(id=3, name="cat"), dict(id=3, name="dog")])),
+    *(("images.0.*each needs", dict(images=[i])) for i in (None, {}, dict(IMAGE, id=[1]), dict(IMAGE, file_name=1))),
     *(("categories.0.*each needs", dict(categories=[c])) for c in ("cat", dict(id={}, name="cat"), dict(id=3))),
     *(("a COCO annotation file", broken) for broken in (dict(categories={"3": "cat"}), b"[]")),
     ("not JSON.*line 2", b"{\n"), ("not JSON.*position", b'{"na\xffme'),
@@ -2609,8 +2576,7 @@ def test_a_coco_file_that_is_wrong_is_an_error_that_names_the_place(tmp_path, sa
 
 # ---------------------------------------------------------------------------- transfer to detection (section 5.2)
 
-LOOK = ["--ckpt", "random", "--arch", "resnet18", "--transfer", "coco", "--short-side", "64", "--batch-size", "2",
-        "--rois", "8", "--workers", "0", "--resume", "auto"]
+LOOK = "--ckpt random --arch resnet18 --transfer coco --short-side 64 --batch-size 2 --rois 8 --workers 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -2650,10 +2616,9 @@ def test_transfer_is_of_the_pretrained_object_feature():
         model = evaluate.c4_detector(network, 5, sides=(256,)).eval()
         model.roi_heads.norm = nn.Identity()
         features = {"0": model.backbone(model.transform([image])[0].tensors)}
-        for samples, box in (1, [3.5, 8.2, 60.1, 170.9]), (2, [2.5, 3.0, 240.5, 255.0]):
+        for ways, box in (1, [3.5, 8.2, 60.1, 170.9]), (2, [2.5, 3.0, 240.5, 255.0]):
             box = torch.tensor([box])
-            right, wrong = (network.layer4(d3ssl.roi_align(c4, box[None], 14, 1 / 16, n))
-                            for n in (samples, 3 - samples))
+            right, wrong = (network.layer4(d3ssl.roi_align(c4, box[None], 14, 1 / 16, n)) for n in (ways, 3 - ways))
             torch.testing.assert_close(model.roi_heads.regions(features, [box]), right, rtol=0, atol=1e-3)
             assert (wrong - right).abs().max() > 0.02
 
@@ -2699,8 +2664,7 @@ def test_voc_ap_by_hand():
     one; the fourth has an IoU of 2 / 3; the fifth is no dog."""
     square = np.array([0, 0, 40, 40])
     boxes = [square, square + [0, 8, 0, 8], square + [60, 0, 60, 0], square + [0, 60, 0, 60], square]
-    split = data.labelled([None] * 2, ["cat", "dog", "none"], [0, 0, 0, 0, 1], boxes, np.array([0, 0, 0, 1, 0]),
-                          np.arange(5) == 2)
+    split = data.labelled(range(2), ["cat", "dog", "none"], [0, 0, 0, 0, 1], boxes, [0, 0, 0, 1, 0], np.arange(5) == 2)
     first = square[None].repeat(2, 0), np.array([0, 0]), np.array([0.9, 0.8]), []
     detections = [(0, *first), (0, np.array(boxes[2:4]), np.array([0, 1]), np.array([0.7, 0.3]), []),
                   (1, np.array([square + [0, 8, 0, 8], square]), np.array([0, 1]), np.array([0.6, 0.5]), [])]
@@ -2711,7 +2675,6 @@ def test_voc_ap_by_hand():
 
 def perfect(split):
     """Detections that are the split's objects, crowds aside, each with its mask, else its box as mask."""
-    detections = []
     for i in range(len(split.images)):
         rows = [row for row in range(*split.offsets[i:i + 2]) if not split.crowd[row]]
         masks = np.zeros((len(rows), *split.sizes[i][::-1]), bool)
@@ -2719,9 +2682,7 @@ def perfect(split):
             drawn, (x1, y1, x2, y2) = split.mask(row), split.boxes[row].astype(int)
             mask[y1:y2, x1:x2] = drawn is None
             mask |= drawn is not None and drawn
-        detections.append((i, split.boxes[rows], split.labels[rows], 1 - np.arange(len(rows)) / 99,
-                           evaluate.run_lengths(masks)))
-    return detections
+        yield i, split.boxes[rows], split.labels[rows], np.linspace(1, 0.9, len(rows)), evaluate.run_lengths(masks)
 
 
 def test_coco_ap_is_pycocotools_own(scenes):
@@ -2743,12 +2704,10 @@ def test_coco_ap_is_pycocotools_own(scenes):
         assert result == pytest.approx([100 * value for value in oracle.stats[:3]]) and 10 < result[0] < 95
 
 
-def coco_copy(scenes, root, change):
-    """`scenes` in COCO's layout, with the annotations of val changed in place."""
-    shutil.copytree(scenes, root)
-    file = root / "annotations/instances_val2017.json"
-    content = json.loads(file.read_text())
-    change(content)
+def coco_copy(source, root, change):
+    """A copy of `source`, in COCO's layout, with the annotations of val changed in place."""
+    file = shutil.copytree(source, root) / "annotations/instances_val2017.json"
+    change(content := json.loads(file.read_text()))
     file.write_text(json.dumps(content))
     return root
 
@@ -2756,7 +2715,6 @@ def coco_copy(scenes, root, change):
 ODD_ANNOTATIONS = {  # n: the number of an annotation
     "ids twice": lambda a, n: a.update(id=1 + n // 2), "crowd": lambda a, n: a.update(iscrowd=n % 2),
     "no segmentation": lambda a, n: n % 2 or a.update(segmentation=None),
-    "crowd without mask": lambda a, n: n or a.update(iscrowd=1, segmentation=[]),
     "a part of two points": lambda a, n: a.update(segmentation=[[1, 1, 2, 2], [10, 10, 40, 10, 40, 40, 10, 40]])}
 
 
@@ -2771,8 +2729,7 @@ def test_coco_ap_of_perfect_detections_is_100(name, scenes, tmp_path):
     assert target["masks"].flatten(1).any(1).all() and len(target["masks"]) == len(target["boxes"])
 
 
-def test_detection_targets(scenes):
-    """Flipped or not, by (epoch, index), a mask fits its box."""
+def test_detection_targets_fit_an_image_that_is_flipped_or_not(scenes):
     split = data.open_labelled("coco", scenes, "train")
     views, flips = evaluate.Detection(split, ~split.crowd, True), 0
     for epoch, j in np.ndindex(4, 8):
@@ -2787,34 +2744,30 @@ def test_detection_targets(scenes):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    (["voc"], dict(steps=24000, drops=[18000, 22000], warmup=100, lr=0.02, precise=200, sides=[*range(480, 801, 32)])),
-    (["voc", "--batch-size", "8"], dict(steps=48000, drops=[36000, 44000], warmup=200, lr=0.01)),
-    (["coco"], dict(steps=90000, drops=[60000, 80000], warmup=1000, sides=[*range(640, 801, 32)], long_side=1333)),
-    (["coco", "--steps", "900", "--short-side", "240"], dict(
-        steps=900, drops=[600, 800], warmup=10, precise=90, sides=[240], long_side=400))])
+    ("voc", dict(steps=24000, drops=[18000, 22000], warmup=100, lr=0.02, precise=200, sides=[*range(480, 801, 32)])),
+    ("voc --batch-size 8", dict(steps=48000, drops=[36000, 44000], warmup=200, lr=0.01)),
+    ("coco", dict(steps=90000, drops=[60000, 80000], warmup=1000, sides=[*range(640, 801, 32)], long_side=1333)),
+    ("coco --steps 900 --short-side 240", dict(drops=[600, 800], warmup=10, precise=90, sides=[240], long_side=400))])
 def test_transfer_schedule(arguments, expected):
-    config = evaluate.transfer_config(evaluate.parse_arguments(["--ckpt", "random", "--transfer", *arguments]))
+    config = evaluate.transfer_config(evaluate.parse_arguments(f"--ckpt random --transfer {arguments}".split()))
     assert {name: getattr(config, name) for name in expected} == expected
     first, second = config.drops
     rates = [config.rate(step) / config.lr for step in (0, config.warmup / 2, first - 1, first, second - 1, second)]
     assert rates == pytest.approx([0.001, 0.5005, 1, 0.1, 0.1, 0.01])
 
 
-def test_detector_overfits_two_scenes(tmp_path, transfer):
+def test_detector_overfits_two_scenes(tmp_path, transfer, monkeypatch):
     """Four seeds gave AP50 of 89 to 100, without learning at most 5. Batch norm's statistics are estimated anew."""
     data.write_scenes(tmp_path, 2)
-    shutil.copytree(tmp_path / "train2017", tmp_path / "val2017", dirs_exist_ok=True)
-    shutil.copy(tmp_path / "annotations/instances_train2017.json", tmp_path / "annotations/instances_val2017.json")
-    _, results = transfer(tmp_path / "out", "--root", tmp_path, "--steps", 60, "--lr", 0.4, "--rois", 16)
+    monkeypatch.setattr(evaluate, "open_labelled", lambda task, root, *_, **__: open_labelled(task, root, "train"))
+    _, results = transfer(out := tmp_path / "out", "--root", tmp_path, "--steps", 60, "--lr", 0.4, "--rois", 16)
     assert results["box"]["AP50"] > 60 and results["mask"]["AP50"] > 60
-    running, tested = (torch.load(tmp_path / "out" / name, weights_only=True)["model"]
-                       for name in ("last.pt", "detector.pth"))
-    assert {key.rpartition(".")[2] for key in running if not torch.equal(running[key], tested[key])} == {
+    last, tested = (torch.load(out / name, weights_only=True)["model"] for name in ("last.pt", "detector.pth"))
+    assert {key.rpartition(".")[2] for key in last if not torch.equal(last[key], tested[key])} == {
         "running_mean", "running_var", "num_batches_tracked"}
 
 
 def test_transfer_stops_on_sigterm_and_resumes(scenes, tmp_path, transfer, monkeypatch):
-    """The same command again, from another folder: the weights of an uninterrupted run, bit for bit."""
     rate, signals, out, moved = evaluate.Transfer.rate, [], tmp_path / "stopped", tmp_path / "moved"
     monkeypatch.setattr(evaluate.Transfer, "rate", lambda config, step: (
         step == 1 and signals and os.kill(os.getpid(), signals.pop())) or rate(config, step))
@@ -2857,7 +2810,6 @@ def test_transfer_on_two_ranks(scenes, tmp_path):
 
 
 def test_transfer_voc(tmp_path, transfer):
-    """Trainval of two years trains, test2007 is tested, boxes alone."""
     voc(tmp_path, 2007, {"trainval": ["000001"], "test": ["000002", "000004"]})
     voc(tmp_path, 2012, {"trainval": ["2012_000003"]})
     said, results = transfer(tmp_path / "out", "--transfer", "voc", "--root", tmp_path / "VOCdevkit", "--steps", 1)
@@ -2869,7 +2821,6 @@ def test_transfer_voc(tmp_path, transfer):
 COCO_COLOUR = "evaluate.py --workers 0 --ckpt colour --data coco --k 1 --root"
 MISTAKES = [  # what it is, the command, what its one line says; in braces: see `mistaken`
     ("no data", "d3ssl.py --data coco --root {tmp}/nowhere", "nowhere.*does not exist.*--root"),
-    ("no image", "d3ssl.py --data folder --root {tmp}/none", "none contains no image"),
     ("augmentation", "d3ssl.py --augs prc,foo", "foo is none of prc"),
     ("two jitters", "d3ssl.py --augs rbj,jitter", "both jitter"),
     ("architecture", "d3ssl.py --arch vgg", "--arch.*vgg"),
@@ -2879,7 +2830,6 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("count", "d3ssl.py --boxes 0", "--boxes: 0 is less than 1"),
     ("number", "d3ssl.py --lr nan", "--lr and other numbers are finite"),
     ("odd size", "d3ssl.py --size 31", "--size 31: an even number of at least 64"),
-    ("flag", "d3ssl.py --wat", "unrecognized arguments: --wat"),
     ("small batch", "d3ssl.py {small} --batch-size 1", "--batch-size 1 on 1 ranks"),
     ("large batch", "d3ssl.py {small} --batch-size 99", "16 usable images: lower --batch-size 99"),
     ("cut file", "d3ssl.py {small} --out {tmp}/cut", "cut/last.pt cannot be read as a checkpoint.*--resume never"),
@@ -2899,11 +2849,9 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("probes: colour", "probes.py --ckpt colour", "no layers to probe"),
     ("probes: one pair", "probes.py {random} --pairs 1", "--pairs 1.*at least 2"),
     ("probes: another size", "probes.py {random} --data coco --root {tmp}/scenes", "is 64 x 48 .* 112 x 112"),
-    ("probes: few objects", "probes.py {random} --data coco --root {tmp}/tiny", "five objects of two categories"),
-    ("transfer: no VOC", "evaluate.py {look} --transfer voc --root {tmp}/valid", "no VOC2007"),
     ("transfer: no image", "evaluate.py {look} --root {tmp}/absent", "absent.*gone.png"),
     ("transfer: classes", "evaluate.py {look} --root {tmp}/other", "other classes.*bird"),
-    ("transfer: another size", "evaluate.py {look} --root {tmp}/resized", "112 x 112.*224 x 112"),
+    ("transfer: another size", "evaluate.py {look} --root {tmp}/wider", "112 x 112.*224 x 112"),
     ("transfer: batch", "evaluate.py {look} --root {tmp}/valid --batch-size 32", "--batch-size 32.*16 images"),
     ("transfer: two networks", "evaluate.py {look} --ckpt random random", "one --ckpt"),
     ("transfer: settings", "evaluate.py {look} --root {tmp}/valid --out {tmp}/old", "0123.*; steps 4, now 1.*never"),
@@ -2913,36 +2861,29 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
 
 @pytest.fixture(scope="module")
 def mistaken(pictures, tmp_path_factory):
-    """What the commands of MISTAKES name in braces."""
     tmp = tmp_path_factory.mktemp("mistaken")
     (tmp / "file").touch()
     assert here("data.py", "scenes", "--n", 16, "--out", tmp / "scenes") == 0
-    changes = {"valid": lambda content: None,
-               "tiny": lambda content: content["annotations"].__delitem__(slice(1, None)),
-               "empty": lambda content: content["annotations"].clear(),
-               "other": lambda content: content["categories"][0].update(name="bird"),
-               "absent": lambda content: content["images"].append(dict(id=99, file_name="gone.png", width=8, height=8)),
-               "resized": lambda content: content["images"][0].update(width=224)}
+    changes = {"valid": lambda c: None,
+               "tiny": lambda c: c["annotations"].__delitem__(slice(1, None)),
+               "empty": lambda c: c["annotations"].clear(),
+               "other": lambda c: c["categories"][0].update(name="bird"),
+               "absent": lambda c: c["images"].append(dict(id=99, file_name="gone.png", width=8, height=8)),
+               "wider": lambda c: (c["images"][0].update(width=224), [a.pop("segmentation") for a in c["annotations"]])}
     for root, change in changes.items():
-        path = shutil.copytree(tmp / "scenes", tmp / root) / "annotations" / "instances_val2017.json"
-        change(content := json.loads(path.read_text()))
-        if root == "resized":
-            [annotation.update(segmentation=None) for annotation in content["annotations"]]
-        path.write_text(json.dumps(content))
+        coco_copy(tmp / "scenes", tmp / root, change)
     Image.new("RGB", (64, 48)).save(min((tmp / "scenes" / "val2017").iterdir()))
     words = small(pictures, tmp / "run", "--workers", 0)
     mains([*words, "--max-steps", 1])
-    (tmp / "cut").mkdir(), (tmp / "none").mkdir()
+    (tmp / "cut").mkdir()
     (tmp / "cut/last.pt").write_bytes((tmp / "run/last.pt").read_bytes()[:5000])
     d3ssl.save_checkpoint(tmp / "old/last.pt", {"config": {"steps": 4, "ckpt": "0123"}, "world_size": 1})
-    lines = dict(small=words, look=[*LOOK, "--steps", 1],
-                 random=["--workers", 0, "--ckpt", "random", "--arch", "resnet18"])
+    lines = dict(small=words, look=[*LOOK, "--steps", 1], random="--workers 0 --ckpt random --arch resnet18".split())
     return {"tmp": tmp, **{name: " ".join(map(str, words)) for name, words in lines.items()}}
 
 
 @pytest.mark.parametrize("command, message", [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
 def test_mistakes_are_one_line(command, message, mistaken, tmp_path, monkeypatch, capfd):
-    """It names the thing and the cure; exit code 2, nothing is written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Scenes, "keep", lambda scenes: None)  # nothing here reads a picture
     shrink(monkeypatch.setattr)
@@ -2977,9 +2918,8 @@ def test_readme_and_results_name_functions_files_and_flags_that_exist(capsys):
     printed = {}  # what --help says of each script, and of each command of data.py
     for script, words in commands:
         key = (script, *words.split()[:1]) if script == "data.py" else (script,)
-        if key not in printed:
-            assert here(*key, "--help") == 0
-            printed[key] = capsys.readouterr().out
+        assert here(*key, "--help") == 0
+        printed[key] = capsys.readouterr().out
         for word in words.split():
             assert not word.startswith("--") or re.search(rf"{word}\b", printed[key]), (key, word)
     known = " ".join(printed.values()) + " --shm-size --nnodes --node_rank --master_addr"  # Docker's, torchrun's
@@ -2996,8 +2936,6 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     (tmp_path / "runs" / "scenes").mkdir(parents=True)
     torch.save(weights, tmp_path / "runs" / "scenes" / "backbone.pth")
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+    exec("\n".join(snippets), names := {})
     assert names["arch"] == "resnet18" and 0 < float((names["mask"] == 0).float().mean()) < 1
     assert torch.equal(names["network"].state_dict()["conv1.weight"], weights["conv1.weight"])
