@@ -1857,7 +1857,8 @@ def hostile(p, harm):
     """{name: (content, what must come of it)}: "read" is p, a state dict; harm: a path that none may write."""
     stem, call, damaged, none = p["conv1.weight"], Call((open, (harm, "w"))), "cut short", "holds 0 ResNets"
     stored = torch.storage.TypedStorage(wrap_storage=stem.untyped_storage(), dtype=stem.dtype, _internal=True)
-    legacy, zipped = saved({"conv1.weight": torch.zeros(3)}, **OLD), saved(p, pickle_protocol=5)
+    legacy, cyclic, zipped = saved({"conv1.weight": torch.zeros(3)}, **OLD), {"model": p}, saved(p, pickle_protocol=5)
+    cyclic["self"] = cyclic
     dag = b"".join(b"}q%c(U\x01ah%cU\x01bh%cu" % (i + 1, i, i) for i in range(60))  # 2 ** 60 paths
     tensor = lambda *arguments: Call((torch._utils._rebuild_tensor_v2, (*arguments, 0, None)))
     shapes = ((1, (9408,), (1,)), (0, (10**9, 10**9), (1, 1)), (0, (10**6, 10**6), (0, 0)), (9407, (9408,), (-1,)),
@@ -1887,6 +1888,7 @@ def hostile(p, harm):
         **{f"large {code}": (b"\x80\x05" + code + struct.pack("<Q", 2**38) + b"abc.", damaged)
            for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME)},
         "deep lists": (b"\x80\x02" + b"]" * 300000 + b"a" * 299999 + b".", none),
+        "deep key": (b"\x80\x02})" + b"\x85" * 300000 + b"K\x01s.", none), "cycle": (cyclic, "read"),
         "key of 2 ** 64 parts": (b"\x80\x02})" + b"2\x86" * 64 + b"K\x01s.", none),
         "deep dictionaries": (b"\x80\x02" + b"}U\x01a" * 150000 + b"K\x01" + b"s" * 150000 + b".", none),
         "dictionaries used twice": (b"\x80\x02}q\x00" + dag + b".", none),
@@ -2011,9 +2013,12 @@ def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
     single = evaluate.measure_rows([("x", rows[0][1][:1]), rows[2]], measure)[0][1]["difference"]
     assert single["m"][0] == 4 and single["m_se"][0] == pytest.approx(4 / 49 ** 0.5)  # all 50 influences differ by 4
     evaluate.print_table(["m"], [first, second, alone], lambda numbers, end: numbers["m" + end][:1], 2, "50 images")
-    lines = capsys.readouterr().out.splitlines()
+    lines, said = (text.splitlines() for text in capsys.readouterr())
+    assert said == []
     assert len(lines) == 5 and f"+1.83 [{low:+.2f}, {high:+.2f}]" in lines[3] and "from a" in lines[3]
     assert "over 3 files" in lines[3] and "50 images" in lines[4]
+    evaluate.measure_rows([rows[0], ("two", rows[0][1][:2])], measure)
+    assert "2 files of two, 3 of a: unpaired" in capsys.readouterr().err
     for n, limit in enumerate(evaluate.T95, 1):  # Student's density, integrated
         x = torch.linspace(0, limit, 20_001, dtype=torch.double)
         assert torch.trapezoid(torch.distributions.StudentT(n).log_prob(x).exp(), x) == pytest.approx(0.475, abs=5e-5)
@@ -2346,7 +2351,7 @@ def voc(root, year, lists):
 
 def test_voc_reads_both_years_and_keeps_train_and_val_apart(tmp_path):
     base = voc(tmp_path, 2007, {"trainval": ["000005"], "test": ["000001", "000002"]})
-    voc(tmp_path, 2012, {"trainval": ["2008_000002"], "train": ["2008_000002"]})
+    voc(tmp_path, 2012, {"trainval": ["2008_000002"], "train": ["2008_000002"], "test": ["2008_000009"]})
     train, val = (data.open_labelled("voc", tmp_path, split) for split in ("train", "val"))
     assert train.images.names.tolist() == [b"VOC2007/JPEGImages/000005.jpg", b"VOC2012/JPEGImages/2008_000002.jpg"]
     assert [val.images.name(i)[-10:] for i in range(2)] == ["000001.jpg", "000002.jpg"]
