@@ -660,7 +660,7 @@ def test_every_command_works_under_any_start_method(pictures, scenes, tmp_path, 
     done = command(tmp_path / "starts.py", method, tmp_path, lines, ok=False,
                    env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
-    assert re.match("d3ssl.py: error: .*--lr", done.stdout.splitlines()[-1])
+    assert re.match(r"d3ssl.py: error: .*\(lr 0.001, now 2.0\)", done.stdout.splitlines()[-1])
     views = data.TwoViews(data.Scenes(number=6), data.Proposals(tmp_path / "boxes"), 64, 2)
     batches = torch.load(tmp_path / "made.pt", weights_only=True)
     for batch, items in zip(batches, data.Schedule(6, 2, 0, 0, 6), strict=True):
