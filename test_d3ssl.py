@@ -646,8 +646,8 @@ def main():
     data.compute_proposals(scenes, out + "/boxes", workers=1)
     views = data.TwoViews(scenes, data.Proposals(out + "/boxes"), 64, 2)
     torch.save(list(data.make_loader(views, data.Schedule(6, 2, 0, 0, 6), workers=1)), out + "/made.pt")
-    import d3ssl, evaluate, probes
-    evaluate.RegionProposals.post_nms_top_n = lambda rpn: 40  # not 1,000 to 2,000, most of a tiny run's time
+    import d3ssl, evaluate, probes, test_d3ssl
+    test_d3ssl.shrink(setattr)
     for sys.argv in eval(commands):
         {"d3ssl.py": d3ssl, "evaluate.py": evaluate, "probes.py": probes}[sys.argv[0]].main()
 
@@ -660,7 +660,7 @@ def test_every_command_works_where_processes_inherit_nothing(pictures, scenes, t
     """Python 3.14 starts processes by forkserver, macOS by spawn, to which all must be sent alike: proposals and a
     loader's batches are those of this process, training, O-KNN, the probes and a transfer run whole, and a mistake is
     one line and exit code 2."""
-    train = small(pictures, tmp_path / "run", "--epochs", 1, arch="resnet18")
+    train = small(pictures, tmp_path / "run", "--epochs", 1)
     asked = ["--ckpt", tmp_path / "run/backbone.pth", "--data", "coco", "--root", scenes, "--json"]
     commands = [["d3ssl.py", *train],
                 ["evaluate.py", *asked, tmp_path / "knn.json", "--size", 64, "--k", 3],
@@ -812,12 +812,14 @@ def pictures(tmp_path_factory):
     return root
 
 
+class Narrow(torchvision.models.ResNet):
+    def _make_layer(self, block, planes, *arguments, **options):
+        return super()._make_layer(block, planes // 8, *arguments, **options)
+
+
 @torchvision.models._api.register_model()
 def resnet_tiny(weights=None):
     """A ResNet-18 of an eighth of the usual width behind its stem, for tests of all but what it computes."""
-    class Narrow(torchvision.models.ResNet):
-        def _make_layer(self, block, planes, *arguments, **options):
-            return super()._make_layer(block, planes // 8, *arguments, **options)
     network = Narrow(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2])
     network.fc = nn.Linear(64, 10)
     return network
@@ -827,10 +829,22 @@ arch = d3ssl.Config.__dataclass_fields__["arch"]
 arch.metadata = {**arch.metadata, "choices": (*arch.metadata["choices"], "resnet_tiny")}  # --arch takes it
 
 
-def small(root, out, *words, arch="resnet_tiny"):
+def shrink(patch):
+    """evaluate.build's networks become tiny, its detectors quick; patch: setattr, or monkeypatch's."""
+    build = evaluate.build
+    patch(evaluate, "build", lambda arch, seed: build("resnet_tiny", seed))
+    patch(evaluate.RegionProposals, "post_nms_top_n", lambda rpn: 40)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    shrink(monkeypatch.setattr)
+
+
+def small(root, out, *words):
     """The words of a run of seconds on `pictures`: 12 steps of 4 images, 4 an epoch; bit-exact on any machine."""
-    return ["--data", "folder", "--root", root, "--out", out, "--arch", arch, "--size", 64, "--boxes", 2, "--roi", 4,
-            "--batch-size", 4, "--epochs", 3, "--queue", 16, "--optimizer", "adamw", "--lr", 1e-3,
+    return ["--data", "folder", "--root", root, "--out", out, "--arch", "resnet_tiny", "--size", 64, "--boxes", 2,
+            "--roi", 4, "--batch-size", 4, "--epochs", 3, "--queue", 16, "--optimizer", "adamw", "--lr", 1e-3,
             "--amp", "off", *words]
 
 
@@ -869,29 +883,6 @@ def difference(a, b):
     return walk(*(torch.load(Path(run) / "last.pt", weights_only=True) for run in (a, b)), "last.pt")
 
 
-def test_default_run_writes_what_it_says(scenes_run):
-    out, printed = scenes_run
-    assert "images/s" in printed and "left" in printed and f"python evaluate.py --ckpt {out}/last.pt" in printed
-    assert "stopped at --max-steps 40 of 64" in printed and Image.open(out / "curves.png").size > (1000, 300)
-    state = torch.load(out / "backbone.pth", weights_only=True)
-    missing, unexpected = torchvision.models.resnet18().load_state_dict(state, strict=False)
-    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
-    saved = torch.load(out / "last.pt", weights_only=True)
-    clean = saved["clean"]["student"]
-    assert set(clean) == set(saved["clean"]["teacher"]) == {key for key in state if "running_" in key}
-    for key, value in state.items():
-        trained = saved["model"][f"student.backbone.{key}"]
-        assert torch.equal(value, clean.get(key, trained)), key
-        assert key not in clean or not torch.equal(value, trained), key  # last.pt keeps both
-    rows = read_metrics(out)
-    assert [row["step"] for row in rows] == [1, 20, 40] and saved["step"] == 40
-    assert rows[-1]["images"] == 640 and rows[-1]["epoch"] == 0.625
-    assert {*rows[0]} == {*"step images epoch loss loss_dc loss_dp accuracy lr images_per_second wait".split()}
-    told = json.loads((out / "config.json").read_text())
-    assert told["config"]["prc_share"] == [0.2, 0.5] and told["config"]["roi"] == 6 and "--max-steps" in told["command"]
-    assert told["torch"] == torch.__version__ and "commit" in told
-
-
 def hooked(sent, *words):
     """d3ssl.py, which logs and saves at every step, with a signal in the middle: "NAME:PLACE:NUMBER", in the middle of
     which step or save it comes."""
@@ -921,7 +912,7 @@ def hooked(sent, *words):
     sys.exit(here("d3ssl.py", *words))
 
 
-HOOKED = ["--no-python", sys.executable, "-c", "import sys, test_d3ssl; test_d3ssl.hooked(*sys.argv[1:])"]  # for torchrun
+HOOKED = ["--no-python", sys.executable, "-c", "import sys, test_d3ssl as t; t.hooked(*sys.argv[1:])"]  # for torchrun
 
 
 def test_killed_and_stopped_runs_resume_to_the_same_bits(pictures, tmp_path, capfd):
@@ -1081,15 +1072,6 @@ def test_training_reads_no_annotation(tmp_path):
     for name in variants:
         row = read_metrics(tmp_path / name)[-1]
         assert math.isfinite(row["loss"]) and (row["loss_dp"] == 0) == (name != "hide")
-
-
-def test_the_default_run_finds_positives_among_negatives(scenes_run):
-    """The loss falls below that of features that tell nothing, four terms of log(1 + negatives), 27.7. Steps 21-40 of
-    seeds 0-2 gave 25.5, of --lr 0 29.3; a mean of 20 steps varies by some 0.2."""
-    chance = 4 * math.log(1 + 1024)
-    first, _, last = read_metrics(scenes_run[0])
-    assert first["loss"] > chance > last["loss"] and max(last["loss_dc"], last["loss_dp"]) < chance / 2
-    assert last["accuracy"] > 10 / 1025  # 0.032 to 0.041; --lr 0: 0.004 of 3,200 draws, chance 0.001
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch):
@@ -1633,7 +1615,7 @@ Call = type("Call", (tuple,), {"__reduce__": lambda self: tuple(self)})  # unpic
 
 
 @cache
-def resnet_state(arch="resnet18", seed=0):
+def resnet_state(arch="resnet_tiny", seed=0):
     """torchvision's state dict, every buffer and parameter different from its default, so that none can be mixed up."""
     torch.manual_seed(seed)
     state = torchvision.models.get_model(arch, weights=None).state_dict()
@@ -1721,6 +1703,7 @@ def assert_holds(path, state, arch="resnet18", **asked):
         assert key.endswith("num_batches_tracked") or torch.equal(value, state[key].float()), key
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_plain_weights(layout, tmp_path):
     plain, momentum = resnet_state(), resnet_state(seed=1)  # which differ in every weight
@@ -1732,6 +1715,7 @@ def test_every_layout_gives_the_plain_weights(layout, tmp_path):
         assert_holds(path, state, prefix=prefix.split()[-1])
 
 
+@pytest.mark.usefixtures("narrow")
 def test_every_format_type_and_memory_gives_the_same_numbers(tmp_path):
     kinds = [torch.float, torch.half, torch.bfloat16, torch.double]
     typed = {key: value.to(kinds[i % 4]) for i, (key, value) in enumerate(resnet_state().items())}
@@ -1804,6 +1788,7 @@ def hostile(p, harm):
            for content in (zipped, legacy, safetensors(p)) for share in (0, 0.001, 0.5, 0.999)}}
 
 
+@pytest.mark.usefixtures("narrow")
 def test_what_does_not_fit_is_refused_in_one_line_and_attacks_do_nothing(tmp_path, monkeypatch):
     """Each is read in a process of its own, with 2 GiB more memory than it starts with."""
     def read():
@@ -1816,8 +1801,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_attacks_do_nothing(tmp_pat
             answer.write_text(str(error))
 
     monkeypatch.setattr(evaluate, "MOST", 10**6)
-    shrink(monkeypatch.setattr)  # a ResNet-18 by its names
-    path, answer, state = tmp_path / "x.pth", tmp_path / "answer", resnet_state("resnet_tiny")
+    path, answer, state = tmp_path / "x.pth", tmp_path / "answer", resnet_state()
     for name, (content, outcome) in hostile(state, str(tmp_path / "harm")).items():
         write(path, content)
         assert forked((read,)) == [0] and not (tmp_path / "harm").exists(), name
@@ -1826,6 +1810,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_attacks_do_nothing(tmp_pat
         path.rmdir() if path.is_dir() else path.unlink()
 
 
+@pytest.mark.usefixtures("narrow")
 def test_export(tmp_path):
     network, state = module(resnet_state()), without(resnet_state(), "fc.")
     for kind in ("detectron2", "torchvision"):
@@ -1838,8 +1823,9 @@ def test_export(tmp_path):
     assert written.keys() == state.keys() and all(torch.equal(value, state[key]) for key, value in written.items())
 
 
+@pytest.mark.usefixtures("narrow")
 def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
-    model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes"}))
+    model = d3ssl.D3SSL(d3ssl.configure({"data": "scenes", "arch": "resnet_tiny"}))
     for p in model.teacher.parameters():
         p.data += 0.1
     states = {name: getattr(model, name).backbone.state_dict() for name in ("student", "teacher")}
@@ -2070,6 +2056,7 @@ def test_the_neighbours_frames_are_right():
         assert {name for n, (name,) in enumerate(seen) if n % 9} == expected
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("script, options, images", [
     ("evaluate.py", dict(limit_images=12, size=64, k=5, objects=2), ["neighbours"]),
     ("probes.py", dict(pairs=2, cut="mask", fill="mean"), ["plot", "picture"])])
@@ -2494,13 +2481,6 @@ def scenes(tmp_path_factory):
     return root
 
 
-def shrink(patch):
-    """Detectors of this process become tiny; patch: setattr, or monkeypatch's."""
-    build = evaluate.build
-    patch(evaluate, "build", lambda arch, seed: build("resnet_tiny", seed))
-    patch(evaluate.RegionProposals, "post_nms_top_n", lambda rpn: 40)
-
-
 @pytest.fixture
 def transfer(monkeypatch, capfd):
     """evaluate.py --transfer of a tiny network into a folder: (what it printed, its results)."""
@@ -2845,3 +2825,37 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     exec("\n".join(snippets), names := {})
     assert names["arch"] == "resnet18" and 0 < float((names["mask"] == 0).float().mean()) < 1
     assert torch.equal(names["network"].state_dict()["conv1.weight"], weights["conv1.weight"])
+
+
+# ------------------------------------------------------- the default run: last, as it takes longest
+
+def test_default_run_writes_what_it_says(scenes_run):
+    out, printed = scenes_run
+    assert "images/s" in printed and "left" in printed and f"python evaluate.py --ckpt {out}/last.pt" in printed
+    assert "stopped at --max-steps 40 of 64" in printed and Image.open(out / "curves.png").size > (1000, 300)
+    state = torch.load(out / "backbone.pth", weights_only=True)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(state, strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    saved = torch.load(out / "last.pt", weights_only=True)
+    clean = saved["clean"]["student"]
+    assert set(clean) == set(saved["clean"]["teacher"]) == {key for key in state if "running_" in key}
+    for key, value in state.items():
+        trained = saved["model"][f"student.backbone.{key}"]
+        assert torch.equal(value, clean.get(key, trained)), key
+        assert key not in clean or not torch.equal(value, trained), key  # last.pt keeps both
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == [1, 20, 40] and saved["step"] == 40
+    assert rows[-1]["images"] == 640 and rows[-1]["epoch"] == 0.625
+    assert {*rows[0]} == {*"step images epoch loss loss_dc loss_dp accuracy lr images_per_second wait".split()}
+    told = json.loads((out / "config.json").read_text())
+    assert told["config"]["prc_share"] == [0.2, 0.5] and told["config"]["roi"] == 6 and "--max-steps" in told["command"]
+    assert told["torch"] == torch.__version__ and "commit" in told
+
+
+def test_the_default_run_finds_positives_among_negatives(scenes_run):
+    """The loss falls below that of features that tell nothing, four terms of log(1 + negatives), 27.7. Steps 21-40 of
+    seeds 0-2 gave 25.5, of --lr 0 29.3; a mean of 20 steps varies by some 0.2."""
+    chance = 4 * math.log(1 + 1024)
+    first, _, last = read_metrics(scenes_run[0])
+    assert first["loss"] > chance > last["loss"] and max(last["loss_dc"], last["loss_dp"]) < chance / 2
+    assert last["accuracy"] > 10 / 1025  # 0.032 to 0.041; --lr 0: 0.004 of 3,200 draws, chance 0.001
