@@ -13,7 +13,8 @@ objects is replaced by another image. --head map: RoIAlign 7x7 on the C5 map of 
 --head roi: C5 on RoIs of C4, as region-level methods train; for scenes, whose C5 map has only 4 x 4 cells.
 
 A row of the table is one network, or NAME=GLOB, the mean over its files. +- is one standard error, over the files of a
-row, of a single network over images; differences from the first row are of pairs, of files (by name) or of images.
+row or, if that is one network, over images. Differences from the first row are paired: file by file, in the order of
+their names; of single networks, image by image.
 """
 import argparse
 import glob
@@ -366,7 +367,8 @@ def parse_entry(entry, args):
 
 def open_rows(args):
     """The rows of --ckpt, (name, list of Source) each; every file is read, so that mistakes show at once. random has
-    the first file's architecture and bins. Raises UserError for what load_backbone refuses, and under torchrun."""
+    the first file's architecture; what does not know its bins has the first known ones. Raises UserError for what
+    load_backbone refuses, and under torchrun."""
     if torchrun_ranks()[1] > 1:
         raise UserError("without --transfer this is one process: start it with python, without torchrun")
     rows = [parse_entry(entry, args) for entry in args.ckpt]
@@ -697,7 +699,7 @@ class Transfer:
     momentum: float = 0.9       # d2
     weight_decay: float = 1e-4  # d2; norms have none
     rois: int = 512             # boxes per image that train the RoI head, at most a quarter of them objects; d2
-    precise: int = 200          # batches of precise batch norm before the test; d2. At most a tenth of the steps
+    precise: int = 200          # batches of precise batch norm before the test; d2 (ours: at most a tenth of the steps)
     seed: int = 0
     limit_images: int = None
 
@@ -935,7 +937,7 @@ def fine_tune(args):
                 parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(losses, means))
                 print(f"step {step:,}/{c.steps:,}  loss {means.sum():.3f}  {parts}  {rate:.1f} images/s  "
                       f"{duration((c.steps - step) * c.batch_size / rate)} left")
-            if stop or step == c.steps or step % 500 in (20, 0):
+            if stop or step == c.steps or step == 20 or step % 500 == 0:
                 save("last.pt", optimizer=optimizer.state_dict())
             if stop:
                 if is_main:
@@ -964,7 +966,7 @@ def fine_tune(args):
         for kind, result in results.items():
             print(f"{kind:4}", *(f"  {name} {value:.1f}" for name, value in result.items() if value is not None))
         results.update(asdict(c), images=len(trained.index), tested=len(tested), backbone=settings["ckpt"])
-        write_json(args.json or out / "results.json", dict(results, world_size=world_size))
+        write_json(out / "results.json", dict(results, world_size=world_size))
     return 0
 
 
@@ -1080,7 +1082,8 @@ def add_checkpoint_arguments(parser):
         "encoder), FILE:PREFIX (one of several ResNets), NAME=GLOB, random (untrained), colour (no network)")
     add("--arch", choices=tuple(ARCHITECTURES.values()), help="of random (default: the first file's, else resnet50)")
     add("--statistics", choices=("saved", "clean"), default="saved", help="of batch norm; clean: from 256 train images")
-    add("--roi", type=positive, help="side of RoIAlign on C4 (default: as trained; else scenes 6, photographs 14)")
+    add("--roi", type=positive, help="side of RoIAlign on C4 (default: as trained; of files that do not tell, that of "
+        "the first one that does, else scenes 6, photographs 14)")
     add("--data", choices=tuple(SIZE), default="scenes", help="labelled data set (default: scenes)")
     add("--root", help="the data set's folder (default: data/DATA)")
     add("--seed", type=whole_number, default=0, help="seed of random's weights and of what is drawn (default: 0)")
@@ -1115,6 +1118,8 @@ def parse_arguments(arguments=None):
         raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
     if (args.transfer or args.export) and len(args.ckpt) > 1:
         raise UserError("--transfer and --export take one network: name one --ckpt, and run it once for each")
+    if (args.transfer or args.export) and (args.ckpt == ["colour"] or args.statistics == "clean"):
+        raise UserError("--transfer and --export take a network as it is: no --ckpt colour, no --statistics clean")
     if args.export and args.export[0] not in ("detectron2", "torchvision"):
         raise UserError(f"--export {args.export[0]} FILE: the format is detectron2 or torchvision")
     return args

@@ -108,7 +108,7 @@ def cut_out(image, box, mask, side):
     return pixels, inside
 
 
-def open_inputs(labelled, pairs=150, seed=0, cut="box", workers=1):
+def open_inputs(labelled, pairs=100, seed=0, cut="box", workers=1):
     """Inputs of a split (data.Labelled): pairs of objects, A uniform over all, B over those of other categories,
     and 150 objects (or as many as there are) for the bank; crowds and sides of less than 24 pixels are left out.
 
