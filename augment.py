@@ -11,7 +11,7 @@ pixels of that view, x2/y2 exclusive; masks (B, 1, H, W) float32 with 1 = visibl
 import argparse
 import math
 import tempfile
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in ev
 # Ranges of the region augmentations: section 4.1, but PRC's threshold and RBJ's ranges are ours.
 PRC_SHARE = (0.2, 0.5)      # of a box's area that is cut out
 PRC_THRESHOLD = 0.5         # a box of which a larger share is hidden already is made visible first
-PRM_SCALE = (0.2, 0.6)      # area of a rectangle on a box's border, as a share of the box's; half of it lies inside
+PRM_SCALE = (0.2, 0.6)      # area of a rectangle on a box's border, as a share of the box's; about half lies inside
 PRM_RATIO = (3 / 4, 4 / 3)  # its width / height
 RBJ_SCALE = (0.8, 1.0)      # of a box's width and height
 RBJ_SHIFT = 0.1             # of its centre, at most, as a share of its sides
@@ -180,7 +180,7 @@ def shift_pixels(images, offset):
 
 def composite(images, backgrounds, shifted_mask, offset):
     """Eq. 8: x3 = C(x2, m, x_b, m^): `images` moved by t, pasted on `backgrounds` where `shifted_mask` is 1; an exact
-    pixel copy. m is not needed: m^ of Eq. 7 lies inside the moved m.
+    pixel copy. m is not needed: PRC only cuts, so that m^ of Eq. 7 lies inside the moved m.
 
     Args: images, backgrounds (B, 3, H, W); shifted_mask (B, 1, H, W); offset (B, 2) integer dx, dy."""
     return torch.where(shifted_mask > 0.5, shift_pixels(images, offset), backgrounds)
@@ -275,7 +275,7 @@ class Views(NamedTuple):
     m_hat: torch.Tensor      # (B, 1, H, W) Eq. 7
     x3: torch.Tensor         # (B, 3, H, W) Eq. 8
     boxes1: torch.Tensor     # (B, K, 4) b_i in x1
-    boxes2: torch.Tensor     # (B, K, 4) b_i in x2; in x2s half of it
+    boxes2: torch.Tensor     # (B, K, 4) b_i in x2; in x2s their coordinates are halved
     boxes3: torch.Tensor     # (B, dp_boxes, 4) b^_i in x3, of the first dp_boxes of the K
     rois1: torch.Tensor      # (B, K, 4)
     rois2: torch.Tensor      # (B, K, 4)
@@ -397,7 +397,7 @@ def main():
     add("--root", help="folder of the data set (default data/DATA)")
     add("--proposals", help="folder of proposals (default: search in the images that are shown)")
     add("--out", default="views.png", help="PNG to write (default views.png)")
-    add("--rows", type=positive, default=6, help="images to show (default 6)")
+    add("--rows", type=partial(whole_number, least=2), default=6, help="images to show (default 6)")
     add("--size", type=positive, help="side of a view in pixels, even (default: scenes 112, else 224)")
     add("--boxes", type=positive, default=4, help="K, boxes per image (default 4)")
     add("--dp-boxes", type=positive, default=1, help="how many of them de-positioning moves (default 1)")
@@ -412,17 +412,17 @@ def main():
     images = open_images(args.data, args.root)
     if args.data != "scenes":
         images.names = images.names[rng("sheet", args.seed).permutation(len(images))]
-    images.names = images.names[:args.rows]
     with tempfile.TemporaryDirectory() as folder:
         if args.proposals is None:
+            images.names = images.names[:args.rows]
             compute_proposals(images, folder, workers=2)
         dataset = TwoViews(images, Proposals(args.proposals or folder), args.size or images.size, args.boxes,
                            seed=args.seed)
-        batch = next(iter(make_loader(dataset, [[(0, i) for i in range(len(dataset))]], workers=0)))
+        batch = next(iter(make_loader(dataset, [[(0, i) for i in range(len(dataset))][:args.rows]], workers=0)))
     sheet = contact_sheet(make_views(batch, args, torch.Generator().manual_seed(args.seed)))
     with atomic(args.out) as file:
         sheet.save(file, "PNG")
-    print(f"wrote {args.out}: {len(dataset)} images, {sheet.width} x {sheet.height} pixels")
+    print(f"wrote {args.out}: {len(batch[0])} images, {sheet.width} x {sheet.height} pixels")
 
 
 if __name__ == "__main__":

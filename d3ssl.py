@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ class Config:
     dp_boxes: int = setting(1, "how many of the K boxes de-positioning moves; ours: four leave no room (README)")
     roi: int = setting(None, "side of RoIAlign's output on C4; default SIZE / 16: 14, from detectron2's C4 head")
     objective: str = setting("nce", "loss: InfoNCE (Eq. 5), or SoCo's cosine with its optimiser", ("nce", "cosine"))
-    hidden: int = setting(None, "width of the projector; default: C5's, from MoCo v2")
+    hidden: int = setting(None, "width of the projector; default as MoCo v2: C5's")
     projector_norm: bool = setting(False, "batch norm in the projector; MoCo v2 has none, SoCo and SimCLR have it")
     dim: int = setting(128, "dimension of z; from MoCo v2")
     temperature: float = setting(0.2, "temperature of Eq. 5; from MoCo v2")
@@ -367,8 +368,7 @@ def torchrun_ranks():
     world_size, local_world_size = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world_size > 1 and not os.environ.get("MASTER_ADDR"):
         raise UserError(f"WORLD_SIZE={world_size} without MASTER_ADDR: start the ranks with torchrun, or unset it")
-    gpus = torch.cuda.device_count()
-    if gpus and local_rank >= gpus:
+    if 0 < (gpus := torch.cuda.device_count()) <= local_rank:
         raise UserError(f"{local_world_size} ranks on {gpus} GPUs: one rank per GPU, lower --nproc_per_node")
     return rank, world_size, local_rank, local_world_size
 
@@ -416,8 +416,8 @@ def agree(out, **state):
 
 
 def stop_on_signal():
-    """A list that SIGTERM and SIGINT append their number to. One that comes over a second after the first ends the
-    process at once; sooner, it is the same one, from the scheduler and from torchrun."""
+    """A list to which SIGTERM and SIGINT append their number. Another one, over a second after the first, ends the
+    process at once. Sooner it is the first again: a scheduler signals each process, and torchrun, which forwards it."""
     received, times = [], []
 
     def handler(number, frame):
@@ -566,7 +566,7 @@ def train(config, resume="auto"):
         return make_loader(dataset, schedule, workers, pin=device.type == "cuda")
 
     # The longer the queue, the more of an image's own earlier features are among its negatives.
-    queue = min(config.queue, max(1, 2 * config.boxes * len(dataset) // 4))
+    queue = min(config.queue, 2 * config.boxes * config.batch_size * steps_per_epoch // 4)
     if is_main and queue < config.queue:
         print(f"--queue {config.queue:,} is cut to {queue:,}, a quarter of what an epoch enqueues")
     config = replace(config, queue=queue)
@@ -582,7 +582,7 @@ def train(config, resume="auto"):
     agree(out, step=step, images=len(dataset), last_step=last_step, settings=settings)
     if step >= last_step:
         if is_main:
-            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}; a longer schedule needs another --out")
+            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}; more --epochs need another --out")
         return 0
 
     # Model and optimiser.
@@ -632,7 +632,7 @@ def train(config, resume="auto"):
     signals = stop_on_signal()
 
     # Fill the queue. MoCo's random unit vectors are trivial negatives: loss and accuracy would begin at values that
-    # mean nothing. The filling batches are those after the full schedule.
+    # mean nothing. The batches that fill it would come after the full schedule: training never sees them.
     if step == 0:
         fill_steps = math.ceil(config.queue / (2 * config.batch_size * config.boxes))
         if is_main:
@@ -684,9 +684,9 @@ def train(config, resume="auto"):
     if is_main:
         draw_curves(out)
         what = "done" if step == total_steps else f"stopped at --max-steps {step:,} of {total_steps:,}"
-        labelled = "coco --root LABELLED_IMAGES" if config.data == "folder" else f"{config.data} --root {config.root}"
-        print(f"{what} in {duration(time.perf_counter() - began)}, see {out}\n"
-              f"next: python evaluate.py --ckpt {out}/last.pt random --data {labelled}")
+        data = ("coco", "LABELLED_IMAGES") if config.data == "folder" else (config.data, config.root)
+        words = ["evaluate.py", "--ckpt", f"{out}/last.pt", "random", "--data", data[0], "--root", data[1]]
+        print(f"{what} in {duration(time.perf_counter() - began)}, see {out}\nnext: python {shlex.join(words)}")
     return 0
 
 
@@ -706,14 +706,14 @@ def parse_config(arguments=None):
     kinds = {int: positive, tuple: interval, "augs": parse_augs, "seed": whole_number, "workers": whole_number,
              "warmup": whole_number}
     for f in fields(Config):
-        shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        default = "" if shown is None else f" (default {shown})"
-        default += f" (scenes {QUICK[f.name]})" if f.name in QUICK else ""
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        values = {"default": default, "scenes": QUICK.get(f.name), "cosine": COSINE.get(f.name)}
+        shown = "".join(f" ({name} {value})" for name, value in values.items() if value is not None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         else:
             kind = dict(type=kinds.get(f.name, kinds.get(f.type, f.type)), choices=f.metadata["choices"])
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + default, **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + shown, **kind)
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="never: overwrite OUT/last.pt")
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")

@@ -10,7 +10,7 @@ Proposals on disk are a folder that any other source of boxes can write as well:
     offsets.npy    (N + 1,) int64: image i owns rows offsets[i] to offsets[i + 1] of boxes.npy
     boxes.npy      (M, 4) float32, xyxy in pixels of the image as a viewer shows it, x2 and y2 exclusive
     sizes.npy      optional: (N, 2) int32, width and height of each image when its boxes were made
-    settings.json  {"method": NAME}; those of another method are trained on as they are
+    settings.json  {"method": NAME}, needed; boxes of another method than ours are used as they are
 
 Boxes are (K, 4) float32 xyxy in pixels, x2/y2 exclusive, here as everywhere in this project. The randomness of a
 sample is a function of (seed, epoch, image index), so it does not depend on workers, ranks or an interruption.
@@ -72,8 +72,7 @@ def whole_number(text, least=0):
     return value
 
 
-def positive(text):
-    return whole_number(text, 1)
+positive = partial(whole_number, least=1)
 
 
 def error_exit(main):
@@ -140,17 +139,17 @@ def duration(seconds):
 
 
 class Progress:
-    """Prints 'what: done/total images, rate, time, time left' every ten seconds and at the end."""
+    """Prints 'what: done/total images, rate, time, time left' every ten seconds and at the end. begun: done before."""
 
-    def __init__(self, what, total):
-        self.what, self.total, self.start, self.shown = what, total, time.monotonic(), 0
+    def __init__(self, what, total, begun=0):
+        self.what, self.total, self.begun, self.start, self.shown = what, total, begun, time.monotonic(), 0
 
     def update(self, done):
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        if done >= self.total or seconds - self.shown > 10:
-            self.shown, left = seconds, duration((self.total - done) * seconds / max(done, 1))
-            print(f"{self.what}: {done:,}/{self.total:,} images, {done / seconds:,.1f} images/s, {duration(seconds)}, "
-                  f"{left} left", flush=True)
+        seconds, last = max(time.monotonic() - self.start, 1e-9), done >= self.total
+        if last and self.shown < math.inf or seconds - self.shown > 10:
+            self.shown, rate = math.inf if last else seconds, max(done - self.begun, 1) / seconds
+            print(f"{self.what}: {done:,}/{self.total:,} images, {rate:,.1f} images/s, {duration(seconds)}, "
+                  f"{duration((self.total - done) / rate)} left", flush=True)
 
 
 class Faults(dict):
@@ -190,7 +189,7 @@ def read_image(path):
     if not os.path.isfile(path):  # a pipe would wait for ever
         raise OSError(f"{path} is not a file")
     content, image = np.fromfile(path, np.uint8), None
-    with suppress(cv2.error):  # no bytes, or a size that OpenCV refuses
+    with suppress(cv2.error, AttributeError):  # no bytes, a size that OpenCV refuses; a damaged TIFF is None
         tiff = content[:4].tobytes() in (b"II*\0", b"MM\0*")
         if not tiff or cv2.imdecode(content, cv2.IMREAD_UNCHANGED).dtype in (np.uint8, np.uint16):
             image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
@@ -813,11 +812,13 @@ def search_chunk(images, hidden, indices):
 def compute_proposals(images, folder, workers=None, local_rank=0):
     """Selective search over `images` into `folder`, by `workers` processes (one per core); resumable after a kill.
 
-    On each machine local rank 0 searches and the others wait for it. Chunks of images are files in a hidden folder of
+    On each machine local rank 0 searches, the others wait for it. Chunks of images are files in a hidden folder of
     these settings until all are there and are joined; machines or runs that share the folder use each other's. Raises
-    UserError if the folder cannot be written, no image be read or, in a rank that waits, none comes for TIMEOUT s."""
-    folder, state, since, last = Path(folder), proposals_state(images, folder), time.monotonic(), None
+    UserError if it cannot be written or has other boxes, no image can be read, or the search stops for TIMEOUT s."""
+    folder, since, last = Path(folder), time.monotonic(), None
     hidden = folder / f".chunks-{listing([json.dumps(proposal_settings(images), sort_keys=True).encode()])}"
+    foreign = (folder / "boxes.npy").exists() and not hidden.exists()  # asked first: a run that joins removes it last
+    state = proposals_state(images, folder)
     while local_rank and proposals_state(images, folder) != "ready":
         there = len(list(hidden.glob("*.npz")))
         since, last = time.monotonic() if there != last else since, there
@@ -827,7 +828,11 @@ def compute_proposals(images, folder, workers=None, local_rank=0):
         time.sleep(0.5)
     if local_rank or state == "ready":
         return
-    files, progress = [hidden / f"{i:08d}.npz" for i in range(0, len(images), CHUNK)], Progress("search", len(images))
+    if foreign and (state == "missing" or "listing" in state):
+        raise UserError(f"{folder} has other boxes (settings.json {state}): name another folder, delete this one, or "
+                        'write {"method": NAME} there to use them as they are')
+    files = [hidden / f"{i:08d}.npz" for i in range(0, len(images), CHUNK)]
+    progress = Progress("search", len(images), begun=CHUNK * len(list(hidden.glob("*.npz"))))
 
     def missing():
         for n in np.random.default_rng().permutation(len(files)).tolist():  # machines that share the folder share work
@@ -1019,12 +1024,11 @@ def make_loader(views, schedule, workers, pin=False, collate=None):
 
 # ---------------------------------------------------------------------------- OpenImage-MINI and Table 2 (section 5.1)
 
-# How OpenImages spells COCO's categories where a capital letter is not all; its Mouse is the animal, and Coffee cup and
-# Mug are kinds of cup, which has no counterpart.
+# How OpenImages spells COCO's categories where a capital letter is not all. cup has no counterpart; Mouse is an animal.
 SPELLED = {"cow": "Cattle", "frisbee": "Flying disc", "skis": "Ski", "sports ball": "Ball", "donut": "Doughnut",
            "tv": "Television", "potted plant": "Houseplant", "dining table": "Kitchen & dining room table",
            "remote": "Remote control", "keyboard": "Computer keyboard", "mouse": "Computer mouse",
-           "cell phone": "Mobile phone", "microwave": "Microwave oven", "hair drier": "Hair dryer", "cup": None}
+           "cell phone": "Mobile phone", "microwave": "Microwave oven", "hair drier": "Hair dryer"}
 # The paper's Table 2: images, objects per image, categories per image, categories.
 TABLE2 = {("coco", "train"): (118_000, 7.4, 2.95, 80), ("openimages-mini", "train"): (146_000, 9.1, 3.2, 569)}
 
@@ -1047,7 +1051,7 @@ def write_mini(annotations, coco, out, seed=0):
     cap = np.array([caps.get(name, -1) for name in names])
     if (cap < 0).all():
         raise UserError(f"{coco} and {annotations} share no category: is it COCO's instances_train2017.json?")
-    print("not shared:", ", ".join(sorted(name for name in caps if name and name not in names)) or "none")
+    print("not shared:", ", ".join(sorted(name for name in caps if name not in names)) or "none")
     (ids, index), label = np.unique(rows["image"], return_inverse=True), rows["label"]
     chosen = choose_images(index, label, cap, seed)
     kept = np.isin(index, chosen)

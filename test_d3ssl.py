@@ -504,8 +504,9 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
         assert np.abs(got.astype(int) - pixels).mean() < (40 if name == "palette.gif" else 3), name
     cv2.imwrite(str(tmp_path / "float.tif"), np.float32(rgb) / 255)  # black, if it is cut to whole numbers
     (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "damaged.tif").write_bytes(b"II*\0" + bytes(100))
     os.mkfifo(tmp_path / "pipe.jpg")  # would be waited for
-    for name in ("empty.jpg", "float.tif", "pipe.jpg", "absent.jpg"):
+    for name in ("empty.jpg", "damaged.tif", "float.tif", "pipe.jpg", "absent.jpg"):
         with pytest.raises(OSError):
             data.read_image(tmp_path / name)
 
@@ -590,6 +591,31 @@ def test_proposals_after_a_kill_are_those_of_one_go(pictures, tmp_path, monkeypa
     assert "long_side" in data.proposals_state(images, go)  # other settings: made again, never mixed
     (go / "settings.json").write_text('{"method": "my own"}')
     assert data.proposals_state(images, go) == "ready"  # somebody else's are taken as they are
+
+
+def test_boxes_of_something_else_are_never_overwritten(pictures, tmp_path, monkeypatch):
+    """Somebody's own without a whole settings.json, and ours of other images under the name that --proposals gives."""
+    shutil.copytree(data.proposals_folder("folder", pictures), tmp_path / "boxes")
+    before = (tmp_path / "boxes/boxes.npy").read_bytes()
+    picture(tmp_path / "other/a.png", 64, 64)
+    for settings, root, reason in ((None, tmp_path / "other", r"written with other settings \(images, listing\)"),
+                                   ('{"method": "mine",}', pictures, "missing")):
+        if settings:
+            (tmp_path / "boxes/settings.json").write_text(settings)
+        with pytest.raises(UserError, match=f"boxes has other boxes .settings.json {reason}.: name another folder"):
+            data.compute_proposals(data.open_images("folder", root), tmp_path / "boxes", workers=1)
+    assert (tmp_path / "boxes/boxes.npy").read_bytes() == before
+
+
+def test_progress_counts_what_this_run_did(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = data.Progress("search", 1000, begun=800)
+    for now[0], done in ((5, 810), (20, 900), (25, 950), (40, 1000), (60, 1000)):
+        progress.update(done)
+    assert capsys.readouterr().out.splitlines() == [
+        "search: 900/1,000 images, 5.0 images/s, 0:00:20, 0:00:20 left",
+        "search: 1,000/1,000 images, 5.0 images/s, 0:00:40, 0:00:00 left"]
 
 
 def test_the_other_ranks_of_a_machine_wait_as_long_as_there_is_progress(tmp_path, monkeypatch):
