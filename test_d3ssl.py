@@ -1065,6 +1065,12 @@ def test_a_runs_clean_statistics_are_those_of_clean_views(pictures, tmp_path):
         assert not network.backbone.bn1.running_mean.any() and len(statistics[name]) == 42  # means, variances of 21
 
 
+def test_the_queue_is_at_most_a_quarter_of_what_an_epoch_enqueues(pictures, tmp_path):
+    """Of two steps of six images with two boxes in two views; the last four of the 16 images are left out."""
+    words = "--batch-size", 6, "--queue", 99, "--max-steps", 1, "--workers", 0
+    assert "--queue 99 is cut to 12" in mains(small(pictures, tmp_path, *words))
+
+
 def test_snapshots_lie_at_powers_of_two_of_images_seen(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(d3ssl, "train_step", lambda *_: torch.zeros(4))
     monkeypatch.setattr(d3ssl, "load_views", lambda *_: None)
