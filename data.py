@@ -408,7 +408,7 @@ class Labelled(NamedTuple):
     boxes: np.ndarray        # (M, 4) float32, inside their image, never empty
     labels: np.ndarray       # (M,) int64
     crowd: np.ndarray        # (M,) bool: COCO's crowds, VOC's difficult, OpenImages' groups
-    mask: object = None      # mask(row) -> (H, W) bool of box `row`, or None if it has none; None if no box has one
+    mask: object = None      # mask(row) -> (H, W) bool, or None for a box without one; None if none has one
     sizes: np.ndarray = None  # (N, 2) int64: width and height as annotated, 0 or None: unknown
 
     def read(self, i):
@@ -916,7 +916,7 @@ class TwoViews(torch.utils.data.Dataset):
 
     Item (epoch, index) -> view1, view2 (size, size, 3) uint8 RGB, boxes1, boxes2 (K, 4) float32 in pixels of each. View
     1 is the whole image, view 2 a random resized crop; both are flipped with p 0.5. K boxes are drawn of those with at
-    least half of their area inside the crop; if there is none another crop is, and after ten the whole image.
+    least half of their area inside the crop; if there is none, another crop is drawn, after ten the whole image.
 
     regions: proposals | image | grid (section 3's baselines, proposals None; grid: K cells of 7 x 7). Raises UserError
     if no image has a proposal, no box of an image lies inside it, or it has another size than its proposals."""
