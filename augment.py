@@ -180,7 +180,7 @@ def shift_pixels(images, offset):
 
 def composite(images, backgrounds, shifted_mask, offset):
     """Eq. 8: x3 = C(x2, m, x_b, m^): `images` moved by t, pasted on `backgrounds` where `shifted_mask` is 1; an exact
-    pixel copy. m is not needed: PRC only cuts, so that m^ of Eq. 7 lies inside the moved m.
+    pixel copy. m is not needed: PRC changes m inside the boxes alone, so m^ of Eq. 7 lies in the moved m.
 
     Args: images, backgrounds (B, 3, H, W); shifted_mask (B, 1, H, W); offset (B, 2) integer dx, dy."""
     return torch.where(shifted_mask > 0.5, shift_pixels(images, offset), backgrounds)

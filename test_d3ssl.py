@@ -81,9 +81,10 @@ def random_boxes(batch, k, size, low=20, seed=0):
 
 def command(*words, env=None, ok=True):
     """Run one of the project's scripts as a user does; returns the finished process, its output in one string.
-    One thread, as some run side by side. What hangs fails after half an hour."""
+    One thread, as some run side by side; no GPU, as forks cannot share one. What hangs fails after half an hour."""
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *map(str, words)], cwd=HERE, text=True, timeout=1800, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+                          stderr=subprocess.STDOUT, env={**os.environ, **alone, **(env or {})})
     assert not ok or done.returncode == 0, done.stdout
     return done
 
@@ -121,12 +122,13 @@ def forked(*calls):
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_was(request):
+def process_as_it_was(request, monkeypatch):
     """Tests may run in any order: each starts with the same random numbers, and what a script changes in its process,
     and leaves so since it ends, is put back. One thread, as in other processes: sums depend on the number."""
     torch.manual_seed(0)
-    if "bench" not in request.keywords:
+    if not {"bench", "gpu"} & set(request.keywords):
         torch.set_num_threads(1)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv, precision = sys.argv, torch.get_float32_matmul_precision()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
     yield
@@ -593,7 +595,7 @@ def test_proposals_after_a_kill_are_those_of_one_go(pictures, tmp_path, monkeypa
     assert data.proposals_state(images, go) == "ready"  # somebody else's are taken as they are
 
 
-def test_boxes_of_something_else_are_never_overwritten(pictures, tmp_path, monkeypatch):
+def test_boxes_of_something_else_are_never_overwritten(pictures, tmp_path):
     """Somebody's own without a whole settings.json, and ours of other images under the name that --proposals gives."""
     shutil.copytree(data.proposals_folder("folder", pictures), tmp_path / "boxes")
     before = (tmp_path / "boxes/boxes.npy").read_bytes()
@@ -605,6 +607,15 @@ def test_boxes_of_something_else_are_never_overwritten(pictures, tmp_path, monke
         with pytest.raises(UserError, match=f"boxes has other boxes .settings.json {reason}.: name another folder"):
             data.compute_proposals(data.open_images("folder", root), tmp_path / "boxes", workers=1)
     assert (tmp_path / "boxes/boxes.npy").read_bytes() == before
+
+
+def test_the_sheet_shows_images_that_have_proposals(pictures, tmp_path, capfd):
+    shutil.copytree(pictures, tmp_path / "root")
+    for i in range(60):
+        picture(tmp_path / f"root/without-{i}.png")
+    words = "--proposals", data.proposals_folder("folder", pictures), "--rows", 5, "--out", tmp_path / "views.png"
+    assert here("augment.py", "--data", "folder", "--root", tmp_path / "root", *words) == 0
+    assert "views.png: 5 images" in capfd.readouterr().out
 
 
 def test_progress_counts_what_this_run_did(monkeypatch, capsys):
@@ -851,8 +862,8 @@ def resnet_tiny(weights=None):
     return network
 
 
-arch = d3ssl.Config.__dataclass_fields__["arch"]
-arch.metadata = {**arch.metadata, "choices": (*arch.metadata["choices"], "resnet_tiny")}  # --arch takes it
+ARCH = d3ssl.Config.__dataclass_fields__["arch"]
+ARCH.metadata = {**ARCH.metadata, "choices": (*ARCH.metadata["choices"], "resnet_tiny")}  # --arch takes it
 
 
 def shrink(patch):
