@@ -9,7 +9,6 @@ A run writes last.pt, backbone.pth, config.json, metrics.jsonl and curves.png in
 """
 import argparse
 import fcntl
-import gc
 import inspect
 import json
 import math
@@ -745,11 +744,7 @@ def configure(given):
 
 
 def main():
-    code = train(*parse_config())
-    gc.collect()  # of CUDA graphs with NCCL's collectives, which destroy_process_group would wait for
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+    return train(*parse_config())
 
 
 if __name__ == "__main__":

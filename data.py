@@ -77,12 +77,12 @@ positive = partial(whole_number, least=1)
 
 def error_exit(main):
     """Run a command line, whose main returns an exit code or None, and exit. A UserError becomes one line and exit code
-    2, as does a loader's death; Ctrl-C, 130."""
+    2, as does a loader's death; Ctrl-C, 130. A rank of several is not wound up, its process just ends."""
     with suppress(AttributeError):  # of another object in the place of stdout
         # A path that is not UTF-8 must not end what prints it; a log shows each line at once.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
     except (KeyboardInterrupt, UserError, RuntimeError, ConnectionError, EOFError) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
         if code == 130:
@@ -106,10 +106,11 @@ def error_exit(main):
         if (os.environ.get("RANK") or "0") != "0":  # every rank fails alike: let the first one speak
             time.sleep(2)
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-        if (os.environ.get("WORLD_SIZE") or "1") != "1":  # an orderly exit waits for collectives of the other ranks
-            sys.stdout.flush()
-            os._exit(code)
-        sys.exit(code)
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
+        # An orderly exit waits for collectives of the other ranks, and torch 2.6's gloo can wait for itself.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager

@@ -43,7 +43,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
@@ -1128,10 +1127,7 @@ def parse_arguments(arguments=None):
 def main():
     args = parse_arguments()
     if args.transfer:
-        code = fine_tune(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return code
+        return fine_tune(args)
     if args.export:
         network, arch = load_from(args, args.ckpt[0])
         export(network, *args.export)
