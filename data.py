@@ -106,8 +106,7 @@ def error_exit(main):
         if (os.environ.get("RANK") or "0") != "0":  # every rank fails alike: let the first one speak
             time.sleep(2)
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    if (os.environ.get("WORLD_SIZE") or "1") != "1":
-        # An orderly exit waits for collectives of the other ranks, and torch 2.6's gloo can wait for itself.
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":  # an orderly exit waits for other ranks, and gloo for itself
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
