@@ -77,7 +77,7 @@ positive = partial(whole_number, least=1)
 
 def error_exit(main):
     """Run a command line, whose main returns an exit code or None, and exit. A UserError becomes one line and exit code
-    2, as does a loader's death; Ctrl-C, 130. A rank of several is not wound up, its process just ends."""
+    2, as does a loader's death; Ctrl-C, 130. Of several ranks each just ends its process."""
     with suppress(AttributeError):  # of another object in the place of stdout
         # A path that is not UTF-8 must not end what prints it; a log shows each line at once.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -106,7 +106,7 @@ def error_exit(main):
         if (os.environ.get("RANK") or "0") != "0":  # every rank fails alike: let the first one speak
             time.sleep(2)
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    if (os.environ.get("WORLD_SIZE") or "1") != "1":  # an orderly exit waits for other ranks, and gloo for itself
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":  # a normal exit may hang: on other ranks, in gloo (torch 2.6)
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
