@@ -1150,7 +1150,10 @@ def main():
         first, answers = answers is None, evaluate(model, bank, queries, args.k, args.workers, device)
         if first and args.neighbours:
             save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
-        return over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
+        measured = over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
+        knn, disturbed = measured["oknn_top1"].value, measured["disturbed_top1"].value
+        print(f"{source.path}: O-KNN top-1 {knn:.1f}, disturbed {disturbed:.1f}")  # the table comes after the last one
+        return measured
 
     results, files = measure_rows(rows, measure)
     labels, images = val.labels[answers.queries.numpy()], queries.image_of(answers.queries.numpy())

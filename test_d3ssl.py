@@ -2132,6 +2132,8 @@ def test_a_command_prints_and_writes_what_it_measured(script, options, images, t
     assert re.findall(r"(\S+) \[(\S+), (\S+)\]", printed) == cells([rows[2]["difference"]], "+", "", "_low", "_high")
     network, val = evaluate.load_backbone(tmp_path / "1.pth")[0], opened("scenes", None, "val")
     if script == "evaluate.py":
+        assert re.findall(r"(.+): O-KNN top-1 (.+), disturbed (.+)", printed) == [
+            (file["path"], f"{file['oknn_top1']:.1f}", f"{file['disturbed_top1']:.1f}") for file in content["files"]]
         bank = evaluate.Objects(opened("scenes", None, "train"), 64, 2, 12)
         model, queries = evaluate.ObjectFeatures(network, "roi", 6), evaluate.Objects(val, 64, None, 12)
         expected = dict(zip(measures, evaluate.evaluate(model, bank, queries, 5).points.mean(1)))
