@@ -1152,7 +1152,8 @@ def main():
             save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
         measured = over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
         knn, disturbed = measured["oknn_top1"].value, measured["disturbed_top1"].value
-        print(f"{source.path}: O-KNN top-1 {knn:.1f}, disturbed {disturbed:.1f}")  # the table comes after the last one
+        name = source.path + (":teacher" if source.teacher else "")
+        print(f"{name}: O-KNN top-1 {knn:.1f}, disturbed {disturbed:.1f}")  # the table comes after the last one
         return measured
 
     results, files = measure_rows(rows, measure)
