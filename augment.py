@@ -258,7 +258,7 @@ def to_float(pixels):
 
 
 def normalise(images):
-    """[0, 1] RGB (B, 3, H, W) -> zero mean, unit variance a channel."""
+    """[0, 1] RGB (B, 3, H, W) -> zero mean, unit variance per channel."""
     mean, std = (constant(values, images.device).view(3, 1, 1) for values in (MEAN, STD))
     return (images - mean) / std
 

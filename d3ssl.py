@@ -48,7 +48,7 @@ class Config:
     """Every setting of a run and its flag. The defaults are COCO's; QUICK, COSINE, the command line override them."""
     data: str = setting("scenes", "preset and data set", ("scenes", "coco", "folder", "voc", "openimages-mini"))
     root: str = setting(None, "folder of the data set; default data/DATA")
-    proposals: str = setting(None, "folder of the proposals; default: below the root")
+    proposals: str = setting(None, "folder of the proposals, made if missing; default: below the root")
     out: str = setting(None, "folder that the run writes; default runs/DATA")
     arch: str = setting("resnet50", "architecture; section 4", ("resnet18", "resnet34", "resnet50", "resnet101"))
     size: int = setting(224, "side of views 1 and 2 in pixels, view 2s has half; section 4")
@@ -84,7 +84,7 @@ class Config:
     workers: int = setting(8, "processes per rank that load images, at most the usable cores")
     seed: int = setting(0, "seed of the initialisation, the order of the data and the augmentations")
     max_steps: int = setting(None, "stop the schedule early, after so many steps")
-    snapshots: bool = setting(False, "keep backbone-IMAGES.pth at powers of two of images seen")
+    snapshots: bool = setting(False, "keep backbone-IMAGES.pth at 0, 512, 1024, 2048, ... images seen")
 
 
 # Not in the paper: sized so that a laptop's CPU sees learning in minutes. Within 8,192 images SGD does not learn; with
@@ -297,8 +297,9 @@ class LARS(torch.optim.Optimizer):
                     step = step.add(p, alpha=group["weight_decay"])
                     trust = group["trust"] * p.norm() / step.norm()
                     step = step * torch.where(torch.isfinite(trust) & (trust > 0), trust, 1.0)
-                velocity = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                p.sub_(velocity.mul_(group["momentum"]).add_(step), alpha=group["lr"])
+                velocity = self.state[p].get("momentum_buffer", 0) * group["momentum"] + step
+                self.state[p]["momentum_buffer"] = velocity
+                p.sub_(velocity, alpha=group["lr"])
 
 
 def make_optimizer(config, model):
@@ -434,12 +435,16 @@ def lock_folder(out):
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         file = open(Path(out) / ".lock", "w")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loading processes
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loading processes
+        except BlockingIOError:
+            raise UserError(f"another run writes into {out}: name another --out") from None
+        except OSError:
+            print(f"{out} is on a file system without locks: do not start a second run there")
         for unfinished in Path(out).glob("*.pt*.*.tmp"):  # of a run that was killed while it saved
             unfinished.unlink()
     except OSError as error:
-        why = "another run uses it" if isinstance(error, BlockingIOError) else error.strerror
-        raise UserError(f"cannot write into {out} ({why}): name another --out") from None
+        raise UserError(f"cannot write into {out} ({error.strerror}): name another --out") from None
     return file
 
 
@@ -552,7 +557,7 @@ def train(config, resume="auto"):
     if config.data == "scenes":
         images.keep()
     dataset = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
-    if is_main and len(dataset) < len(images):
+    if len(dataset) < len(images):
         print(f"{len(images) - len(dataset):,} of {len(images):,} images have no proposals: left out")
     if len(dataset) < config.batch_size:
         raise UserError(f"{images.root} has {len(dataset):,} usable images: lower --batch-size {config.batch_size}")
@@ -562,11 +567,11 @@ def train(config, resume="auto"):
 
     def batches(first, last):
         schedule = Schedule(len(dataset), config.batch_size, config.seed, first, last, rank, world_size)
-        return make_loader(dataset, schedule, workers, pin=device.type == "cuda")
+        return make_loader(dataset, schedule, workers, pin=torch.cuda.is_available())
 
     # The longer the queue, the more of an image's own earlier features are among its negatives.
     queue = min(config.queue, 2 * config.boxes * config.batch_size * steps_per_epoch // 4)
-    if is_main and queue < config.queue:
+    if queue < config.queue:
         print(f"--queue {config.queue:,} is cut to {queue:,}, a quarter of what an epoch enqueues")
     config = replace(config, queue=queue)
 
@@ -578,10 +583,9 @@ def train(config, resume="auto"):
     device = connect(world_size, local_rank)
     if config.cuda_graph and device.type != "cuda":
         raise UserError("--cuda-graph needs a GPU: leave it out")
-    agree(out, step=step, images=len(dataset), last_step=last_step, settings=settings)
+    agree(out, step=step, images=len(dataset), last_step=last_step, **settings)
     if step >= last_step:
-        if is_main:
-            print(f"{out}/last.pt is finished at step {step:,} of {last_step:,}; more --epochs need another --out")
+        print(f"{out}/last.pt has done {step:,} of {total_steps:,} steps; a longer schedule needs another --out")
         return 0
 
     # Model and optimiser.
@@ -593,8 +597,8 @@ def train(config, resume="auto"):
     parallel_model = data_parallel(model, world_size, example)
     optimizer = make_optimizer(config, model)
     if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        model.load_state_dict(saved.pop("model"))
+        optimizer.load_state_dict(saved.pop("optimizer"))
 
     # Files.
     def save_backbone(name, statistics):
@@ -617,25 +621,25 @@ def train(config, resume="auto"):
         if config.snapshots and (step == 0 or passed):  # on all ranks, for SyncBatchNorm
             save_backbone(f"backbone-{images}.pth", clean_statistics(model, dataset, device, workers))
 
+    print(f"{config.arch} on {len(dataset):,} images of {config.data}, {config.regions}, {world_size} x "
+          f"{device.type}, {'bfloat16' if amp else 'float32'}, steps {step:,} to {last_step:,} of {total_steps:,}")
     if is_main:
-        print(f"{config.arch} on {len(dataset):,} images of {config.data}, {config.regions}, {world_size} x "
-              f"{device.type}, {'bfloat16' if amp else 'float32'}, steps {step:,} to {last_step:,} of {total_steps:,}")
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
-        folder = str(Path(__file__).parent)
-        commit = subprocess.getoutput(f"git -C {folder!r} describe --always --dirty 2>/dev/null") or None
+        folder = shlex.quote(str(Path(__file__).parent))
+        commit = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null") or None
         write_json(out / "config.json", dict(config=asdict(config), command=sys.argv, commit=commit, python=sys.version,
                                              **versions))
         lines = open(out / "metrics.jsonl").readlines() if step and (out / "metrics.jsonl").exists() else []
-        metrics = open(out / "metrics.jsonl", "w", buffering=1)  # without what came after the checkpoint
-        metrics.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
+        with atomic(out / "metrics.jsonl", "w") as file:  # without what came after the checkpoint
+            file.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
+        metrics = open(out / "metrics.jsonl", "a", buffering=1)
     signals = stop_on_signal()
 
     # Fill the queue. MoCo's random unit vectors are trivial negatives: loss and accuracy would begin at values that
     # mean nothing. The batches that fill it would come after the full schedule: training never sees them.
     if step == 0:
         fill_steps = math.ceil(config.queue / (2 * config.batch_size * config.boxes))
-        if is_main:
-            print(f"filling the queue with {config.queue:,} teacher features of {fill_steps} batches")
+        print(f"filling the queue with {config.queue:,} teacher features of {fill_steps} batches")
         for i, batch in enumerate(batches(total_steps, total_steps + fill_steps), total_steps):
             views = load_views(batch, config, i, rank, device)
             model.queue.enqueue(torch.cat(model.teacher_forward(views)))
@@ -658,23 +662,22 @@ def train(config, resume="auto"):
             losses = torch.tensor([state["losses"] for state in states], dtype=torch.double).mean(0)
             stop = step < last_step and max(state["stop"] for state in states)
             ensure_finite([losses], step, out)
+            elapsed = time.perf_counter() - logged
+            row = dict(step=step, images=step * config.batch_size, epoch=step / steps_per_epoch,
+                       **dict(zip(Output._fields, losses.tolist())), lr=optimizer.param_groups[0]["lr"],
+                       images_per_second=steps * config.batch_size / elapsed, wait=waited / elapsed)
             if is_main:
-                elapsed = time.perf_counter() - logged
-                row = dict(step=step, images=step * config.batch_size, epoch=step / steps_per_epoch,
-                           **dict(zip(Output._fields, losses.tolist())), lr=optimizer.param_groups[0]["lr"],
-                           images_per_second=steps * config.batch_size / elapsed, wait=waited / elapsed)
                 metrics.write(json.dumps(row) + "\n")
-                left = duration((last_step - step) * elapsed / steps)
-                print(f"step {step:,}/{last_step:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} = "
-                      f"dc {row['loss_dc']:.3f} + dp {row['loss_dp']:.3f}  accuracy {row['accuracy']:.3f}  "
-                      f"{row['images_per_second']:.1f} images/s, {row['wait']:.0%} waiting for data  {left} left")
+            left = duration((last_step - step) * elapsed / steps)
+            print(f"step {step:,}/{last_step:,}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} = "
+                  f"dc {row['loss_dc']:.3f} + dp {row['loss_dp']:.3f}  accuracy {row['accuracy']:.3f}  "
+                  f"{row['images_per_second']:.1f} images/s, {row['wait']:.0%} waiting for data  {left} left")
             if step < last_step and (stop or any(state["save"] for state in states)):
                 save()
                 saved_at = time.perf_counter()
             if stop:
-                if is_main:
-                    print(f"stopped by {signal.Signals(stop).name} at step {step:,} of {last_step:,} and saved: run "
-                          "the same command again to resume")
+                print(f"stopped by {signal.Signals(stop).name} at step {step:,} of {last_step:,} and saved: run the "
+                      "same command again to resume")
                 return 128 + stop
             sums, steps, waited, logged = torch.zeros_like(sums), 0, 0.0, time.perf_counter()
         end = time.perf_counter()
@@ -682,10 +685,10 @@ def train(config, resume="auto"):
     save(clean_statistics(model, dataset, device, workers))
     if is_main:
         draw_curves(out)
-        what = "done" if step == total_steps else f"stopped at --max-steps {step:,} of {total_steps:,}"
-        data = ("coco", "LABELLED_IMAGES") if config.data == "folder" else (config.data, config.root)
-        words = ["evaluate.py", "--ckpt", f"{out}/last.pt", "random", "--data", data[0], "--root", data[1]]
-        print(f"{what} in {duration(time.perf_counter() - began)}, see {out}\nnext: python {shlex.join(words)}")
+    what = "done" if step == total_steps else f"stopped at --max-steps {step:,} of {total_steps:,}"
+    data = ("coco", "LABELLED_IMAGES") if config.data == "folder" else (config.data, config.root)
+    words = ["evaluate.py", "--ckpt", f"{out}/last.pt", "random", "--data", data[0], "--root", data[1]]
+    print(f"{what} in {duration(time.perf_counter() - began)}, see {out}\nnext: python {shlex.join(words)}")
     return 0
 
 
@@ -728,6 +731,8 @@ def configure(given):
         if given.get("augs") or given.get("dp"):
             raise UserError(f"--regions {given['regions']} implies --augs none --no-dp: these need proposals")
         config = replace(config, augs=(), dp=False)
+    if "lr" not in given and given.get("optimizer", config.optimizer) != config.optimizer:
+        raise UserError(f"--optimizer {given['optimizer']} needs an --lr: the default is {config.optimizer}'s")
     config = replace(config, **given)
     if config.regions == "image":  # the whole view, drawn once
         config = replace(config, boxes=1)

@@ -47,6 +47,7 @@ from PIL import Image
 cv2.setNumThreads(1)  # processes are our parallelism, and OpenCV's own threads do not survive a fork
 multiprocessing.set_forkserver_preload(["cv2", "torch"])  # Python 3.14's way: loaded once, not by every process
 
+FIRST_RANK = (os.environ.get("LOCAL_RANK") or "0") == "0"  # of torchrun's on this machine; or the only process
 # What OpenCV reads.
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .avif .tif .tiff .gif .jp2 .j2k .ppm .pgm .pbm .pnm".split())
 
@@ -65,11 +66,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text, least=0):
-    """The type of a flag that counts. Raises argparse.ArgumentTypeError below `least`."""
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-    return value
+    """The type of a flag that counts. Raises argparse.ArgumentTypeError for anything else, and below `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+    return int(text)
 
 
 positive = partial(whole_number, least=1)
@@ -77,7 +77,10 @@ positive = partial(whole_number, least=1)
 
 def error_exit(main):
     """Run a command line, whose main returns an exit code or None, and exit. A UserError becomes one line and exit code
-    2, as does a loader's death; Ctrl-C, 130. Of several ranks each just ends its process."""
+    2, as does a loader's death; Ctrl-C, 130. Of several ranks each just ends its process, and the first one of each
+    machine prints."""
+    if not FIRST_RANK:
+        sys.stdout = open(os.devnull, "w")
     with suppress(AttributeError):  # of another object in the place of stdout
         # A path that is not UTF-8 must not end what prints it; a log shows each line at once.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -116,7 +119,7 @@ def error_exit(main):
 def atomic(path, mode="wb"):
     """Open a file that appears at `path` complete or not at all. Raises UserError if it cannot be written."""
     path = Path(path)
-    tmp = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    tmp = path.parent / f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -165,7 +168,7 @@ class Faults(dict):
 
     def report(self, valid, what="valid box"):
         """One line per kind. Raises UserError if nothing `valid` is left."""
-        for kind, (count, first) in self.items():
+        for kind, (count, first) in self.items() if FIRST_RANK else ():
             print(f"left out, {kind}: {count:,} in {self.path}, the first: {first}", file=sys.stderr)
         if not valid:
             raise UserError(f"{self.path} contains no {what}: {', '.join(self) or 'it is empty'}")
@@ -184,15 +187,15 @@ def rng(use, *key):
 # -------------------------------------------------------------------------------------------------------------- images
 
 def read_image(path):
-    """(H, W, 3) uint8 RGB as a viewer shows the file: EXIF rotation applied; grey, CMYK and 16-bit converted. Raises
-    OSError if it cannot be read, or its numbers are floats, whose black and white nobody knows."""
+    """(H, W, 3) uint8 RGB as a viewer shows the file: EXIF rotation applied; grey, CMYK and 16-bit converted; without
+    transparency. Raises OSError if it cannot be read, or its numbers are floats, whose black and white nobody knows."""
     if not os.path.isfile(path):  # a pipe would wait for ever
         raise OSError(f"{path} is not a file")
-    content, image = np.fromfile(path, np.uint8), None
+    content, image, rgb = np.fromfile(path, np.uint8), None, cv2.IMREAD_COLOR_RGB  # missing before OpenCV 4.12
     with suppress(cv2.error, AttributeError):  # no bytes, a size that OpenCV refuses; a damaged TIFF is None
         tiff = content[:4].tobytes() in (b"II*\0", b"MM\0*")
         if not tiff or cv2.imdecode(content, cv2.IMREAD_UNCHANGED).dtype in (np.uint8, np.uint16):
-            image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
+            image = cv2.imdecode(content, rgb)
     if image is None:
         raise OSError(f"{path} is no image that OpenCV reads, or one of floats: convert it to 8 bits")
     return image
@@ -238,10 +241,10 @@ def list_images(root):
                 suffix = os.path.splitext(name)[1].lower()
                 if name[0] == "." or (run and name == "curves.png"):
                     continue
-                if suffix in SUFFIXES and len(below.splitlines()) == 1:
+                if suffix in SUFFIXES and len(os.fsencode(below).splitlines()) == 1:
                     images.append(below)
                 else:
-                    others.add(f"not called as an image: *{suffix}", repr(below))
+                    others.add(f"suffix of no image: *{suffix}", repr(below))
     others.report(images, "image")
     return sorted(images)
 
@@ -372,7 +375,10 @@ def _object(random, label, x, y, side):
 
 
 def write_scenes(out, number, seed=0):
-    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks."""
+    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks. Raises UserError
+    if there are annotations already, which may be somebody's COCO."""
+    if (Path(out) / "annotations").exists():
+        raise UserError(f"{out} has annotations already: name another --out, or delete it")
     coder, categories = mask_coder(), [{"id": i, "name": name} for i, name in enumerate(SCENE_CATEGORIES, 1)]
     for split, count in (("train", number), ("val", max(1, number // 4))):
         scenes, images, annotations = Scenes(split, number=count, seed=seed), [], []
@@ -590,8 +596,8 @@ def read_json(path, hook=None):
 
 
 def read_list(path, folder, strict=False):
-    """Sorted names of the images in `folder` that a text list names, without suffix or folder, one a line; absent ones
-    are counted. Raises UserError if the list is missing or no image is left or, if it is strict, one is absent."""
+    """Sorted names of the images in `folder` that a text list names, one per line, without suffix or folder; absent
+    ones are counted. Raises UserError if the list is missing or no image is left or, if it is strict, one is absent."""
     names, faults = set(), Faults(path, strict)
     for number, line in enumerate(read_file(path).decode("utf-8-sig", "replace").splitlines(), 1):
         name = line.strip().rpartition("/")[2] + ".jpg"
@@ -609,7 +615,7 @@ def voc_images(root, split, strict=False):
     UserError without such a list."""
     base = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
     if (base / "VOC2007/ImageSets/Main/test.txt").exists():
-        split = {"train": "trainval", "val": "test"}[split]
+        split = {"train": "trainval", "val": "test"}.get(split, split)
     lists = sorted(base.glob(f"VOC2{'007' if split == 'test' else '*'}/ImageSets/Main/{split}.txt"))
     if not lists:
         raise UserError(f"{base} has no VOC2007/ImageSets/Main/{split}.txt: download it (README, section Data), --root")
@@ -1120,6 +1126,8 @@ def main():
         batch = "" if args.n >= 256 else f" --batch-size {max(2, args.n)}"  # d3ssl.py's default is 256
         print(f"next: python d3ssl.py --data coco --root {shlex.quote(args.out)}{batch}")
     elif args.command == "proposals":
+        if args.split and args.data == "folder":
+            raise UserError("--data folder has no splits: leave --split out, or name another --root")
         folder = args.proposals or proposals_folder(args.data, args.root, args.split)
         compute_proposals(open_images(args.data, args.root, args.split), folder, args.workers)
     elif args.command == "openimages-mini":

@@ -883,7 +883,7 @@ def fine_tune(args):
     saved = load_checkpoint(out / "last.pt", settings, world_size) if args.resume == "auto" else None
     step = saved["step"] if saved else 0
     device = connect(world_size, local_rank)
-    agree(out, step=step, settings=settings)
+    agree(out, step=step, **settings)
 
     # Model and optimiser.
     torch.manual_seed(c.seed)
@@ -913,9 +913,8 @@ def fine_tune(args):
                                          "step": step, "model": model.state_dict(), **more})
 
     # The loop.
-    if is_main:
-        print(f"{c.arch}-C4 of {c.ckpt}, {'boxes and masks' if masks else 'boxes'} of {len(trained.index):,} images of "
-              f"{c.root}, {world_size} x {device.type}, steps {step:,} to {c.steps:,}")
+    print(f"{c.arch}-C4 of {c.ckpt}, {'boxes and masks' if masks else 'boxes'} of {len(trained.index):,} images of "
+          f"{c.root}, {world_size} x {device.type}, steps {step:,} to {c.steps:,}")
     signals, first, began = stop_on_signal(), step, time.perf_counter()
     parallel_model.train()
     for images, targets in batches(step, c.steps):
@@ -931,16 +930,14 @@ def fine_tune(args):
             states = gather_objects(([loss.item() for loss in losses.values()], max(signals, default=0)))
             means, stop = np.mean([values for values, _ in states], 0), max(number for _, number in states)
             ensure_finite([torch.from_numpy(means)], step, out)
-            if is_main:
-                rate = (step - first) * c.batch_size / (time.perf_counter() - began)
-                parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(losses, means))
-                print(f"step {step:,}/{c.steps:,}  loss {means.sum():.3f}  {parts}  {rate:.1f} images/s  "
-                      f"{duration((c.steps - step) * c.batch_size / rate)} left")
+            rate = (step - first) * c.batch_size / (time.perf_counter() - began)
+            parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in zip(losses, means))
+            print(f"step {step:,}/{c.steps:,}  loss {means.sum():.3f}  {parts}  {rate:.1f} images/s  "
+                  f"{duration((c.steps - step) * c.batch_size / rate)} left")
             if stop or step == c.steps or step == 20 or step % 500 == 0:
                 save("last.pt", optimizer=optimizer.state_dict())
             if stop:
-                if is_main:
-                    print(f"stopped and saved {out}/last.pt: run the same command again to resume")
+                print(f"stopped and saved {out}/last.pt: run the same command again to resume")
                 gather_objects(step)  # torchrun ends all ranks after the first: none leaves before the save
                 return 128 + stop
 
@@ -956,8 +953,7 @@ def fine_tune(args):
             boxes, scores, labels = (output[key].cpu().numpy() for key in ("boxes", "scores", "labels"))
             rles = run_lengths(output["masks"][:, 0].cpu().numpy() >= 0.5) if masks else []
             detections.append((i, boxes, labels - 1, scores, rles))
-            if is_main:  # the other ranks are about as far
-                progress.update(min(len(detections) * world_size, len(tested)))
+            progress.update(min(len(detections) * world_size, len(tested)))  # the other ranks are about as far
     detections = sorted(sum(gather_objects(detections), []), key=lambda one: one[0])
     if is_main:
         measure, kinds = voc_ap if c.task == "voc" else coco_ap, ["box", "mask"] if masks and val.mask else ["box"]
