@@ -94,7 +94,7 @@ def error_exit(main):
         elif isinstance(error, UserError):  # one from a loading process comes with its traceback and a line break
             message = str(error).rpartition("UserError: ")[2].strip().replace("\n", " ")
         elif isinstance(error, torch.OutOfMemoryError):
-            message = "a batch does not fit the GPU's memory: lower --batch-size, or use more GPUs"
+            message = "a batch does not fit the GPU's memory: lower --batch-size (O-KNN: --size), or use more GPUs"
         elif isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print must not raise again
             message = "the output was closed, as `| head` does"

@@ -8,9 +8,10 @@ detection and segmentation (section 5.2, Tables 1 and 3); export.
     python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                or torchvision: a state dict
 
 O-KNN: the bank holds --objects objects of each train image; every object of the val split is a query, and its k nearest
-in the bank vote for their categories with weight exp(cos / 0.07). Disturbed: all that lies outside the boxes of these
-objects is replaced by another image. --head map: RoIAlign 7x7 on the C5 map of the image, averaged: the paper's words.
---head roi: C5 on RoIs of C4, as region-level methods train; for scenes, whose C5 map has only 4 x 4 cells.
+in the bank vote for their categories with weight exp(cos / 0.07). Crowds, VOC's difficult objects and OpenImages'
+groups are neither. Disturbed: all that lies outside the boxes of these objects is replaced by another image.
+--head map: RoIAlign 7x7 on the C5 map of the image, averaged: the paper's words. --head roi: C5 on RoIs of C4, as
+region-level methods train; for scenes, whose C5 map has only 4 x 4 cells.
 
 A row of the table is one network, or NAME=GLOB, the mean over its files. +- is one standard error, over the files of a
 row or, if that is one network, over images. Differences from the first row are paired: file by file, in the order of
@@ -18,7 +19,6 @@ their names; of single networks, image by image.
 """
 import argparse
 import glob
-import hashlib
 import io
 import json
 import math
@@ -30,6 +30,7 @@ import signal
 import struct
 import sys
 import time
+import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -91,7 +92,8 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
         blocks = [len({key.split(".")[1] for key in weights if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
         arch = ARCHITECTURES.get(("layer1.0.conv3.weight" in weights, *blocks))
         if arch is None:
-            raise UserError(f"has {blocks} blocks in its stages, as none of {', '.join(ARCHITECTURES.values())}")
+            kind = "bottleneck" if "layer1.0.conv3.weight" in weights else "basic"
+            raise UserError(f"has {blocks} {kind} blocks in its stages, as none of {', '.join(ARCHITECTURES.values())}")
         if "d3ssl" in saved and saved.get("clean"):
             weights.update(flatten(saved["clean"]["teacher" if "teacher" in prefix else "student"]))
         network = build(arch, seed)
@@ -192,7 +194,10 @@ class StandIn(dict):
         self.name, self.arguments, self.state = name, arguments, None
 
     def __call__(self, *arguments):
-        return StandIn(self.name, arguments)
+        made = StandIn(self.name, arguments)
+        if self.name == "OrderedDict":  # of Python 2: made of pairs
+            made.update(*arguments)
+        return made
 
     def __setstate__(self, state):
         self.state = state
@@ -228,8 +233,8 @@ class Unpickler(pickle._Unpickler):  # the one in Python: C's fills memory for o
         super().__init__(file, encoding="latin1")
         self.storages, self.steps = storages, 0
 
-    def find_class(self, module, name):  # protocol 2 has bytes as _codecs.encode(text, "latin1")
-        return StandIn(name) if module != "_codecs" else lambda text, _: text.encode("latin1")
+    def find_class(self, module, name):
+        return StandIn(name)
 
     def persistent_load(self, saved):  # ("storage", class, key, device, length, view of another storage)
         storage = self.storages[saved[2]]
@@ -238,6 +243,7 @@ class Unpickler(pickle._Unpickler):  # the one in Python: C's fills memory for o
 
 
 ARRAYS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_reconstruct", "_frombuffer")  # functions of torch and numpy
+warnings.filterwarnings("ignore", ".*not writable")  # arrays of a file, which are read alone, and not copied
 
 # In torchvision's words: wrappers' names are left out; a C4 detector's fourth stage, in its head; Hugging Face's
 # (transformers, modeling_resnet.py); detectron2's; the numbers of nn.Sequential(*children), as lightly keeps it.
@@ -274,7 +280,7 @@ def flatten(tree, prefix="", seen=None):
         for key, value in entries:
             if key in ("", "_modules", "_parameters", "_buffers"):  # of a module that was saved with its class
                 yield from flatten(value, prefix, seen)
-            elif isinstance(key, (str, int)) and len(prefix) < 1000:
+            elif isinstance(key, (str, int)) and len(prefix) + len(str(key)) < 1000:
                 yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), seen)
 
 
@@ -284,10 +290,14 @@ def as_tensor(leaf):
         return leaf
     name, given = leaf.name, leaf.arguments
     if name in ("_reconstruct", "_frombuffer"):  # of numpy: floats, integers or bools
-        content, dtype, shape, order = given if name == "_frombuffer" else [leaf.state[i] for i in (4, 2, 1, 3)]
+        content, dtype, shape, order, *axes = given if name == "_frombuffer" else [leaf.state[i] for i in (4, 2, 1, 3)]
+        if isinstance(content, StandIn):  # protocol 2 has bytes as _codecs.encode(text, "latin1")
+            content = content.arguments[0].encode("latin1")
         kind = re.fullmatch("[<>|]([fiu][1248]|b1)", dtype.state[1] + dtype.arguments[0])
         values = np.frombuffer(content, kind[0]).reshape(shape, order="F" if order in ("F", True) else "C")
-        return torch.from_numpy(values.astype(kind[1]))
+        if axes:  # neither C's nor Fortran's order
+            values = values.transpose(axes[0])
+        return torch.from_numpy(values.astype(kind[1], copy=False))
     storage, offset, size, stride = given[:4]
     numbers = torch.frombuffer(storage.content, dtype=storage.dtype)
     if math.prod(size) > len(numbers):
@@ -312,9 +322,11 @@ def choose(leaves, teacher, prefix):
         one, two = resnets[fits[0]], resnets[name]
         if one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one):
             fits.remove(name)
+    if not resnets:
+        raise UserError("holds no ResNet by the names of torchvision, timm, Hugging Face or detectron2")
     if len(fits) != 1:
-        listing = ", ".join(name or "''" for name in resnets) or "layer1 to layer4 under no prefix"
-        raise UserError(f"holds {len(fits)} ResNets that are asked for, of {listing}: name FILE:PREFIX or FILE:teacher")
+        prefixes = ", ".join(name or "''" for name in resnets)
+        raise UserError(f"has {len(fits)} of the ResNets asked for, of {prefixes}: name FILE:PREFIX or FILE:teacher")
     return fits[0], resnets[fits[0]]
 
 
@@ -345,6 +357,11 @@ class Source:
     seed: int = 0                # of random's weights
     bins: int = None             # side of RoIAlign's output on C4, as it was trained: for --head roi
     statistics: str = "saved"    # of batch norm: saved, clean (estimated here), clean (training run) or none
+
+    @property
+    def name(self):
+        part = "teacher" if self.teacher else self.prefix
+        return self.path if part is None else f"{self.path}:{part}"
 
     def load(self):
         return load_backbone(self.path, self.arch, self.teacher, self.prefix, self.seed)
@@ -401,18 +418,17 @@ def load_source(source, head, clean_batches, device):
     return network
 
 
-def load_from(args, entry):
-    """load_backbone of one --ckpt, by the arguments of the command line."""
-    _, (source, *others) = parse_entry(entry, args)
+def load_one(args):
+    """load_backbone of the only --ckpt."""
+    _, (source, *others) = parse_entry(args.ckpt[0], args)
     if others:
-        raise UserError(f"--ckpt {entry}: {1 + len(others)} files, name one")
+        raise UserError(f"--ckpt {args.ckpt[0]}: {1 + len(others)} files, name one")
     return source.load()
 
 
 def digest(network):
     """A hash of a network's weights and buffers, 16 hexadecimal digits."""
-    content = (key.encode() + value.cpu().numpy().tobytes() for key, value in sorted(network.state_dict().items()))
-    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+    return listing([key.encode() + value.numpy().tobytes() for key, value in sorted(network.state_dict().items())])
 
 
 class Estimate(NamedTuple):
@@ -688,16 +704,16 @@ class Transfer:
     root: str
     ckpt: str
     arch: str                   # of the backbone; section 5.2: resnet50
-    steps: int                  # moco: 24 k (VOC); d2: 90 k, the "1x schedule" of section 5.2 (COCO)
-    drops: list                 # steps at which the learning rate drops to a tenth; moco and d2's 1x
+    steps: int                  # SOLVER.MAX_ITER; moco: 24 k (VOC); d2: 90 k, the "1x schedule" of section 5.2 (COCO)
+    drops: list                 # SOLVER.STEPS, at which the learning rate drops to a tenth; moco and d2's 1x
     warmup: float               # steps of linear warm-up from a thousandth; moco: 100 (VOC), d2: 1,000 (COCO)
     sides: list                 # short sides drawn in training, in pixels; moco; the last, 800, is the test's
     long_side: int              # at most, 5/3 of the short one; d2: 1,333
     batch_size: int = 16        # of all ranks together; moco
-    lr: float = 0.02            # for 16 images; moco
+    lr: float = 0.02            # the default is for 16 images, here it is scaled by the batch; moco
     momentum: float = 0.9       # d2
     weight_decay: float = 1e-4  # d2; norms have none
-    rois: int = 512             # boxes per image that train the RoI head, at most a quarter of them objects; d2
+    rois: int = 512             # d2's BATCH_SIZE_PER_IMAGE: boxes that train the RoI head, a quarter of them objects
     precise: int = 200          # batches of precise batch norm before the test; d2 (ours: at most a tenth of the steps)
     seed: int = 0
     limit_images: int = None
@@ -762,7 +778,10 @@ class C4Heads(RoIHeads):
     def forward(self, features, proposals, image_shapes, targets=None):
         """torchvision's interface: C4, B lists of boxes -> detections (in test), losses (in training)."""
         if not self.training:
-            return super().forward(features, proposals, image_shapes)
+            detections, losses = super().forward(features, proposals, image_shapes)
+            for one in detections:  # torchvision would paste "masks" into whole pixels: see `paste`
+                one["mask"] = one.pop("masks", None)
+            return detections, losses
         boxes, matched, label_lists, offsets = self.select_training_samples(proposals, targets)
         maps, labels = self.regions(features, boxes), torch.cat(label_lists)
         objects = torch.where(labels > 0)[0]
@@ -860,7 +879,7 @@ def fine_tune(args):
     rank, world_size, local_rank, local_world_size = torchrun_ranks()
     is_main, workers = rank == 0, min(args.workers, max(1, usable_cores() // local_world_size))
     torch.set_float32_matmul_precision("high")
-    network, arch = load_from(args, args.ckpt[0])
+    network, arch = load_one(args)
     c, name = transfer_config(args, arch), re.sub(r"[^\w.]+", "-", args.ckpt[0].removeprefix("runs/"))
     out = Path(args.out or f"runs/{c.task}-{name}")
     lock = lock_folder(out) if is_main else None  # noqa: F841: held until the end
@@ -949,9 +968,10 @@ def fine_tune(args):
     detections, progress = [], Progress("test", len(tested))
     with torch.inference_mode():
         for i in tested[rank::world_size]:
-            output = model([read_whole(val, i).to(device).float() / 255])[0]
+            image = read_whole(val, i).to(device)
+            output = model([image.float() / 255])[0]
             boxes, scores, labels = (output[key].cpu().numpy() for key in ("boxes", "scores", "labels"))
-            rles = run_lengths(output["masks"][:, 0].cpu().numpy() >= 0.5) if masks else []
+            rles = run_lengths(paste(output["mask"], output["boxes"], *image.shape[1:]).numpy()) if masks else []
             detections.append((i, boxes, labels - 1, scores, rles))
             progress.update(min(len(detections) * world_size, len(tested)))  # the other ranks are about as far
     detections = sorted(sum(gather_objects(detections), []), key=lambda one: one[0])
@@ -998,6 +1018,16 @@ def voc_ap(labelled, index, detections, kind="box"):
         recall, precision = hits / objects[label], hits / np.arange(1, len(hits) + 1)
         table[label, t] = np.mean([precision[recall >= r].max(initial=0.0) for r in np.arange(0, 1.1, 0.1)])
     return average_precision(table)
+
+
+def paste(masks, boxes, height, width):
+    """(n, H, W) bool on the CPU: masks (n, 1, 14, 14) stretched over their boxes (n, 4), interpolated at the centres of
+    the image's pixels and cut at 0.5, as in detectron2."""
+    x1, y1, x2, y2 = boxes.T[..., None]
+    x = 2 * (torch.arange(width, device=boxes.device) + 0.5 - x1) / (x2 - x1) - 1
+    y = 2 * (torch.arange(height, device=boxes.device) + 0.5 - y1) / (y2 - y1) - 1
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3)
+    return (F.grid_sample(masks, grid, align_corners=False)[:, 0] >= 0.5).cpu()
 
 
 def run_lengths(masks):
@@ -1103,7 +1133,7 @@ def parse_arguments(arguments=None):
     add("--resume", choices=("auto", "never"), default="auto", help="whether to resume OUT/last.pt (default: auto)")
     add("--batch-size", type=positive, default=Transfer.batch_size, help="of all ranks together (default: 16, MoCo's)")
     add("--steps", type=positive, help="length of the schedule; drops and warm-up stay in proportion (default: MoCo's)")
-    add("--short-side", type=positive, help="one for training and test (default: MoCo's 480-800, coco 640-800; 800)")
+    add("--short-side", type=positive, help="of training and test (default: MoCo's 480-800, coco 640-800; test 800)")
     add("--lr", type=float, default=Transfer.lr, help="learning rate for 16 images (default: 0.02, MoCo's)")
     add("--rois", type=positive, default=Transfer.rois, help="boxes per image that train the RoI head (default: 512)")
     args = parser.parse_args(arguments)
@@ -1125,7 +1155,7 @@ def main():
     if args.transfer:
         return fine_tune(args)
     if args.export:
-        network, arch = load_from(args, args.ckpt[0])
+        network, arch = load_one(args)
         export(network, *args.export)
         return print(f"wrote {args.export[1]}: {arch} of {args.ckpt[0]} for {args.export[0]}")
     rows = open_rows(args)
@@ -1148,8 +1178,7 @@ def main():
             save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
         measured = over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
         knn, disturbed = measured["oknn_top1"].value, measured["disturbed_top1"].value
-        name = source.path + (":teacher" if source.teacher else "")
-        print(f"{name}: O-KNN top-1 {knn:.1f}, disturbed {disturbed:.1f}")  # the table comes after the last one
+        print(f"{source.name}: O-KNN top-1 {knn:.1f}, disturbed {disturbed:.1f}")  # the table comes after the last one
         return measured
 
     results, files = measure_rows(rows, measure)

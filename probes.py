@@ -388,7 +388,7 @@ def main():
         return clean_batches(open_images(args.data, args.root), SIZE[args.data], args.seed, device)
 
     def measure(source):
-        return probe(load_source(source, "roi", clean, device), inputs, source.path, args.alone, source.bins, args.fill)
+        return probe(load_source(source, "roi", clean, device), inputs, source.name, args.alone, source.bins, args.fill)
 
     results, files = measure_rows(rows, measure)
     for name, (title, _) in MEASURES.items():

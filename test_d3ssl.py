@@ -1712,8 +1712,10 @@ def test_every_format_type_and_memory_gives_the_same_numbers(tmp_path):
     typed = {key: value.to(kinds[i % 4]) for i, (key, value) in enumerate(resnet_state().items())}
     views = {key: torch.stack([-value, value], -1)[..., 1] for key, value in typed.items()}  # with strides
     numbers = {k: np.asarray(v.float().numpy(), ">f4" if v.dim() == 1 else "<f8", "F") for k, v in typed.items()}
+    mixed = {k: v.transpose(0, *range(2, v.ndim), 1).copy().transpose(0, -1, *range(1, v.ndim - 1)) if v.ndim > 2 else v
+             for k, v in numbers.items()}  # in the order of channels_last
     for content in (views, saved(views, **OLD), safetensors({**typed, "empty": torch.ones(0)}),
-                    pickle.dumps(numbers, 2), pickle.dumps(numbers, 5)):
+                    pickle.dumps(numbers, 2), pickle.dumps(numbers, 5), pickle.dumps(mixed, 5)):
         assert_holds(write(tmp_path / "x", content), typed)
 
 
@@ -1735,7 +1737,7 @@ def archive(entries, method=zipfile.ZIP_STORED, start=b""):
 
 def hostile(p, harm):
     """{name: (content, what must come of it)}: "read" is p, a state dict; harm: a path that none may write."""
-    stem, call, damaged, none = p["conv1.weight"], Call((open, (harm, "w"))), "cut short", "holds 0 ResNets"
+    stem, call, damaged, none = p["conv1.weight"], Call((open, (harm, "w"))), "cut short", "holds no ResNet"
     stored = torch.storage.TypedStorage(wrap_storage=stem.untyped_storage(), dtype=stem.dtype, _internal=True)
     legacy, cyclic, zipped = saved({"conv1.weight": torch.zeros(3)}, **OLD), {"model": p}, saved(p, pickle_protocol=5)
     cyclic["self"] = cyclic
@@ -1751,10 +1753,10 @@ def hostile(p, harm):
         "missing": (without(p, "layer3.1.bn2.running_var"), "cut short.*: layer3.1.bn2.running_var is a missing key"),
         "left over": ({**p, "layer2.0.se": torch.ones(())}, "layer2.0.se is an unexpected key"),
         "other shape": ({**p, "conv1.weight": torch.ones(64, 3, 3, 3)}, r"conv1.weight is \(64, 3, 3, 3\), not \(64"),
-        "other depth": ({**p, **renamed(p, (r"layer2\.1", "layer2.2"))}, r"has \[2, 3, 2, 2\] blocks"),
+        "other depth": ({**p, **renamed(p, (r"layer2\.1", "layer2.2"))}, r"has \[2, 3, 2, 2\] basic blocks"),
         "not finite": ({**p, "bn1.weight": torch.full((64,), torch.nan)}, "bn1.weight is not finite: take an earlier"),
-        "only momentum": (under("teacher.", p), "0 ResNets.*of teacher.: name FILE:PREFIX or FILE:teacher"),
-        "two": ({**under("a.", p), **under("b.", {**p, "bn1.bias": stem})}, "2 ResNets.*a., b.: name FILE:PREFIX"),
+        "only momentum": (under("teacher.", p), "has 0 of the ResNets.*of teacher.: name FILE:PREFIX or FILE:teacher"),
+        "two": ({**under("a.", p), **under("b.", {**p, "bn1.bias": stem})}, "has 2 of the ResNets.*a., b.: name "),
         "TorchScript": (archive({"a/constants.pkl": b""}), "TorchScript.*code is not run: save model.state_dict"),
         "big-endian": (archive({"a/byteorder": b"big"}, start=zipped), "big-endian machine: save it again"),
         "reduce": ({"model": p, "x": call}, "read"), "reduce, old": (saved({"model": p, "x": call}, **OLD), "read"),
@@ -1767,6 +1769,7 @@ def hostile(p, harm):
         "large index": (b"\x80\x02}r\xff\xff\xff\x7f.", none),
         **{f"large {code}": (b"\x80\x05" + code + struct.pack("<Q", 2**38) + b"abc.", damaged)
            for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME)},
+        "Python 2": (pickle.dumps(Call((collections.OrderedDict, ([*arrays(p).items()],))), 2), "read"),
         "deep lists": (b"\x80\x02" + b"]" * 300000 + b"a" * 299999 + b".", none),
         "deep key": (b"\x80\x02})" + b"\x85" * 300000 + b"K\x01s.", none), "cycle": (cyclic, "read"),
         "key of 2 ** 64 parts": (b"\x80\x02})" + b"2\x86" * 64 + b"K\x01s.", none),
@@ -1829,7 +1832,7 @@ def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
         for name, state in states.items():
             for asked in ({"teacher": name == "teacher"}, {"prefix": f"{name}.backbone"}):
                 assert_holds(run / "last.pt", {**state, **(statistics or {}).get(name, {})}, **asked)
-    with pytest.raises(UserError, match="0 ResNets that are asked for, of model.student.*, model.teacher.backbone.:"):
+    with pytest.raises(UserError, match="has 0 of the ResNets asked for, of model.student.*, model.teacher.backbone.:"):
         evaluate.load_backbone(tmp_path / "a" / "last.pt", prefix="c")
     plain, momentum = resnet_state(), resnet_state(seed=1)
     file, clean = write(tmp_path / "a=b.pth", {**under("q.", plain), **under("ema.", momentum)}), "clean (training run)"
@@ -2077,6 +2080,9 @@ def test_a_command_prints_and_writes_what_it_measured(script, options, images, t
         bank = evaluate.Objects(opened("scenes", None, "train"), 64, 2, 12)
         model, queries = evaluate.ObjectFeatures(network, "roi", 6), evaluate.Objects(val, 64, None, 12)
         expected = dict(zip(measures, evaluate.evaluate(model, bank, queries, 5).points.mean(1)))
+        stored, asked = (some.labelled.labels[np.concatenate(some.selected)].tolist() for some in (bank, queries))
+        commonest = max(range(15), key=stored.count)  # of equals the first
+        assert content["settings"]["commonest"] == pytest.approx(100 * asked.count(commonest) / len(asked))
     else:
         measured = probes.probe(network, probes.open_inputs(val, 2, cut="mask"), fill="mean")
         expected = {name: estimate.value for name, estimate in measured.items()}
@@ -2549,6 +2555,15 @@ def test_voc_ap_by_hand():
     cat, strict, dog = 100 * (4 + 3 * 2 / 3) / 11, 100 * 4 / 11, 50
     assert evaluate.voc_ap(split, [0, 1], detections) == pytest.approx(
         dict(AP=(0.4 * cat + 0.6 * strict + dog) / 2, AP50=(cat + dog) / 2, AP75=(strict + dog) / 2))
+
+
+def test_masks_are_pasted_at_the_centres_of_pixels():
+    """A box from 10.2 to 40.7 holds the centres of columns 10 to 40; a mask that grows along it is over 0.5 from 25."""
+    boxes, ramp = torch.tensor([[10.2, 5.1, 40.7, 60.3]]), ((torch.arange(14) + 0.5) / 14).expand(1, 1, 14, 14)
+    whole, half = (evaluate.paste(mask, boxes, 70, 50)[0].numpy() for mask in (torch.ones(1, 1, 14, 14), ramp))
+    lines = whole[30], whole[:, 25], half[30]
+    assert [(*np.flatnonzero(line)[[0, -1]], line.sum()) for line in lines] == [(10, 40, 31), (5, 59, 55), (25, 40, 16)]
+    assert evaluate.paste(ramp[:0], boxes[:0], 9, 8).shape == (0, 9, 8)
 
 
 def perfect(split):
