@@ -615,7 +615,7 @@ def voc_images(root, split, strict=False):
     UserError without such a list."""
     base = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
     if (base / "VOC2007/ImageSets/Main/test.txt").exists():
-        split = {"train": "trainval", "val": "test"}.get(split, split)
+        split = {"train": "trainval", "val": "test"}[split]
     lists = sorted(base.glob(f"VOC2{'007' if split == 'test' else '*'}/ImageSets/Main/{split}.txt"))
     if not lists:
         raise UserError(f"{base} has no VOC2007/ImageSets/Main/{split}.txt: download it (README, section Data), --root")
@@ -624,8 +624,7 @@ def voc_images(root, split, strict=False):
 
 
 def read_voc(images, strict=False):
-    """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included.
-    (torchvision's VOCDetection reads one year, as text, and stops at the first broken file.)"""
+    """VOC's XML of any year; crowd is its "difficult". Its pixels count from 1 and xmax, ymax are included."""
     faults, rows, sizes = Faults(images.root, strict), [], np.zeros((len(images), 2), np.int64)
     for i in range(len(images)):
         path = Path(images.name(i).replace("JPEGImages", "Annotations")).with_suffix(".xml")
@@ -774,9 +773,9 @@ class Proposals:
         return Proposals, (self.folder,)
 
 
-def proposals_folder(data, root, split=None):
-    """Where a data set's proposals lie unless --proposals names a folder: under its root, one folder per split."""
-    return Path(root or Path("data") / data) / ".proposals" / (split or folder_of(data, "train"))
+def proposals_folder(data, root):
+    """Where the proposals of a data set's train split lie unless --proposals names a folder: under its root."""
+    return Path(root or Path("data") / data) / ".proposals" / folder_of(data, "train")
 
 
 def listing(names):
@@ -1105,7 +1104,6 @@ def main():
     scenes.add_argument("--out", required=True)
     scenes.add_argument("--n", type=positive, default=800, help="train images; a quarter as many val images are added")
     search = commands.add_parser("proposals", help="selective search over a data set")
-    search.add_argument("--split", help="name of the split, e.g. val2017 (default: the train split)")
     search.add_argument("--workers", type=positive, help="processes (default: all cores)")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
     mini = commands.add_parser("openimages-mini", help="choose the images of the paper's OpenImage-MINI")
@@ -1123,13 +1121,11 @@ def main():
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n, args.seed)
-        batch = "" if args.n >= 256 else f" --batch-size {max(2, args.n)}"  # d3ssl.py's default is 256
-        print(f"next: python d3ssl.py --data coco --root {shlex.quote(args.out)}{batch}")
+        batch = max(2, min(256, args.n))
+        print(f"next: python d3ssl.py --data coco --root {shlex.quote(args.out)} --batch-size {batch}")
     elif args.command == "proposals":
-        if args.split and args.data == "folder":
-            raise UserError("--data folder has no splits: leave --split out, or name another --root")
-        folder = args.proposals or proposals_folder(args.data, args.root, args.split)
-        compute_proposals(open_images(args.data, args.root, args.split), folder, args.workers)
+        folder = args.proposals or proposals_folder(args.data, args.root)
+        compute_proposals(open_images(args.data, args.root), folder, args.workers)
     elif args.command == "openimages-mini":
         write_mini(args.annotations, args.coco, args.out, args.seed)
     else:
