@@ -48,6 +48,7 @@ cv2.setNumThreads(1)  # processes are our parallelism, and OpenCV's own threads 
 multiprocessing.set_forkserver_preload(["cv2", "torch"])  # Python 3.14's way: loaded once, not by every process
 
 FIRST_RANK = (os.environ.get("LOCAL_RANK") or "0") == "0"  # of torchrun's on this machine; or the only process
+
 # What OpenCV reads.
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .avif .tif .tiff .gif .jp2 .j2k .ppm .pgm .pbm .pnm".split())
 

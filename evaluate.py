@@ -195,8 +195,9 @@ class StandIn(dict):
 
     def __call__(self, *arguments):
         made = StandIn(self.name, arguments)
-        if self.name == "OrderedDict":  # of Python 2: made of pairs
-            made.update(*arguments)
+        if self.name == "OrderedDict" and arguments:  # of Python 2: made of a list of pairs, which no other one gets
+            made.update(arguments[0])
+            arguments[0].clear()
         return made
 
     def __setstate__(self, state):
@@ -1023,11 +1024,13 @@ def voc_ap(labelled, index, detections, kind="box"):
 def paste(masks, boxes, height, width):
     """(n, H, W) bool on the CPU: masks (n, 1, 14, 14) stretched over their boxes (n, 4), interpolated at the centres of
     the image's pixels and cut at 0.5, as in detectron2."""
-    x1, y1, x2, y2 = boxes.T[..., None]
-    x = 2 * (torch.arange(width, device=boxes.device) + 0.5 - x1) / (x2 - x1) - 1
-    y = 2 * (torch.arange(height, device=boxes.device) + 0.5 - y1) / (y2 - y1) - 1
-    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3)
-    return (F.grid_sample(masks, grid, align_corners=False)[:, 0] >= 0.5).cpu()
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool)
+    columns, rows = (torch.arange(n, device=boxes.device) + 0.5 for n in (width, height))
+    for one, mask, (x1, y1, x2, y2) in zip(pasted, masks, boxes):
+        x, y = 2 * (columns - x1) / (x2 - x1) - 1, 2 * (rows - y1) / (y2 - y1) - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+        one.copy_(F.grid_sample(mask[None], grid[None], align_corners=False)[0, 0] >= 0.5)
+    return pasted
 
 
 def run_lengths(masks):
