@@ -2806,10 +2806,11 @@ def test_readme_and_results_name_functions_files_and_flags_that_exist():
     scripts = r"\b((?:data|augment|d3ssl|evaluate|probes)\.py)"
     commands = re.findall(rf"^    .*?(?:python|torchrun) .*?{scripts}([^#\n]*)", README.replace("\\\n", " "), re.M)
     assert len(commands) > 12
-    printed = {}  # what --help says of each script, and of each command of data.py
-    for script, words in commands:
-        key = (script, *words.split()[:1]) if script == "data.py" else (script,)
-        printed[key] = printed.get(key) or command(*key, "--help").stdout
+    keys = [(script, *words.split()[:1]) if script == "data.py" else (script,) for script, words in commands]
+    with ThreadPoolExecutor(2) as pool:  # what --help says of each script, and of each command of data.py
+        printed = dict.fromkeys(keys)
+        printed.update(zip(printed, pool.map(lambda key: command(*key, "--help").stdout, printed)))
+    for key, (_, words) in zip(keys, commands):
         for word in words.split():
             assert not word.startswith("--") or re.search(rf"{word}\b", printed[key]), (key, word)
     known = " ".join(printed.values()) + " --shm-size --nnodes --node_rank --master_addr"  # Docker's, torchrun's
