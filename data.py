@@ -47,10 +47,9 @@ from PIL import Image
 cv2.setNumThreads(1)  # processes are our parallelism, and OpenCV's own threads do not survive a fork
 multiprocessing.set_forkserver_preload(["cv2", "torch"])  # Python 3.14's way: loaded once, not by every process
 
-FIRST_RANK = (os.environ.get("LOCAL_RANK") or "0") == "0"  # of torchrun's on this machine; or the only process
-
 # What OpenCV reads.
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .avif .tif .tiff .gif .jp2 .j2k .ppm .pgm .pbm .pnm".split())
+FIRST_RANK = (os.environ.get("LOCAL_RANK") or "0") == "0"  # of torchrun's on this machine; or the only process
 
 
 # ------------------------------------------------------------------------------------------- errors, files, progress
@@ -78,8 +77,7 @@ positive = partial(whole_number, least=1)
 
 def error_exit(main):
     """Run a command line, whose main returns an exit code or None, and exit. A UserError becomes one line and exit code
-    2, as does a loader's death; Ctrl-C, 130. Of several ranks each just ends its process, and the first one of each
-    machine prints."""
+    2, as does a loader's death; Ctrl-C, 130. Of several ranks each just ends its process; one per machine prints."""
     if not FIRST_RANK:
         sys.stdout = open(os.devnull, "w")
     with suppress(AttributeError):  # of another object in the place of stdout
@@ -376,9 +374,8 @@ def _object(random, label, x, y, side):
 
 
 def write_scenes(out, number, seed=0):
-    """Write `number` train and number/4 val scenes under `out` in COCO's layout: PNGs, boxes, masks. Raises UserError
-    if there are annotations already, which may be somebody's COCO."""
-    if (Path(out) / "annotations").exists():
+    """Write `number` train and number/4 val scenes below `out` in COCO's layout, with masks. May raise UserError."""
+    if (Path(out) / "annotations").exists():  # somebody's COCO?
         raise UserError(f"{out} has annotations already: name another --out, or delete it")
     coder, categories = mask_coder(), [{"id": i, "name": name} for i, name in enumerate(SCENE_CATEGORIES, 1)]
     for split, count in (("train", number), ("val", max(1, number // 4))):
@@ -1122,8 +1119,7 @@ def main():
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n, args.seed)
-        batch = max(2, min(256, args.n))
-        print(f"next: python d3ssl.py --data coco --root {shlex.quote(args.out)} --batch-size {batch}")
+        print(f"next: python d3ssl.py --data coco --root {shlex.quote(args.out)} --batch-size {min(256, args.n)}")
     elif args.command == "proposals":
         folder = args.proposals or proposals_folder(args.data, args.root)
         compute_proposals(open_images(args.data, args.root), folder, args.workers)
