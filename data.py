@@ -190,7 +190,7 @@ def read_image(path):
     transparency. Raises OSError if it cannot be read, or its numbers are floats, whose black and white nobody knows."""
     if not os.path.isfile(path):  # a pipe would wait for ever
         raise OSError(f"{path} is not a file")
-    content, image, rgb = np.fromfile(path, np.uint8), None, cv2.IMREAD_COLOR_RGB  # missing before OpenCV 4.12
+    content, image, rgb = np.fromfile(path, np.uint8), None, cv2.IMREAD_COLOR_RGB  # not in older OpenCVs
     with suppress(cv2.error, AttributeError):  # no bytes, a size that OpenCV refuses; a damaged TIFF is None
         tiff = content[:4].tobytes() in (b"II*\0", b"MM\0*")
         if not tiff or cv2.imdecode(content, cv2.IMREAD_UNCHANGED).dtype in (np.uint8, np.uint16):
@@ -376,7 +376,7 @@ def _object(random, label, x, y, side):
 def write_scenes(out, number, seed=0):
     """Write `number` train and number/4 val scenes below `out` in COCO's layout, with masks. May raise UserError."""
     if (Path(out) / "annotations").exists():  # somebody's COCO?
-        raise UserError(f"{out} has annotations already: name another --out, or delete it")
+        raise UserError(f"{out} has annotations already: name another --out")
     coder, categories = mask_coder(), [{"id": i, "name": name} for i, name in enumerate(SCENE_CATEGORIES, 1)]
     for split, count in (("train", number), ("val", max(1, number // 4))):
         scenes, images, annotations = Scenes(split, number=count, seed=seed), [], []
