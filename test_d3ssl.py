@@ -61,7 +61,6 @@ from data import Labelled, Scenes, UserError, open_labelled
 
 HERE = Path(__file__).resolve().parent
 COCO = HERE.parent / "shared" / "data" / "coco256"
-VOC = COCO.parent / "voc2007"
 needs_coco = pytest.mark.skipif(not COCO.exists(), reason="../shared/data/coco256 is not here")
 
 
@@ -147,10 +146,9 @@ def process_as_it_was(request):
 
 
 def bounding(mask):
-    """x1, y1, x2, y2 of the pixels set in a (H, W) mask, by looking at each."""
-    spots = [(x, y) for y, row in enumerate(mask.tolist()) for x, value in enumerate(row) if value]
-    xs, ys = zip(*spots)
-    return min(xs), min(ys), max(xs) + 1, max(ys) + 1
+    """x1, y1, x2, y2 of the pixels set in a (H, W) mask."""
+    x1, y1, x2, y2 = torchvision.ops.masks_to_boxes(torch.as_tensor(mask)[None])[0].int().tolist()
+    return x1, y1, x2 + 1, y2 + 1
 
 
 # ------------------------------------------------------------------------------------------------ region augmentations
@@ -182,9 +180,6 @@ def test_prc_recovers_a_box_that_is_hidden_beyond_the_threshold_and_counts_what_
     mask[..., :4, :10] = 0  # 40 % hidden: below the threshold
     after = augment.proposal_random_cutout(mask, boxes, share=(0.3, 0.3), generator=seeded())
     assert torch.equal(after, mask)  # s <= c
-    after = augment.proposal_random_cutout(mask, boxes, share=(0.5, 0.5), generator=seeded())
-    cut = (mask - after).sum()
-    assert 0 <= cut <= round(10 * math.sqrt(0.1)) ** 2  # area (s - c)|R|, less where it falls on the hidden part
 
 
 def test_prc_goes_from_the_largest_to_the_smallest_box():
@@ -207,7 +202,7 @@ def test_prm_rectangles_have_the_right_area_aspect_and_come_from_all_directions(
     reveal = augment.proposal_random_mask(boxes, (200, 180), generator=seeded())
     hide = augment.proposal_random_mask(boxes, (200, 180), reading="hide", generator=seeded())
     assert reveal[:, 0, 70:130, 60:110].all() and hide[:, 0, 70:130, 60:110].all()
-    sides, shares = [], []
+    sides, shares, ratios = [], [], []
     for seen, kept in zip(reveal[:, 0], hide[:, 0]):
         extra = seen - inside
         assert torch.equal(1 - kept, extra)  # what one reading reveals the other hides
@@ -217,11 +212,12 @@ def test_prm_rectangles_have_the_right_area_aspect_and_come_from_all_directions(
         if (beside or above) and extra.sum() == (x2 - x1) * (y2 - y1):  # off the corners: half lies inside
             w, h = ((x2 - x1) * 2, y2 - y1) if beside else (x2 - x1, (y2 - y1) * 2)
             shares.append(w * h / 3000)
-            assert 0.68 < w / h < 1.47
+            ratios.append(w / h)
     reached = np.mean(sides, axis=0)  # how often each side of the box shows background: the same from all directions
     assert reached.min() > 0.3 and reached.max() < 0.55
     assert abs(reached[0] - reached[1]) < 0.08 and abs(reached[2] - reached[3]) < 0.08
     assert len(shares) > 60 and min(shares) > 0.17 and 0.45 < max(shares) < 0.65
+    assert 0.68 < min(ratios) < 0.85 and 1.2 < max(ratios) < 1.47
 
 
 def test_box_jitters_stay_in_bounds():
@@ -255,9 +251,6 @@ def test_shift_keeps_every_box_inside_and_is_uniform():
     wanted = boxes + offset.repeat(1, 2)[:, None]
     torch.testing.assert_close(shifted, wanted, rtol=0, atol=1e-4)
     assert (shifted >= -1e-4).all() and (shifted <= torch.tensor([140, 100, 140, 100.0]) + 1e-4).all()
-    spanning = torch.tensor([[[0, 10, 140, 30.0], [5, 60, 20, 100.0]]] * 50)
-    shifted, offset = augment.shift_boxes(spanning, size, generator=seeded())
-    assert (offset[:, 0] == 0).all() and (offset[:, 1] >= -10).all() and (offset[:, 1] <= 0).all()
     one = torch.tensor([[[3, 0, 8, 100.0]]] * 4000)
     seen = np.bincount(augment.shift_boxes(one, size, generator=seeded())[1][:, 0].numpy() + 3)
     assert len(seen) == 136 and seen.min() > 8  # every offset from -3 to 132 occurs
@@ -268,7 +261,7 @@ def test_depositioning_moves_the_first_boxes_only(dp_boxes):
     """To the bit: x3 is the next image with a part of the first boxes of view 2, moved; the others stay in view 2."""
     boxes = random_boxes(5, 4, (60, 80), low=8).round()
     pixels = torch.randint(0, 256, (5, 60, 80, 3), dtype=torch.uint8, generator=seeded())
-    views = augment.make_views([pixels, pixels, boxes, boxes], d3ssl.Config(augs=(), dp_boxes=dp_boxes), seeded(1))
+    views = augment.make_views([pixels, pixels, boxes + 1, boxes], d3ssl.Config(augs=(), dp_boxes=dp_boxes), seeded(1))
     moved = views.boxes3 - boxes[:, :dp_boxes]
     assert views.boxes3.shape == views.rois3.shape == (5, dp_boxes, 4) and torch.equal(views.rois3, views.boxes3)
     assert (moved == moved[:, :1, [0, 1, 0, 1]]).all() and (moved == moved.round()).all()  # by one offset, whole pixels
@@ -281,17 +274,28 @@ def test_depositioning_moves_the_first_boxes_only(dp_boxes):
         assert torch.equal(views.x3[i], torch.where(pasted, image, views.x2[i - 4]))
 
 
-def test_ranges_of_the_region_augmentations_are_settings():
-    """Each at an end of its range: a cut of nothing, no rectangle of background, boxes that are not jittered."""
-    pixels, boxes = torch.full((3, 64, 64, 3), 200, dtype=torch.uint8), random_boxes(3, 2, (64, 64)).round()
-    none = d3ssl.Config(prc_share=(0, 0), prm_scale=(0, 0), rbj_scale=(1, 1), rbj_shift=0)
-    views = augment.make_views([pixels, pixels, boxes, boxes], none, seeded(), augment.Colour(p_jitter=0, p_grey=0))
-    assert torch.equal((views.x1_hat != 0).any(1, keepdim=True).float(), augment.boxes_mask(boxes, (64, 64)))
-    assert torch.equal(views.rois1, boxes) and torch.equal(views.m_hat, augment.boxes_mask(views.boxes3, (64, 64)))
-    most = augment.make_views([pixels, pixels, boxes, boxes], d3ssl.Config(prc_share=(0.9, 0.9)), seeded())
-    inside = augment.boxes_mask(boxes, (64, 64)).bool()
+def test_every_setting_of_the_region_augmentations_reaches_the_views():
+    """Eq. 2: a mask times the view; 2s is view 2 at half its size. With a cut of nothing, no background and no jitter
+    the masks are the boxes' and so are the RoIs."""
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8, generator=seeded())
+    boxes1, boxes2 = (random_boxes(3, 2, (64, 64), seed=seed).round() for seed in (0, 1))
+    make = lambda **given: augment.make_views([pixels, pixels, boxes1, boxes2], d3ssl.Config(**given), seeded())
+    none = make(prc_share=(0, 0), prm_scale=(0, 0), rbj_scale=(1, 1), rbj_shift=0)
+    half = F.interpolate(none.x2, scale_factor=0.5, mode="bilinear")
+    for seen, whole, boxes in ((none.x1_hat, none.x1, boxes1), (none.x2s_hat, half, boxes2 / 2)):
+        torch.testing.assert_close(seen, whole * augment.boxes_mask(boxes, whole.shape[2:]), rtol=0, atol=1e-5)
+    assert torch.equal(none.m_hat, augment.boxes_mask(none.boxes3, (64, 64)))
+    plain = normalise(augment.to_float(pixels))
+    assert not any(map(torch.equal, (none.x1, none.x1, none.x2), (none.x2, plain, plain)))  # coloured, each in its way
+    most, socos, usual = make(prc_share=(0.9, 0.9)), make(augs=("cutout", "jitter")), make()
+    inside = augment.boxes_mask(boxes1, (64, 64)).bool()
     assert (most.x1_hat == 0).all(1, keepdim=True)[inside].float().mean() > 0.5  # 0.2 to 0.5 by default: at most
-    assert (most.rois1 != boxes).any(2).all()
+    assert all(map(torch.equal, none[9:], none[6:9]))  # rois1, rois2, rois3 and boxes1, boxes2, boxes3
+    assert all((rois != boxes).any(2).all() for rois, boxes in zip(most[9:], most[6:9]))
+    assert torch.equal(socos.x1_hat, socos.x1) and (socos.x2s_hat == 0).all(1).any()  # its cutout is view 2s's alone
+    assert not all(map(torch.equal, socos[9:], socos[6:9]))
+    for change in (dict(prc_threshold=0), dict(prm_ratio=(2, 3)), dict(prm="hide")):
+        assert not torch.equal(make(**change).x1_hat, usual.x1_hat), change
     assert augment.parse_augs("rbj,prc") == ("prc", "rbj") and augment.parse_augs("none") == ()
 
 
@@ -358,10 +362,9 @@ def test_info_nce_is_what_a_loop_gives():
 
 
 def test_queue_is_first_in_first_out_across_a_wrap():
-    queue, history = d3ssl.Queue(10, 4), []
-    start = queue.features.clone()
-    torch.testing.assert_close(start.norm(dim=1), torch.ones(10))
-    history = list(start)
+    queue = d3ssl.Queue(10, 4)
+    torch.testing.assert_close(queue.features.norm(dim=1), torch.ones(10))
+    history = list(queue.features.clone())
     for n in (4, 4, 4, 7, 13):
         z = torch.randn(n, 4, generator=seeded(n))
         queue.enqueue(z)
@@ -373,34 +376,25 @@ def test_queue_is_first_in_first_out_across_a_wrap():
 def test_teacher_gets_no_gradient_and_moves_by_the_ema():
     job = Job(TINY_SETTINGS)
     model = job.model
-    with torch.no_grad():
-        for p in model.student.parameters():
-            p.add_(0.01 * torch.randn(p.shape, generator=seeded()))
     before = [p.clone() for p in model.teacher.parameters()]
     buffers = model.teacher.backbone.bn1.running_mean.clone()
     model(job.views()).loss.backward()
     assert all(p.grad is None for p in model.teacher.parameters())
-    assert all(p.grad is not None for p in model.student.parameters())
     assert not torch.equal(model.teacher.backbone.bn1.running_mean, buffers)  # in training mode, with its own buffers
     model.update_teacher(0.9)
     for k, q, b in zip(model.teacher.parameters(), model.student.parameters(), before):
         torch.testing.assert_close(k, (0.9 * b.double() + 0.1 * q.double()).float(), rtol=1e-5, atol=1e-7)
-    teacher, queue = next(model.teacher.parameters()).clone(), model.queue.features.clone()
+    teacher, student = (next(one.parameters()).detach().double() for one in (model.teacher, model.student))  # copies
+    queue = model.queue.features.clone()
     job.step(3)
     (group,) = job.optimizer.param_groups
     assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
     assert group["lr"] == d3ssl.learning_rate(job.config, 3, 100)
-    assert not torch.equal(next(model.teacher.parameters()), teacher) and not torch.equal(model.queue.features, queue)
-
-
-def test_the_students_views_are_masked():
-    """Eq. 2: a mask times the view, the same in all channels; 2s is view 2 at half its size."""
-    views = Job(TINY_SETTINGS, 6).views()
-    small = F.interpolate(views.x2, scale_factor=0.5, mode="bilinear", antialias=False)
-    for seen, whole in ((views.x2s_hat, small), (views.x1_hat, views.x1)):
-        hidden = (seen == 0).all(1, keepdim=True)
-        torch.testing.assert_close(seen, whole * ~hidden, rtol=0, atol=1e-5)
-        assert 0.05 < hidden.float().mean() < 0.95
+    wanted = (0.999 * teacher + 0.001 * student).float()  # before this step's forward pass, as MoCo
+    torch.testing.assert_close(next(model.teacher.parameters()), wanted, rtol=1e-6, atol=1e-8)
+    assert not torch.equal(model.queue.features, queue)
+    others = (d3ssl.load_views(job.batch, job.config, *key, job.device) for key in ((1, 0), (0, 1)))  # (step, rank)
+    assert not any(torch.equal(job.views().x1, views.x1) for views in others)
 
 
 @pytest.mark.parametrize("dp_boxes", [1, 2])
@@ -433,7 +427,7 @@ def test_socos_objective_predicts_the_teachers_features():
         zt1, zt2 = model.teacher(v.x1_hat, v.rois1), model.teacher(v.x2, v.rois2)
     wanted = (4 - 2 * F.cosine_similarity(p1, zt2) - 2 * F.cosine_similarity(p2, zt1)).mean()
     torch.testing.assert_close(losses.loss, wanted, rtol=1e-5, atol=1e-5)
-    assert losses.loss_dp == 0
+    assert losses.loss_dp == 0 and isinstance(job.optimizer, d3ssl.LARS)
 
 
 def test_every_rank_enqueues_the_features_of_all_in_the_order_of_the_ranks(tmp_path):
@@ -548,7 +542,7 @@ def test_scenes_are_deterministic_and_their_boxes_fit_their_masks():
             picture, boxes, labels, masks = one.render(i)
             assert np.array_equal(picture, two.read(i)) and np.array_equal(picture, one.read(i))
             assert not np.array_equal(picture, other.read(i))
-            assert len(boxes) == len(labels) == len(masks) <= 4 and not (masks.sum(0) > 1).any()
+            assert 1 < len(boxes) == len(labels) == len(masks) <= 4 and not (masks.sum(0) > 1).any()
             assert [bounding(mask) for mask in masks] == [tuple(box) for box in boxes.tolist()]
     assert not np.array_equal(Scenes("train").read(0), Scenes("val").read(0))
 
@@ -612,6 +606,9 @@ def test_boxes_of_something_else_are_never_overwritten(pictures, tmp_path):
         with pytest.raises(UserError, match=f"boxes has other boxes .settings.json {reason}.: name another folder"):
             data.compute_proposals(data.open_images("folder", root), tmp_path / "boxes", workers=1)
     assert (tmp_path / "boxes/boxes.npy").read_bytes() == before
+    np.save(tmp_path / "boxes/offsets.npy", np.arange(3))
+    with pytest.raises(UserError, match="do not fit each other.*16 names"):
+        data.Proposals(tmp_path / "boxes")
 
 
 def test_the_sheet_shows_images_that_have_proposals(pictures, tmp_path, capfd):
@@ -664,6 +661,7 @@ def test_a_search_that_is_ended_says_so_in_one_line_and_leaves_no_process(pictur
     assert "selective search" in process.stdout.readline()
     workers = []
     while not workers:
+        assert process.poll() is None  # one that has ended never gets any
         time.sleep(0.05)
         workers = [process.pid]
         for _ in range(1 if multiprocessing.get_start_method() == "fork" else 2):  # a forkserver's are its children
@@ -724,15 +722,18 @@ def test_every_command_works_where_processes_inherit_nothing(pictures, scenes, t
             assert np.array_equal(got, np.stack(wanted))
     ranks = [list(data.Schedule(16, 4, 0, 3, 9, rank, 2)) for rank in (0, 1)]
     assert [one + two for one, two in zip(*ranks)] == list(data.Schedule(16, 4, 0, 3, 9))
+    orders = [tuple(i for batch in data.Schedule(16, 4, seed, first, first + 4) for _, i in batch)
+              for seed, first in ((0, 0), (0, 4), (1, 0))]
+    assert all(sorted(order) == [*range(16)] for order in orders) and len({*orders, (*range(16),)}) == 4
     written = [tmp_path / name for name in ("run/last.pt", "knn.json", "probes.json", "detector/results.json")]
     assert all(file.exists() for file in written) and {"box", "mask"} <= set(json.loads(written[-1].read_text()))
 
 
 def test_filter_relaxes_step_by_step():
-    boxes = [[0, 0, 100, 100], [0, 0, 40, 40], [0, 0, 300, 40], [0, 0, 20, 90]]
-    for level, kept in enumerate([*boxes[:3], [0, 0, 300, 200]]):  # the last: the whole image
-        got, reached = data.filter_proposals(np.float32(boxes[level:]), 200, 300)
-        assert reached == level and got.tolist() == [kept]
+    boxes = [[0, 0, 100, 100], [0, 0, 40, 40], [0, 0, 300, 40], [0, 0, 40, 190], [0, 0, 20, 90]]
+    for level, (start, kept) in enumerate(((0, boxes[:1]), (1, boxes[1:2]), (2, boxes[2:4]), (4, [[0, 0, 300, 200]]))):
+        got, reached = data.filter_proposals(np.float32(boxes[start:]), 200, 300)
+        assert reached == level and got.tolist() == kept
     assert data.filter_proposals(np.float32([[0, 0, 280, 190], boxes[0]]), 200, 300)[0].tolist() == [boxes[0]]
 
 
@@ -777,37 +778,52 @@ def test_views_carry_the_same_regions():
         return np.stack([corners.min(0), corners.max(0)], 1)
     boxes = np.float32([[20, 30, 90, 110], [100, 50, 200, 150], [140, 20, 240, 80]])
     views = data.TwoViews(Ramp(".", ["a", "b"]), Boxes({0: boxes, 1: boxes}), 128, 4, seed=1)
-    flips = []
+    flips, shares = [], []
     for epoch in range(8):
         view1, view2, boxes1, boxes2 = item = views[epoch, 1]
+        shares.append(np.ptp(view2[..., :2].reshape(-1, 2).astype(int), 0).prod() / (250 * 200))  # of what is seen
         flips.append(tuple(bool(view[64, 0, 0] > view[64, -1, 0]) for view in (view1, view2)))
         assert view1.shape == view2.shape == (128, 128, 3) and boxes1.shape == boxes2.shape == (4, 4)
         assert all(boxes.dtype == np.float32 and 0 <= boxes.min() and boxes.max() <= 128 for boxes in item[2:])
         for one, two in zip(boxes1, boxes2):
             full, seen = span(view1, one), span(view2, two)
             assert (seen[:, 0] >= full[:, 0] - 6).all() and (seen[:, 1] <= full[:, 1] + 6).all()  # cut by the crop
-            assert (np.diff(seen) > 0.3 * np.diff(full)).all()
+            assert np.diff(seen).prod() > 0.45 * np.diff(full).prod()  # at least half of a box is in the crop
         assert all(map(np.array_equal, item, views[epoch, 1]))  # a function of the item
     assert {*flips} == {(False, False), (False, True), (True, False), (True, True)}
+    assert 0.4 < min(shares) < 0.6 and max(shares) > 0.9  # section 4's scale
+    other = data.TwoViews(views.images, views.proposals, 128, 4, seed=2)
+    assert not any(np.array_equal(views[0, 1][1], item[1]) for item in (views[0, 0], views[1, 1], other[0, 1]))
     views.proposals.sizes = np.int32([[250, 200], [400, 320]])  # b was shrunk in place after its proposals were made
     views[0, 0]
     with pytest.raises(UserError, match="b is 250 x 200 pixels, but 400 x 320 when its proposals.*delete memory"):
         views[0, 1]
+    views.proposals[0], read = boxes[:1], views.images.read
+    views.images.read = lambda i: open("") if i == 1 else read(i)  # an OSError: the next image, with its own boxes
+    assert len(np.unique(views[0, 1][2], axis=0)) == 1
 
 
 def test_baselines_read_the_whole_view_or_cells_of_a_grid():
-    """Section 3: "image" has one box, the whole view; "grid" draws cells of 7 x 7 over the image, read from C5."""
+    """Section 3: "image" has one box, the whole view; "grid" draws cells of 7 x 7 over the image, read from C5. Else
+    features are C5 of RoIAlign on C4."""
     *_, whole, _ = data.TwoViews(Scenes(number=1), None, 64, 1, "image")[0, 0]
     assert whole.tolist() == [[0, 0, 64, 64]]
-    *_, cells, _ = data.TwoViews(Scenes(number=1), None, 64, 4, "grid")[0, 0]
+    *_, cells, _ = data.TwoViews(Scenes(number=1), None, 64, 20, "grid")[0, 0]
     corners = (cells[:, :2] * 7 / 64).round()
     np.testing.assert_allclose(cells * 7 / 64, np.concatenate([corners, corners + 1], 1), atol=1e-4)
-    assert len(np.unique(corners, axis=0)) == 4
-    encoder = d3ssl.Encoder("resnet_tiny", dim=8, grid=True).eval()
+    assert len(np.unique(corners, axis=0)) == 20  # of 42 that lie in the crop, each once
     x, boxes = torch.randn(2, 3, 64, 64), random_boxes(2, 3, (64, 64))
-    c5 = encoder.backbone.layer4(d3ssl.resnet_stages(encoder.backbone, x)[-1])
-    wanted = torchvision.ops.roi_align(c5, [*boxes], 1, 1 / 32, sampling_ratio=2, aligned=True).flatten(1)
-    torch.testing.assert_close(encoder.features(x, boxes), wanted, rtol=1e-4, atol=1e-5)
+    align = partial(torchvision.ops.roi_align, sampling_ratio=2, aligned=True)
+    for regions, k, augs in (("image", 1, ()), ("grid", 2, ()), ("proposals", 2, ("prc", "prm", "rbj"))):
+        config = d3ssl.configure({"data": "coco", "regions": regions, **TINY_SETTINGS})
+        assert (config.boxes, config.augs, config.dp) == (k, augs, bool(augs))
+        encoder = d3ssl.D3SSL(config).student.eval()
+        c4, c5 = d3ssl.resnet_stages(encoder.backbone, x)[-1], encoder.backbone.layer4
+        if regions == "grid":
+            wanted = align(c5(c4), [*boxes], 1, 1 / 32).flatten(1)
+        else:
+            wanted = c5(align(c4, [*boxes], 4, 1 / 16)).mean((2, 3))
+        torch.testing.assert_close(encoder.features(x, boxes), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("module, name", [(data, "make_loader"), (np, "load")])
@@ -825,6 +841,7 @@ def test_of_two_runs_that_make_the_same_proposals_the_slower_uses_the_other_s(tm
     data.compute_proposals(scenes, tmp_path, workers=1)
     assert data.proposals_state(scenes, tmp_path) == "ready"
     assert not list(tmp_path.glob(".chunks-*")) and len(data.Proposals(tmp_path).names) == 4
+    assert getattr(module, name) is usual  # so the faster run took place
 
 
 @pytest.mark.parametrize("env", [{}, {"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": "", "RANK": "x"}])
@@ -932,15 +949,12 @@ def read_metrics(run):
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def difference(a, b):
-    """The first thing in which the last.pt of two runs differ, to the bit, or None."""
-    def walk(x, y, path):
-        if isinstance(x, dict):
-            return next((w for k in {**x, **y} for w in [walk(x.get(k), y.get(k), f"{path}.{k}")] if w), None)
-        if torch.is_tensor(x):
-            return None if torch.equal(x, y) else path
-        return None if x == y else path
-    return walk(*(torch.load(Path(run) / "last.pt", weights_only=True) for run in (a, b)), "last.pt")
+def assert_same(one, two):
+    """Two checkpoints, to the bit."""
+    one, two = (torch.load(file, weights_only=True) for file in (one, two))
+    for text in ("config", "amp", "categories"):  # which assert_close refuses
+        assert one.pop(text, None) == two.pop(text, None)
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def hooked(sent, *words):
@@ -981,6 +995,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(pictures, tmp_path, cap
     words = small(pictures, tmp_path / "b")
     assert forked((hooked, "SIGKILL:save:4", *words, "--workers", 0)) == [-signal.SIGKILL]
     assert capfd.readouterr().out.count("filling the queue") == 1 and saved_step(tmp_path / "b") == 3
+    assert len([*(tmp_path / "b").glob("last.pt.*.tmp")]) == 1  # the save that was cut
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')  # what a kill leaves behind the checkpoint
     assert forked((hooked, "SIGKILL:step:7", *words, "--workers", 1)) == [-signal.SIGKILL]
@@ -991,7 +1006,8 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(pictures, tmp_path, cap
     printed = mains([*words, "--workers", 2], small(pictures, tmp_path / "a"))
     assert "code" not in printed and printed.count("filling the queue") == 1  # the uninterrupted run's
     assert "--queue 99 is cut to 16" in printed  # of four steps of four images with two boxes in two views
-    assert difference(tmp_path / "a", tmp_path / "b") is None
+    assert not [*(tmp_path / "b").glob("*.tmp")]
+    assert_same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
     whole, rows = read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b")
     assert [row["step"] for row in whole] == [1, 12] and [row["step"] for row in rows] == [*range(1, 10), 12]
     for key in ("loss", "loss_dc", "loss_dp", "accuracy"):
@@ -1026,7 +1042,7 @@ def test_ranks_machines_and_roots_may_change_on_resume(pictures, tmp_path):
     done = torchrun(*HOOKED, "none:none:0", *small(pictures, run), env=env)
     stop = torchrun(*HOOKED, "SIGTERM:step:5", *small(pictures, stopped), env=env, ok=False)
     assert stop.returncode and stop.stdout.count("stopped by SIGTERM at step 6 of 12 and saved") == 1
-    assert "deprecated" not in done.stdout + stop.stdout and saved_step(stopped) == 6
+    assert "broadcast_buffers" not in done.stdout + stop.stdout and saved_step(stopped) == 6
     shutil.copytree(stopped, alone)
     shutil.copytree(pictures, moved)
     printed = mains(small(moved, alone, "--workers", 0))
@@ -1037,7 +1053,7 @@ def test_ranks_machines_and_roots_may_change_on_resume(pictures, tmp_path):
     assert code > 0 and killed == -signal.SIGKILL and "step 8/12" in printed and saved_step(stopped) == 8
     (code, printed), (other_code, other) = two_nodes(*([*HOOKED, "none:none:0", *words] for words in both))
     assert (code, other_code) == (0, 0) and "steps 8 to 12" in printed and "step 12/12" in other
-    assert difference(stopped, run) is None
+    assert_same(stopped / "last.pt", run / "last.pt")
 
 
 def test_machines_that_do_not_share_out_are_refused_on_every_rank(pictures, tmp_path, monkeypatch, capfd):
@@ -1091,6 +1107,7 @@ def test_a_runs_clean_statistics_are_those_of_clean_views(pictures, tmp_path):
     config = small_config(pictures, tmp_path)
     model, proposals = d3ssl.D3SSL(config), data.Proposals(data.proposals_folder("folder", pictures))
     views = data.TwoViews(data.open_images("folder", pictures), proposals, 64, 2)
+    model.teacher.backbone.conv1.weight.data *= 2  # else it is the student
     statistics = d3ssl.clean_statistics(model, views, torch.device("cpu"), 0, number=12, batch_size=4)
     chosen = data.rng("clean", config.seed).permutation(16)[:12].tolist()
     x = torch.from_numpy(np.stack([views[0, i][0] for i in chosen])).double().permute(0, 3, 1, 2) / 255
@@ -1137,12 +1154,13 @@ def test_training_reads_no_annotation(tmp_path):
         assert math.isfinite(row["loss"]) and (row["loss_dp"] == 0) == (name != "hide")
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss", [lambda z: z.sum() * math.nan, lambda z: (z.sum() * 0).sqrt()])  # or its gradient
+def test_a_loss_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch, loss):
     words = small(pictures, tmp_path, "--workers", 0)
     mains([*words, "--max-steps", 2])
     before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(d3ssl, "info_nce", lambda z, *_: (z.sum() * float("nan"), torch.zeros(())))
-    error, code = mains(words).splitlines()[-2:]
+    monkeypatch.setattr(d3ssl, "info_nce", lambda z, *_: (loss(z), torch.zeros(())))
+    error, code = mains([*words, "--max-steps", 3]).splitlines()[-2:]
     assert "not finite" in error and code == "code 2" and (tmp_path / "last.pt").read_bytes() == before
 
 
@@ -1161,7 +1179,6 @@ def test_two_runs_in_one_folder_and_a_broken_environment_are_one_line(pictures, 
     monkeypatch.setenv("WORLD_SIZE", "")
     assert d3ssl.torchrun_ranks() == (0, 1, 0, 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="nproc_per_node"):
         d3ssl.torchrun_ranks()
@@ -1178,7 +1195,10 @@ class Job:
     def __init__(self, settings, batch=4, device="cpu", amp=None):
         self.config, self.device, g = d3ssl.configure({"data": "coco", **settings}), torch.device(device), seeded()
         torch.manual_seed(0)
-        self.model = d3ssl.D3SSL(self.config, amp).to(device, memory_format=torch.channels_last)
+        self.model = d3ssl.D3SSL(self.config, amp)
+        for p in self.model.teacher.parameters():  # unlike the student's, so that tests see which of the two is asked
+            p.add_(0.01 * torch.randn(p.shape))
+        self.model.to(device, memory_format=torch.channels_last)
         self.parallel, self.optimizer = self.model, d3ssl.make_optimizer(self.config, self.model)
         self.parameters = self.optimizer.param_groups[0]["params"]
         shape = batch, self.config.size, self.config.size, 3
@@ -1193,8 +1213,11 @@ class Job:
         return d3ssl.train_step(self.model, self.parallel, self.optimizer, self.views(step), step, 100)
 
 
-def fake_step(settings):
-    """The devices after a step, views included, on fake CUDA tensors: these have a shape and a device but no values."""
+@pytest.mark.parametrize("settings", [
+    {}, {"regions": "grid"},
+    {"objective": "cosine", "augs": ("prc", "prm", "cutout", "jitter"), "prm": "hide"}])
+def test_a_step_stays_on_the_gpu_and_reads_nothing_back(settings):
+    """Views included, on fake CUDA tensors: these have a shape and a device but no values."""
     def backward(loss):  # a real one would need a GPU
         for p in job.parameters:
             p.grad = torch.empty_like(p)
@@ -1214,14 +1237,7 @@ def fake_step(settings):
         job.parameters = job.optimizer.param_groups[0]["params"]
         job.batch = [convert(x) for x in job.batch]
         job.views = lambda step=0: augment.make_views(job.batch, job.config)  # a generator needs a real device
-        return {x.device.type for x in (job.step(), *job.model.state_dict().values())}
-
-
-@pytest.mark.parametrize("settings", [
-    {}, {"regions": "grid"},
-    {"objective": "cosine", "augs": ("prc", "prm", "cutout", "jitter"), "prm": "hide"}])
-def test_a_step_stays_on_the_gpu_and_reads_nothing_back(settings):
-    assert fake_step(settings) == {"cuda"}
+        assert {x.device.type for x in (job.step(), *job.model.state_dict().values())} == {"cuda"}
 
 
 @pytest.mark.parametrize("settings", [{}, {"dp": False}, {"regions": "grid"}, {"objective": "cosine"}])
@@ -1462,7 +1478,7 @@ def one_of_two_ranks(rank, device, folder):
     tf32(False)  # of the logits, which are float32 always
     job = Job(TINY.settings, 4, device)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=50))
+                            timeout=datetime.timedelta(minutes=10))
     job.model.train(device == "cuda").student.double()  # before it is wrapped
     job.parallel = d3ssl.data_parallel(job.model, 2)
     mine = loss_and_gradient(job, augment.Views(*(x.chunk(2)[rank] for x in job.views())), double=True)
@@ -1565,20 +1581,12 @@ def part_onerank(scale, folder):
         self.num_batches_tracked.add_(1)
         return torch.nn.modules._functions.SyncBatchNorm.apply(x, self.weight, self.bias, self.running_mean,
                                                                self.running_var, self.eps, 0.1, dist.group.WORLD, 1)
-
-    def result(change):
-        job = Job({**scale.settings, "size": 64}, 4, scale.device)
-        job.model.student.double()  # before it is wrapped
-        change(job)
-        return loss_and_gradient(job, job.views(), double=True)
     dist.init_process_group("cpu:gloo,cuda:nccl" if scale.device == "cuda" else "gloo",
                             init_method=f"file://{folder}/meeting", rank=0, world_size=1)
     yield "DDP", speed_with(parallel, scale, scale.batches[0])
     with mock.patch.object(nn.SyncBatchNorm, "forward", synchronise):
         yield "DDP, SyncBatchNorm", speed_with(parallel, scale, scale.batches[0])
         yield "DDP, SyncBatchNorm, graphs", speed_with(partial(use_graphs, world_size=2), scale, scale.batches[0])
-        tf32(False)
-        yield "float64, with both against neither", distance(result(parallel), result(id)), 1e-5
     dist.destroy_process_group()
 
 
@@ -1874,9 +1882,6 @@ def test_errors_are_those_of_a_bootstrap():
         means = np.bincount(images, values)[drawn].sum(1) / sizes[drawn].sum(1)
         assert estimate.value == pytest.approx(values.mean()) and estimate.error == pytest.approx(means.std(), rel=0.06)
         assert estimate.error > 1.5 * values.std() / len(values) ** 0.5
-    above, below = random.normal(3, 1, 300), random.normal(5, 1, 300)
-    ratios = above[drawn].mean(1) / below[drawn].mean(1)
-    assert evaluate.ratio_of_means(above, below).error == pytest.approx(ratios.std(), rel=0.06)
 
 
 def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
@@ -2048,8 +2053,8 @@ def test_the_neighbours_frames_are_right():
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("script, options, images", [
-    ("evaluate.py", dict(limit_images=12, size=64, k=5, objects=2), ["neighbours"]),
-    ("probes.py", dict(pairs=2, cut="mask", fill="mean"), ["plot", "picture"])])
+    ("evaluate.py", dict(limit_images=12, size=64, k=5, objects=2, seed=1), ["neighbours"]),
+    ("probes.py", dict(pairs=2, cut="mask", fill="mean", seed=1), ["plot", "picture"])])
 def test_a_command_prints_and_writes_what_it_measured(script, options, images, tmp_path, monkeypatch, capsys):
     """The tables have the JSON's numbers in its order, the JSON those of a call from Python; pictures are written."""
     monkeypatch.setattr(probes, "OBJECTS", 5)
@@ -2077,14 +2082,14 @@ def test_a_command_prints_and_writes_what_it_measured(script, options, images, t
     if script == "evaluate.py":
         assert re.findall(r"(.+): O-KNN top-1 (.+), disturbed (.+)", printed) == [
             (file["path"], f"{file['oknn_top1']:.1f}", f"{file['disturbed_top1']:.1f}") for file in content["files"]]
-        bank = evaluate.Objects(opened("scenes", None, "train"), 64, 2, 12)
-        model, queries = evaluate.ObjectFeatures(network, "roi", 6), evaluate.Objects(val, 64, None, 12)
+        bank = evaluate.Objects(opened("scenes", None, "train"), 64, 2, 12, 1)
+        model, queries = evaluate.ObjectFeatures(network, "roi", 6), evaluate.Objects(val, 64, None, 12, 1)
         expected = dict(zip(measures, evaluate.evaluate(model, bank, queries, 5).points.mean(1)))
         stored, asked = (some.labelled.labels[np.concatenate(some.selected)].tolist() for some in (bank, queries))
         commonest = max(range(15), key=stored.count)  # of equals the first
         assert content["settings"]["commonest"] == pytest.approx(100 * asked.count(commonest) / len(asked))
     else:
-        measured = probes.probe(network, probes.open_inputs(val, 2, cut="mask"), fill="mean")
+        measured = probes.probe(network, probes.open_inputs(val, 2, 1, "mask"), fill="mean")
         expected = {name: estimate.value for name, estimate in measured.items()}
     for name in measures:
         np.testing.assert_allclose(content["files"][2][name], expected[name], rtol=1e-3, atol=1e-6, err_msg=name)
@@ -2141,6 +2146,7 @@ def loop_features(network, fill, size, *placed):
 @torch.no_grad()
 def test_measures_equal_a_plain_loop(cut, fill, alone, monkeypatch):
     monkeypatch.setattr(probes, "OBJECTS", 6)
+    monkeypatch.setattr(probes, "BATCH", 4)  # of which a bank of six needs two
     inputs, network = probes.open_inputs(opened("scenes", None, "val"), 2, cut=cut), pointwise(leak)
     a, b, bank = ([(p.numpy(), m.numpy()) for p, m in zip(*squares)] for squares in inputs)
     assert all(mask.all() for _, mask in a) == (cut == "box")
@@ -2478,10 +2484,8 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture
-def transfer(monkeypatch, capfd):
+def transfer(narrow, capfd):
     """evaluate.py --transfer of a tiny network into a folder: (what it printed, its results)."""
-    shrink(monkeypatch.setattr)
-
     def run(out, *arguments, code=0):
         capfd.readouterr()
         assert here("evaluate.py", *LOOK, "--out", out, *arguments) == code, capfd.readouterr().err
@@ -2579,7 +2583,7 @@ def perfect(split):
 
 def test_coco_ap_is_pycocotools_own(scenes):
     """On the JSON itself, for noisy boxes and labels and the masks of other objects."""
-    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    from pycocotools import coco, cocoeval
     split, random = data.open_labelled("coco", scenes, "train"), np.random.default_rng(0)
     noisy = [(i, boxes + random.normal(0, 3, boxes.shape), np.where(random.random(len(labels)) < .2, 0, labels), scores,
               masks[:-2] + masks[-2:][::-1]) for i, boxes, labels, scores, masks in perfect(split)]
@@ -2654,9 +2658,11 @@ def test_detector_overfits_two_scenes(tmp_path, transfer, monkeypatch):
     monkeypatch.setattr(evaluate, "open_labelled", lambda task, root, *_, **__: open_labelled(task, root, "train"))
     _, results = transfer(out := tmp_path / "out", "--root", tmp_path, "--steps", 60, "--lr", 0.4, "--rois", 16)
     assert results["box"]["AP50"] > 60 and results["mask"]["AP50"] > 60
-    last, tested = (torch.load(out / name, weights_only=True)["model"] for name in ("last.pt", "detector.pth"))
-    assert {key.rpartition(".")[2] for key in last if not torch.equal(last[key], tested[key])} == {
-        "running_mean", "running_var", "num_batches_tracked"}
+    last, tested = (torch.load(out / name, weights_only=True) for name in ("last.pt", "detector.pth"))
+    assert {key.rpartition(".")[2] for key, value in last["model"].items() if not torch.equal(
+        value, tested["model"][key])} == {"running_mean", "running_var", "num_batches_tracked"}
+    groups = [(len(group["params"]), group["weight_decay"], group["lr"]) for group in last["optimizer"]["param_groups"]]
+    assert groups[1] == (42, 0, groups[0][2]) and groups[0][1:] == (1e-4, pytest.approx(0.0005))  # 21 norms, two drops
 
 
 def test_transfer_stops_on_sigterm_and_resumes(scenes, tmp_path, transfer, monkeypatch):
@@ -2671,9 +2677,7 @@ def test_transfer_stops_on_sigterm_and_resumes(scenes, tmp_path, transfer, monke
     said, resumed = transfer(out, "--root", moved, "--steps", 4)
     assert "steps 2 to 4" in said and "AP75" in said and straight == dict(resumed, root=str(scenes))
     for file in ("last.pt", "detector.pth"):
-        one, two = (torch.load(folder / file, weights_only=True) for folder in (tmp_path / "straight", out))
-        assert one["step"] == two["step"] == 4
-        assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
+        assert_same(tmp_path / "straight" / file, out / file)
 
 
 TWO_RANKS = """
@@ -2683,6 +2687,8 @@ rank, out = os.environ["RANK"], sys.argv[sys.argv.index("--out") + 1]
 kills = [signal.SIGTERM] * (rank == "1" and not os.path.exists(out + "/last.pt"))
 evaluate.Transfer.rate = lambda config, step: kills and os.kill(os.getpid(), kills.pop()) or 0.01
 evaluate.ensure_finite = lambda tensors, step, _: torch.save([*tensors], f"{out}/{rank}.pth")
+ap = evaluate.coco_ap
+evaluate.coco_ap = lambda *given: print("tested", [i for i, *_ in given[2]]) or ap(*given)
 say = lambda code: os.write(1, f"exit code {code}\\n".encode()) * 0  # of every rank; only the first one prints
 data.error_exit(lambda: say(evaluate.main()))
 """
@@ -2698,12 +2704,14 @@ def test_transfer_on_two_ranks(scenes, tmp_path):
     assert "steps 20 to 21" in said and said.count("AP50") == 2  # of boxes and of masks
     one, two = (torch.load(tmp_path / f"out/{rank}.pth", weights_only=True) for rank in (0, 1))
     assert len(one) > 50 and all(map(torch.equal, one, two))
-    assert json.loads((tmp_path / "out/results.json").read_text())["tested"] == 2
+    assert said.count("tested [0, 1]") == 2
 
 
 def test_transfer_voc(tmp_path, transfer):
-    voc(tmp_path, 2007, {"trainval": ["000001"], "test": ["000002", "000004"]})
+    base = voc(tmp_path, 2007, {"trainval": ["000001"], "test": ["000002", "000004"]})
     voc(tmp_path, 2012, {"trainval": ["2012_000003"]})
+    difficult = XML.replace("dog</name>", "dog</name><difficult>1</difficult>")  # both: in training they count
+    (base / "Annotations/000001.xml").write_text(difficult)
     said, results = transfer(tmp_path / "out", "--transfer", "voc", "--root", tmp_path / "VOCdevkit", "--steps", 1)
     assert (results["images"], results["tested"]) == (2, 2) and "mask" not in results and "AP75" in said
 
@@ -2712,7 +2720,6 @@ def test_transfer_voc(tmp_path, transfer):
 
 COCO_COLOUR = "evaluate.py --workers 0 --ckpt colour --data coco --k 1 --root"
 MISTAKES = [  # what it is, the command, what its one line says; in braces: see `mistaken`
-    ("no data", "d3ssl.py --data coco --root {tmp}/nowhere", "nowhere.*does not exist.*--root"),
     ("augmentation", "d3ssl.py --augs prc,foo", "foo is none of prc"),
     ("two jitters", "d3ssl.py --augs rbj,jitter", "both jitter"),
     ("baseline", "d3ssl.py --regions grid --augs prc", "--regions grid implies --augs none --no-dp"),
@@ -2722,11 +2729,10 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("optimiser", "d3ssl.py --optimizer sgd", "--optimizer sgd needs an --lr: the default is adamw's"),
     ("scenes on data", "data.py scenes --out {tmp}/scenes", "scenes has annotations already: name another --out"),
     ("number", "d3ssl.py --lr nan", "--lr and other numbers are finite"),
-    ("odd size", "d3ssl.py --size 31", "--size 31: an even number of at least 64"),
+    ("odd size", "d3ssl.py --size 65", "--size 65: an even number of at least 64"),
     ("small batch", "d3ssl.py {small} --batch-size 1", "--batch-size 1 on 1 ranks"),
     ("large batch", "d3ssl.py {small} --batch-size 99", "16 usable images: lower --batch-size 99"),
     ("cut file", "d3ssl.py {small} --out {tmp}/cut", "cut/last.pt cannot be read as a checkpoint.*--resume never"),
-    ("other rate", "d3ssl.py {small} --lr 7", r"\(lr 0.001, now 7.0\).*--resume never"),
     ("no GPU", "d3ssl.py {small} --cuda-graph", "--cuda-graph needs a GPU"),
     ("other images", "d3ssl.py {small} --regions grid --root {tmp}/scenes/train2017", "image_names [0-9a-f]+, now"),
     ("no file of a glob", "evaluate.py --ckpt ours={tmp}/*.pt", r"\*.pt: No such file.*name a checkpoint"),
@@ -2774,10 +2780,9 @@ def mistaken(pictures, tmp_path_factory):
 
 
 @pytest.mark.parametrize("command, message", [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
-def test_mistakes_are_one_line(command, message, mistaken, tmp_path, monkeypatch, capfd):
+def test_mistakes_are_one_line(command, message, mistaken, narrow, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Scenes, "keep", lambda scenes: None)  # nothing here reads a picture
-    shrink(monkeypatch.setattr)
     if "torchrun" in message:
         monkeypatch.setattr(evaluate, "torchrun_ranks", lambda: (0, 2, 0, 2))
     before = {path: path.stat().st_mtime_ns for path in mistaken["tmp"].rglob("*.pt")}
@@ -2839,8 +2844,6 @@ def test_default_run_writes_what_it_says(default_run):
     assert "images/s" in printed and "left" in printed and f"python evaluate.py --ckpt {out}/last.pt" in printed
     assert "stopped at --max-steps 40 of 64" in printed and Image.open(out / "curves.png").size > (1000, 300)
     state = torch.load(out / "backbone.pth", weights_only=True)
-    missing, unexpected = torchvision.models.resnet18().load_state_dict(state, strict=False)
-    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
     saved = torch.load(out / "last.pt", weights_only=True)
     clean = saved["clean"]["student"]
     assert set(clean) == set(saved["clean"]["teacher"]) == {key for key in state if "running_" in key}
