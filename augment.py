@@ -44,8 +44,7 @@ def uniform(shape, low, high, like, generator=None):
 
 def whole_pixels(boxes, size):
     """R_i: boxes (..., 4) rounded to whole pixels and clipped to the image; float32 that holds integers."""
-    height, width = size
-    limit = constant((width, height, width, height), boxes.device)
+    limit = constant((size[1], size[0], size[1], size[0]), boxes.device)
     rounded = (boxes + 0.5).floor()  # not round(): half to even would not commute with a shift
     return torch.minimum(rounded.clamp(min=0), limit)
 
@@ -78,8 +77,8 @@ def proposal_random_cutout(mask, boxes, share=PRC_SHARE, threshold=PRC_THRESHOLD
     boxes = whole_pixels(boxes, size)
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
     boxes = boxes.gather(1, area.argsort(dim=1, descending=True, stable=True)[..., None].expand_as(boxes))
-    draws = torch.rand((3, *boxes.shape[:2]), generator=generator, device=boxes.device)
-    u_share, u_place = draws[0], draws[1:].permute(1, 2, 0)  # (B, K), (B, K, 2)
+    shares = uniform(boxes.shape[:2], *share, boxes, generator)
+    places = uniform((*boxes.shape[:2], 2), 0, 1, boxes, generator)
     visible = mask[:, 0] > 0.5
     for i in range(boxes.shape[1]):
         box = boxes[:, i]
@@ -88,10 +87,9 @@ def proposal_random_cutout(mask, boxes, share=PRC_SHARE, threshold=PRC_THRESHOLD
         hidden = 1 - (region & visible).sum((1, 2)) / extent.prod(1).clamp(min=1)
         recover = hidden > threshold
         visible = visible | (region & recover[:, None, None])
-        s = share[0] + (share[1] - share[0]) * u_share[:, i]
-        still_to_hide = (s - hidden.masked_fill(recover, 0)).clamp(min=0)  # s - c
+        still_to_hide = (shares[:, i] - hidden.masked_fill(recover, 0)).clamp(min=0)  # s - c
         cut = (extent * still_to_hide.sqrt()[:, None]).round()
-        place = corner + (u_place[:, i] * (extent - cut + 1)).floor().minimum(extent - cut)
+        place = corner + (places[:, i] * (extent - cut + 1)).floor().minimum(extent - cut)
         visible = visible & ~rectangle_mask(torch.cat([place, place + cut], 1), size)
     return visible[:, None].to(dtype)
 
@@ -124,10 +122,9 @@ def restricted_box_jitter(boxes, size, scale=RBJ_SCALE, shift=RBJ_SHIFT, generat
     """RBJ, section 4.1: jittered boxes (B, K, 4), never larger than the original while scale <= 1. Width and height are
     multiplied by U(scale), the centre moves by U(-shift, shift) of the side; the result is clipped to the view `size`
     (H, W). Not in the paper: both ranges."""
-    low = constant((scale[0], scale[0], -shift, -shift), boxes.device)
-    high = constant((scale[1], scale[1], shift, shift), boxes.device)
-    factors, shifts = uniform(boxes.shape, low, high, boxes, generator).split(2, -1)
     extent, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., 2:] + boxes[..., :2]) / 2
+    factors = uniform(extent.shape, *scale, boxes, generator)
+    shifts = uniform(extent.shape, -shift, shift, boxes, generator)
     half, centre = extent * factors / 2, centre + extent * shifts
     limit = constant((size[1], size[0], size[1], size[0]), boxes.device)
     return torch.minimum(torch.cat([centre - half, centre + half], -1).clamp(min=0), limit)
@@ -144,14 +141,12 @@ def random_cutout(mask, boxes, share=(0.1, 0.3), p=0.5, generator=None):
     """Not in the paper: a cutout in SoCo's manner, for Tables 5 and 6. With probability p a box (B, K, 4) loses a
     square of area share U(share), centred uniformly in the box and clipped to it. Returns the new mask (B, 1, H, W)."""
     size = mask.shape[-2:]
-    boxes = whole_pixels(boxes, size)
-    extent = boxes[..., 2:] - boxes[..., :2]
-    draws = torch.rand((4, *boxes.shape[:2]), generator=generator, device=boxes.device)
-    u_share, u_cut, *u_centre = draws
-    side = (extent.prod(-1) * (share[0] + (share[1] - share[0]) * u_share)).sqrt() * (u_cut < p)
-    centre = boxes[..., :2] + torch.stack(u_centre, -1) * extent
-    half = side[..., None] / 2
-    square = torch.cat([torch.maximum(centre - half, boxes[..., :2]), torch.minimum(centre + half, boxes[..., 2:])], -1)
+    low, high = whole_pixels(boxes, size).split(2, -1)
+    shape = (*boxes.shape[:2], 1)
+    area = (high - low).prod(-1, keepdim=True) * uniform(shape, *share, boxes, generator)
+    chosen = uniform(shape, 0, 1, boxes, generator) < p
+    half, centre = area.sqrt() / 2 * chosen, uniform(low.shape, low, high, boxes, generator)
+    square = torch.cat([torch.maximum(centre - half, low), torch.minimum(centre + half, high)], -1)
     return mask * (1 - boxes_mask(square, size))
 
 
@@ -167,23 +162,17 @@ def shift_boxes(boxes, size, generator=None):
     return boxes + offset.repeat(1, 2)[:, None], offset.long()
 
 
-def shift_pixels(images, offset):
-    """Images (B, C, H, W) moved by offset (B, 2) integer (dx, dy); 0 comes in from outside."""
-    (_, channels, height, width), device = images.shape, images.device
-    y = torch.arange(height, device=device) - offset[:, 1:]
-    x = torch.arange(width, device=device) - offset[:, :1]
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    source = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None, :]  # flat index of each pixel
-    moved = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, channels, -1))
-    return moved.view(images.shape) * inside[:, None]
-
-
 def composite(images, backgrounds, shifted_mask, offset):
     """Eq. 8: x3 = C(x2, m, x_b, m^): `images` moved by t, pasted on `backgrounds` where `shifted_mask` is 1; an exact
     pixel copy. m is not needed: PRC changes m inside the boxes alone, so m^ of Eq. 7 lies in the moved m.
 
     Args: images, backgrounds (B, 3, H, W); shifted_mask (B, 1, H, W); offset (B, 2) integer dx, dy."""
-    return torch.where(shifted_mask > 0.5, shift_pixels(images, offset), backgrounds)
+    height, width = images.shape[2:]
+    y = (torch.arange(height, device=images.device) - offset[:, 1:]) % height  # what wraps around is never pasted
+    x = (torch.arange(width, device=images.device) - offset[:, :1]) % width
+    rows = images.gather(2, y[:, None, :, None].expand_as(images))
+    moved = rows.gather(3, x[:, None, None, :].expand_as(images))
+    return torch.where(shifted_mask > 0.5, moved, backgrounds)
 
 
 # -------------------------------------------------------------------------------------------------------------- colour
@@ -220,20 +209,18 @@ def colour_transform(mean, colour=Colour(), generator=None):
     """Matrix (B, 3, 3) and offset (B, 3) of each sample's colour change; `mean` (B, 3) is its mean colour."""
     batch, device = len(mean), mean.device
     draws = torch.rand((6, batch), generator=generator, device=device)
-    u_jitter, u_grey = draws[4:]
-    u_brightness, u_contrast, u_saturation, u_hue = 2 * draws[:4] - 1  # U(-1, 1)
-    jittered, grey = u_jitter < colour.p_jitter, u_grey < colour.p_grey
-    brightness = torch.where(jittered, 1 + colour.brightness * u_brightness, 1.0)
-    contrast = torch.where(jittered, 1 + colour.contrast * u_contrast, 1.0)
-    saturation = torch.where(jittered, 1 + colour.saturation * u_saturation, 1.0).masked_fill(grey, 0.0)
-    angle = torch.where(jittered, 2 * math.pi * colour.hue * u_hue, 0.0)
+    jittered, grey = draws[4] < colour.p_jitter, draws[5] < colour.p_grey
+    u_brightness, u_contrast, u_saturation, u_hue = (2 * draws[:4] - 1) * jittered  # U(-1, 1), or 0: no change
+    brightness = 1 + colour.brightness * u_brightness
+    contrast = 1 + colour.contrast * u_contrast
+    saturation = (1 + colour.saturation * u_saturation).masked_fill(grey, 0.0)
+    angle = 2 * math.pi * colour.hue * u_hue
 
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     turn = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], -1).view(batch, 3, 3)
     hue = constant(YIQ_TO_RGB, device) @ turn @ constant(RGB_TO_YIQ, device)
     luma, identity = constant(LUMA, device), torch.eye(3, device=device)
-    saturate = saturation.view(-1, 1, 1) * identity + (1 - saturation).view(-1, 1, 1) * luma.expand(3, 3)
-    recolour = hue @ saturate
+    recolour = hue @ torch.lerp(luma.expand(3, 3), identity, saturation.view(-1, 1, 1))
     pivot = (mean @ luma) * brightness * (1 - contrast)  # contrast's share of the mean grey, the same in all channels
     return recolour * (brightness * contrast).view(-1, 1, 1), recolour.sum(2) * pivot[:, None]
 
@@ -297,12 +284,11 @@ def make_views(batch, options, generator=None, colour=Colour()):
     x2s = F.avg_pool2d(x2, 2)
     x1_hat = x1 * region_mask(boxes1, size, options, generator)                                        # Eq. 2
     x2s_hat = x2s * region_mask(boxes2 / 2, x2s.shape[2:], options, generator, is_view2s=True)
-    m_hat = x3 = boxes3 = rois3 = boxes1.new_empty(0)
-    if options.dp:
-        m_hat, x3, boxes3 = de_position(x2, boxes2[:, :options.dp_boxes], options, generator)
     rois1 = jitter_rois(boxes1, size, options, generator)
     rois2 = jitter_rois(boxes2, size, options, generator)
-    if options.dp:
+    m_hat = x3 = boxes3 = rois3 = boxes1.new_empty(0)
+    if options.dp:  # last: without it all that is above stays the same
+        m_hat, x3, boxes3 = de_position(x2, boxes2[:, :options.dp_boxes], options, generator)
         rois3 = jitter_rois(boxes3, size, options, generator)
     return Views(x1, x2, x1_hat, x2s_hat, m_hat, x3, boxes1, boxes2, boxes3, rois1, rois2, rois3)
 
@@ -311,10 +297,9 @@ def de_position(x2, boxes, options, generator=None):
     """Eqs. 6-8 for boxes (B, k, 4) of x2 (B, 3, H, W), on view 2 of the next image of the batch as background.
     Returns m^ (B, 1, H, W), x3 (B, 3, H, W) and b^ (B, k, 4)."""
     size, backgrounds = x2.shape[2:], x2.roll(-1, 0)                                                   # x_b
-    m = boxes_mask(boxes, size)                                                                        # Eq. 6
     moved, offset = shift_boxes(boxes, size, generator)
-    m_hat = proposal_random_cutout(shift_pixels(m, offset), moved, options.prc_share, options.prc_threshold,
-                                   generator)                                                          # Eq. 7
+    m = boxes_mask(moved, size)  # Eq. 6's m, shifted: whole offsets move whole pixels
+    m_hat = proposal_random_cutout(m, moved, options.prc_share, options.prc_threshold, generator)      # Eq. 7
     return m_hat, composite(x2, backgrounds, m_hat, offset), moved                                     # Eq. 8
 
 
@@ -343,9 +328,8 @@ def jitter_rois(boxes, size, options, generator=None):
 def parse_augs(text):
     """'prc,prm,rbj' -> a tuple of names of AUGS, in their order; 'none' -> (). Raises argparse.ArgumentTypeError."""
     names = [] if text == "none" else text.split(",")
-    for name in names:
-        if name not in AUGS:
-            raise argparse.ArgumentTypeError(f"{name or 'an empty name'} is none of {', '.join(AUGS)}, none")
+    if unknown := set(names).difference(AUGS):
+        raise argparse.ArgumentTypeError(f"{min(unknown) or 'an empty name'} is none of {', '.join(AUGS)}, none")
     if "rbj" in names and "jitter" in names:
         raise argparse.ArgumentTypeError("rbj and jitter both jitter the boxes of RoIAlign, name one of them")
     return tuple(name for name in AUGS if name in names)
@@ -362,12 +346,11 @@ def contact_sheet(views, tile=224):
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import draw_bounding_boxes, make_grid
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    columns = {"x1": (views.x1, views.boxes1, None), "x2": (views.x2, views.boxes2, None),
+    columns = {"x1": (views.x1, views.boxes1, views.boxes1), "x2": (views.x2, views.boxes2, views.boxes2),
                "x1^ (Eq. 2)": (views.x1_hat, views.boxes1, views.rois1),
-               "x2s^ (Eq. 2)": (views.x2s_hat, views.boxes2 / 2, views.rois2 / 2)}
-    if len(views.x3):
-        columns["m^ (Eq. 7)"] = normalise(views.m_hat.expand(-1, 3, -1, -1)), views.boxes3, None
-        columns["x3 (Eq. 8)"] = views.x3, views.boxes3, views.rois3
+               "x2s^ (Eq. 2)": (views.x2s_hat, views.boxes2 / 2, views.rois2 / 2),
+               "m^ (Eq. 7)": (normalise(views.m_hat.expand(-1, 3, -1, -1)), views.boxes3, views.boxes3),
+               "x3 (Eq. 8)": (views.x3, views.boxes3, views.rois3)}
     tiles = []
     for row in range(len(views.x1)):
         for images, boxes, rois in columns.values():
@@ -375,9 +358,7 @@ def contact_sheet(views, tile=224):
             pixels, scale = (image * 255).round().byte(), tile / images.shape[-1]
             colours = [COLOURS[k % len(COLOURS)] for k in range(boxes.shape[1])]
             pixels = draw_bounding_boxes(pixels, boxes[row] * scale, colors=colours, width=3)
-            if rois is not None:
-                pixels = draw_bounding_boxes(pixels, rois[row] * scale, colors=colours, width=1)
-            tiles.append(pixels)
+            tiles.append(draw_bounding_boxes(pixels, rois[row] * scale, colors=colours, width=1))
     grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=48)
     sheet = to_pil_image(F.pad(grid, (0, 0, 14, 14), value=48))
     draw = ImageDraw.Draw(sheet)
@@ -407,7 +388,8 @@ def main():
     parser.set_defaults(dp=True, prc_share=PRC_SHARE, prc_threshold=PRC_THRESHOLD, prm_scale=PRM_SCALE,
                         prm_ratio=PRM_RATIO, rbj_scale=RBJ_SCALE, rbj_shift=RBJ_SHIFT)
     args = parser.parse_args()
-    if args.dp_boxes > args.boxes or (args.size or 0) % 2:
+    args.size = args.size or (112 if args.data == "scenes" else 224)
+    if args.dp_boxes > args.boxes or args.size % 2:
         raise UserError(f"--dp-boxes is at most --boxes {args.boxes}, --size is even: view 2s has half of it")
     images = open_images(args.data, args.root)
     if args.data != "scenes":
@@ -416,8 +398,7 @@ def main():
         if args.proposals is None:
             images.names = images.names[:args.rows]
             compute_proposals(images, folder, workers=2)
-        dataset = TwoViews(images, Proposals(args.proposals or folder), args.size or images.size, args.boxes,
-                           seed=args.seed)
+        dataset = TwoViews(images, Proposals(args.proposals or folder), args.size, args.boxes, seed=args.seed)
         batch = next(iter(make_loader(dataset, [[(0, i) for i in range(len(dataset))][:args.rows]], workers=0)))
     sheet = contact_sheet(make_views(batch, args, torch.Generator().manual_seed(args.seed)))
     with atomic(args.out) as file:
