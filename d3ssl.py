@@ -34,8 +34,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import (PRC_SHARE, PRC_THRESHOLD, PRM_RATIO, PRM_SCALE, RBJ_SCALE, RBJ_SHIFT, make_views, normalise,
                      parse_augs, to_float)
-from data import (Parser, Proposals, Schedule, TwoViews, UserError, atomic, compute_proposals, duration, error_exit,
-                  listing, make_loader, open_images, positive, proposals_folder, rng, usable_cores, whole_number)
+from data import (Parser, Proposals, TwoViews, UserError, atomic, compute_proposals, duration, epoch_batches,
+                  error_exit, listing, make_loader, open_images, positive, proposals_folder, rng, usable_cores,
+                  whole_number)
 
 
 def setting(default, about, choices=None):
@@ -180,12 +181,11 @@ def interpolation(low, high, scale, bins, cells, ratio):
 
 class Queue(nn.Module):
     """The negatives of Eq. 5: the last `size` teacher features (size, D), first in, first out. `train` fills it
-    before step 1; until then it holds random unit vectors, drawn by `seed`."""
+    before step 1; until then it holds random unit vectors."""
 
-    def __init__(self, size, dim, seed=0):
+    def __init__(self, size, dim):
         super().__init__()
-        start = torch.randn(size, dim, generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("features", F.normalize(start, dim=1))
+        self.register_buffer("features", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -212,11 +212,6 @@ def info_nce(z, z_pos, queue, temperature):
     return F.cross_entropy(logits, labels), accuracy
 
 
-def cosine_loss(z, z_pos):
-    """BYOL's and SoCo's loss, mean over rows, without negatives: 2 - 2 z.z+; z, z_pos (N, D), L2-normalised."""
-    return (2 - 2 * (z * z_pos).sum(1)).mean()
-
-
 class Output(NamedTuple):
     """What a forward pass returns: scalars, and the teacher's features (2 * B * K, D) for the queue."""
     loss: torch.Tensor
@@ -237,7 +232,7 @@ class D3SSL(nn.Module):
         self.student = Encoder(c.arch, c.hidden, c.dim, c.roi, c.projector_norm, grid=c.regions == "grid")
         self.teacher = deepcopy(self.student).requires_grad_(False)  # in training mode too, with its own buffers
         self.predictor = mlp(c.dim, c.hidden or c.dim, c.dim, norm=True) if c.objective == "cosine" else None
-        self.queue = Queue(c.queue, c.dim, c.seed)
+        self.queue = Queue(c.queue, c.dim)
 
     @torch.no_grad()
     def update_teacher(self, momentum):
@@ -257,10 +252,12 @@ class D3SSL(nn.Module):
         """views: augment.Views. Returns Output; enqueue its `keys` after the backward pass."""
         accuracies = []
 
-        def nce(z, z_pos):  # with --objective cosine: SoCo's loss instead
+        def nce(z, z_pos):
             loss, accuracy = info_nce(z, z_pos, self.queue.features, self.config.temperature)  # Eq. 5
             accuracies.append(accuracy)
-            return cosine_loss(z, z_pos) if self.config.objective == "cosine" else loss
+            if self.config.objective == "cosine":  # BYOL's and SoCo's loss instead, without negatives
+                return (2 - 2 * (z * z_pos).sum(1)).mean()
+            return loss
 
         with self.autocast():
             zs1 = self.student(views.x1_hat, views.rois1, self.predictor)          # Eq. 3
@@ -285,9 +282,6 @@ class D3SSL(nn.Module):
 class LARS(torch.optim.Optimizer):
     """LARS (You et al. 2017) on SGD with momentum, as in BYOL: biases and norms get neither decay nor adaptation."""
 
-    def __init__(self, parameters, lr, momentum, weight_decay, trust=0.001):
-        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -295,7 +289,7 @@ class LARS(torch.optim.Optimizer):
                 step = p.grad
                 if p.ndim > 1:
                     step = step.add(p, alpha=group["weight_decay"])
-                    trust = group["trust"] * p.norm() / step.norm()
+                    trust = 0.001 * p.norm() / step.norm()
                     step = step * torch.where(torch.isfinite(trust) & (trust > 0), trust, 1.0)
                 velocity = self.state[p].get("momentum_buffer", 0) * group["momentum"] + step
                 self.state[p]["momentum_buffer"] = velocity
@@ -308,7 +302,7 @@ def make_optimizer(config, model):
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **arguments)
     if config.optimizer == "lars":
-        return LARS(parameters, momentum=config.momentum, **arguments)
+        return LARS(parameters, dict(momentum=config.momentum, **arguments))
     return torch.optim.SGD(parameters, momentum=config.momentum, fused=True, **arguments)
 
 
@@ -467,7 +461,7 @@ def load_checkpoint(path, settings, world_size):
     advice = "name another --out, or start anew with --resume never (a schedule cannot be extended)"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = saved["config"]
+        theirs = dict(saved["config"])
     except Exception as error:  # torch.load raises many classes on a file that is cut or is something else
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): {advice}") from None
     differences = [f"{key} {theirs.get(key)}, now {settings.get(key)}" for key in sorted({*theirs, *settings})
@@ -552,7 +546,7 @@ def train(config, resume="auto"):
     images, proposals = open_images(config.data, config.root), None
     if config.regions == "proposals":
         folder = config.proposals or proposals_folder(config.data, config.root)
-        compute_proposals(images, folder, local_rank=local_rank)
+        compute_proposals(images, folder, max(1, usable_cores() // local_world_size))
         proposals = Proposals(folder)
     if config.data == "scenes":
         images.keep()
@@ -566,7 +560,7 @@ def train(config, resume="auto"):
     last_step = min(total_steps, config.max_steps or total_steps)
 
     def batches(first, last):
-        schedule = Schedule(len(dataset), config.batch_size, config.seed, first, last, rank, world_size)
+        schedule = epoch_batches(len(dataset), config.batch_size, config.seed, first, last, rank, world_size)
         return make_loader(dataset, schedule, workers, pin=torch.cuda.is_available())
 
     # The longer the queue, the more of an image's own earlier features are among its negatives.
@@ -656,9 +650,8 @@ def train(config, resume="auto"):
         step, steps = step + 1, steps + 1
         snapshot()
         if step % LOG_EVERY == 0 or step in (1, last_step) or (signals and world_size == 1):
-            state = dict(losses=(sums / steps).tolist(), stop=max(signals, default=0),
-                         save=time.perf_counter() - saved_at > SAVE_EVERY)
-            states = gather_objects(state)
+            states = gather_objects(dict(losses=(sums / steps).tolist(), stop=max(signals, default=0),
+                                         save=time.perf_counter() - saved_at > SAVE_EVERY))
             losses = torch.tensor([state["losses"] for state in states], dtype=torch.double).mean(0)
             stop = step < last_step and max(state["stop"] for state in states)
             ensure_finite([losses], step, out)

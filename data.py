@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(text, least=0):
     """The type of a flag that counts. Raises argparse.ArgumentTypeError for anything else, and below `least`."""
-    if not text.isdecimal() or int(text) < least:
+    if not text.isdecimal() or not least <= int(text) < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     return int(text)
 
@@ -202,12 +202,12 @@ def read_image(path):
 
 class Images:
     """Image files under `root`, in the order of `names` ((N,) array of bytes, one flat buffer: a list would be copied
-    page by page into every worker). size: of augment.py's views of them."""
+    page by page into every worker)."""
 
     version = None  # of pictures that are rendered; with another one proposals are computed again
 
-    def __init__(self, root, names, size=224):
-        self.root, self.size = Path(root), size
+    def __init__(self, root, names):
+        self.root = Path(root)
         self.names = np.asarray([os.fsencode(name) for name in names], dtype="S")
 
     def __len__(self):
@@ -222,44 +222,43 @@ class Images:
 
 
 def list_images(root):
-    """Sorted paths of the images below `root`, relative to it. Links are followed, each folder once; hidden names and a
-    run's folder (with metrics.jsonl) are passed over, other files counted. Raises UserError without any image."""
+    """Sorted paths of the images below `root`, relative to it. Links are followed, each folder once, by its first name;
+    hidden names and a run's folder (with metrics.jsonl) are passed over, other files counted. Raises UserError without
+    any image."""
     root, images, others, seen = str(root), [], Faults(root), set()
-    starts = [root]  # then links to folders: one that is reached in two ways goes by its own name
-    for start in starts:
-        for folder, folders, files in os.walk(start, onerror=lambda error: others.add("folder cannot be read", error)):
-            path, run = os.path.realpath(folder), "metrics.jsonl" in files
-            if path in seen or (run and folder != root):
-                folders.clear()
+    walk = os.walk(root, followlinks=True, onerror=lambda error: others.add("folder cannot be read", error))
+    for folder, folders, files in walk:
+        path, run = os.path.realpath(folder), "metrics.jsonl" in files
+        if path in seen or (run and folder != root):
+            folders.clear()
+            continue
+        seen.add(path)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in files:
+            below = os.path.join(folder, name).removeprefix(os.path.join(root, ""))
+            suffix = os.path.splitext(name)[1].lower()
+            if name[0] == "." or (run and name == "curves.png"):
                 continue
-            seen.add(path)
-            folders[:] = [name for name in folders if name[0] != "."]
-            starts += [link for link in (os.path.join(folder, name) for name in folders) if os.path.islink(link)]
-            for name in files:
-                below = os.path.join(folder, name).removeprefix(os.path.join(root, ""))
-                suffix = os.path.splitext(name)[1].lower()
-                if name[0] == "." or (run and name == "curves.png"):
-                    continue
-                if suffix in SUFFIXES and len(os.fsencode(below).splitlines()) == 1:
-                    images.append(below)
-                else:
-                    others.add(f"suffix of no image: *{suffix}", repr(below))
+            if suffix in SUFFIXES and len(os.fsencode(below).splitlines()) == 1:
+                images.append(below)
+            else:
+                others.add(f"suffix of no image: *{suffix}", repr(below))
     others.report(images, "image")
     return sorted(images)
 
 
-def open_images(data, root=None, split=None, strict=False):
+def open_images(data, root=None, split="train", strict=False):
     """The images of a data set (scenes | coco | voc | openimages | openimages-mini | folder) below `root` (default
-    data/DATA); never reads an annotation. split: coco: train2017 | val2017, openimages: train | validation, others:
-    train | val; strict: as open_labelled's. Raises UserError if the folder is missing or empty."""
+    data/DATA), of a split (train | val; a folder has none); never reads an annotation. strict: as open_labelled's.
+    Raises UserError if the folder is missing or empty."""
     root = Path(root or Path("data") / data)
     if data == "scenes":
-        return Scenes(split or "train", root)
+        return Scenes(split, root)
     if data == "voc":
-        return voc_images(root, split or "train", strict)
-    if data == "openimages-mini" and split in (None, "train"):
+        return voc_images(root, split, strict)
+    if data == "openimages-mini" and split == "train":
         return Images(root / "train", read_list(root / "openimages-mini.txt", root / "train", strict))
-    folder = root if data == "folder" else root / (split or folder_of(data, "train"))
+    folder = root if data == "folder" else root / folder_of(data, split)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: name its folder with --root, or download it (README, section Data)")
     return Images(folder, list_images(folder))
@@ -284,16 +283,14 @@ class Scenes(Images):
     """The embedded data set: pictures of 2-4 objects on textured backgrounds, rendered from (seed, split, index).
 
     15 categories, each a shape with a texture. Hue is free, so that colour tells nothing. root: where its proposals
-    are kept; number: of pictures. Raises UserError if split is neither train nor val."""
+    are kept; number: of pictures."""
 
     SIDE = 112
     NUMBER = {"train": 1024, "val": 200}
     VERSION = 2  # of the renderer: proposals of another version's pictures are computed again
 
     def __init__(self, split="train", root=None, number=None, seed=0):
-        if split not in self.NUMBER:
-            raise UserError(f"scenes has no split {split}: use train or val")
-        super().__init__(root or "data/scenes", [f"{split}-{i:06d}" for i in range(number or self.NUMBER[split])], 112)
+        super().__init__(root or "data/scenes", [f"{split}-{i:06d}" for i in range(number or self.NUMBER[split])])
         self.split, self.seed, self.kept = split, seed, None
         self.version = f"{self.VERSION} seed {seed}"
 
@@ -318,7 +315,8 @@ class Scenes(Images):
             solid = np.zeros((self.SIDE, self.SIDE), bool)
             solid[where] = coverage[..., 0] > 0.5
             masks = [old & ~solid for old in masks] + [solid]
-        boxes = np.float32([mask_box(mask) for mask in masks])
+        x, y, w, h = np.float32([cv2.boundingRect(mask.view(np.uint8)) for mask in masks]).T
+        boxes = np.stack([x, y, x + w, y + h], 1)
         return canvas.clip(0, 255).astype(np.uint8), boxes, labels[:len(masks)], np.stack(masks)
 
     def _background(self, random):
@@ -340,12 +338,6 @@ class Scenes(Images):
         apart = np.linalg.norm(layouts[:, one] - layouts[:, two], axis=-1) > 0.42 * (sides[one] + sides[two])
         good = np.flatnonzero(apart.all(1))
         return layouts[good[0]] if len(good) else self._layout(random, sides[:-1], tries)
-
-
-def mask_box(mask):
-    """The tight box [x1, y1, x2, y2] of a (H, W) boolean mask with at least one pixel set."""
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
 
 
 def _object(random, label, x, y, side):
@@ -373,13 +365,13 @@ def _object(random, label, x, y, side):
     return (slice(top, bottom), slice(left, right)), mask[..., None] / np.float32(255), dark + share * (light - dark)
 
 
-def write_scenes(out, number, seed=0):
+def write_scenes(out, number):
     """Write `number` train and number/4 val scenes below `out` in COCO's layout, with masks. May raise UserError."""
     if (Path(out) / "annotations").exists():  # somebody's COCO?
         raise UserError(f"{out} has annotations already: name another --out")
     coder, categories = mask_coder(), [{"id": i, "name": name} for i, name in enumerate(SCENE_CATEGORIES, 1)]
     for split, count in (("train", number), ("val", max(1, number // 4))):
-        scenes, images, annotations = Scenes(split, number=count, seed=seed), [], []
+        scenes, images, annotations = Scenes(split, number=count), [], []
         for i in range(count):
             picture, boxes, labels, masks = scenes.render(i)
             name = f"{i:012d}.png"
@@ -435,10 +427,10 @@ def open_labelled(data, root=None, split="val", strict=False):
     """Labelled boxes of `split` (train | val) of a data set (scenes | coco | voc | openimages | openimages-mini),
     sorted by image name. All of it can be pickled. Raises UserError if the annotations are missing or unreadable;
     single broken ones are left out and counted. strict: an image that is listed and absent is a UserError too."""
-    root, folder = Path(root or Path("data") / data), folder_of(data, split)
+    root = Path(root or Path("data") / data)
     if data == "coco":
         return read_coco(root, split, strict)
-    images = open_images(data, root, folder, strict)
+    images = open_images(data, root, split, strict)
     if data == "scenes":
         _, boxes, labels, masks = zip(*map(images.render, range(len(images))))
         index, masks = np.repeat(np.arange(len(images)), [len(some) for some in labels]), np.concatenate(masks)
@@ -446,7 +438,7 @@ def open_labelled(data, root=None, split="val", strict=False):
                         np.zeros(len(index)), masks.__getitem__)  # which can be pickled; a lambda cannot
     if data == "voc":
         return read_voc(images, strict)
-    return read_openimages(root, folder, images, data == "openimages-mini" and split == "train", strict)
+    return read_openimages(root, folder_of(data, split), images, data == "openimages-mini" and split == "train", strict)
 
 
 def folder_of(data, split):
@@ -712,7 +704,6 @@ SEARCH = {"method": "selective search", "long_side": 200, "resize": "antialiased
           "side": 32}
 RELAXED = ("by all of the filter", "relaxed to aspect", "relaxed to sides", "the whole image")
 CHUNK = 32  # images to one unit of work, the part that a kill can lose
-TIMEOUT = 600  # seconds without a new chunk until a rank that waits for them gives up; a chunk takes some
 
 
 def selective_search(image):
@@ -783,17 +774,17 @@ def listing(names):
 
 def proposal_settings(images):
     """What proposals depend on: the search, its filter, the list of images and the version of what draws them."""
-    settings = {**SEARCH, "images": len(images), "listing": listing(images.names.tolist())}
-    return settings if images.version is None else {**settings, "version": images.version}
+    return {**SEARCH, "images": len(images), "listing": listing(images.names.tolist()), "version": images.version}
 
 
 def proposals_state(images, folder):
     """'ready', 'missing' or the reason to make them again."""
     try:
         settings = dict(json.loads((Path(folder) / "settings.json").read_text()))
-    except (OSError, TypeError, ValueError):
+        method = settings["method"]
+    except (OSError, KeyError, TypeError, ValueError):
         return "missing"
-    if settings.get("method") != SEARCH["method"]:
+    if method != SEARCH["method"]:
         return "ready"  # somebody else's boxes, as they are
     other = [key for key, value in proposal_settings(images).items() if settings.get(key) != value]
     return f"written with other settings ({', '.join(other)})" if other else "ready"
@@ -812,24 +803,17 @@ def search_chunk(images, hidden, indices):
         np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 5))
 
 
-def compute_proposals(images, folder, workers=None, local_rank=0):
+def compute_proposals(images, folder, workers=None):
     """Selective search over `images` into `folder`, by `workers` processes (one per core); resumable after a kill.
 
-    On each machine local rank 0 searches, the others wait for it. Chunks of images are files in a hidden folder of
-    these settings until all are there and are joined; machines or runs that share the folder use each other's. Raises
-    UserError if it cannot be written or has other boxes, no image can be read, or the search stops for TIMEOUT s."""
-    folder, since, last = Path(folder), time.monotonic(), None
+    Chunks of images are files in a hidden folder of these settings until all are there and are joined: ranks, machines
+    and runs that share the folder use each other's. Raises UserError if it cannot be written or has other boxes, or if
+    no image can be read."""
+    folder = Path(folder)
     hidden = folder / f".chunks-{listing([json.dumps(proposal_settings(images), sort_keys=True).encode()])}"
     foreign = (folder / "boxes.npy").exists() and not hidden.exists()  # asked first: a run that joins removes it last
     state = proposals_state(images, folder)
-    while local_rank and proposals_state(images, folder) != "ready":
-        there = len(list(hidden.glob("*.npz")))
-        since, last = time.monotonic() if there != last else since, there
-        if time.monotonic() - since > TIMEOUT:
-            raise UserError(f"local rank 0 has written no proposals to {folder} for {duration(TIMEOUT)}: run the same "
-                            "command again to resume")
-        time.sleep(0.5)
-    if local_rank or state == "ready":
+    if state == "ready":
         return
     if foreign and (state == "missing" or "listing" in state):
         raise UserError(f"{folder} has other boxes (settings.json {state}): name another folder, delete this one, or "
@@ -851,38 +835,32 @@ def compute_proposals(images, folder, workers=None, local_rank=0):
         for _ in chunks:
             progress.update(min(CHUNK * len(list(hidden.glob("*.npz"))), len(images)))
         join_chunks(images, folder, files)
-    except UserError:
+    except (UserError, FileNotFoundError):
         if proposals_state(images, folder) != "ready":  # else another run has joined and removed the chunks meanwhile
             raise
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def join_chunks(images, folder, files):
-    """Make the files of Proposals from the chunks. Raises UserError if a chunk or all images cannot be read."""
+    """Make the files of Proposals from the chunks. Raises UserError if no image could be read."""
     parts = []
     for file in files:
-        try:
-            with np.load(file) as part:
-                parts.append((part["boxes"], part["rows"]))
-        except Exception as error:  # numpy raises a different class per damage
-            raise UserError(f"{file} cannot be read ({error}): delete it and run the same command again") from None
+        with np.load(file) as part:
+            parts.append((part["boxes"], part["rows"]))
     boxes, rows = map(np.concatenate, zip(*parts))
     indices, counts, levels = rows.T[:3]
-    faults, unreadable = Faults(images.root), np.setdiff1d(np.arange(len(images)), indices)
-    for i in unreadable:
+    faults = Faults(images.root)
+    for i in np.setdiff1d(np.arange(len(images)), indices):
         faults.add("image cannot be read", images.name(i))
     faults.report(len(indices), "image")
-    relaxed = dict(zip(RELAXED, np.bincount(levels, minlength=len(RELAXED)).tolist()))
-    report = {**proposal_settings(images), "filtered": relaxed, "unreadable": len(unreadable), "boxes": len(boxes)}
     contents = {"boxes.npy": boxes, "offsets.npy": np.concatenate([[0], counts.cumsum()]),
                 "sizes.npy": np.int32(rows[:, 3:]),
                 "names.txt": b"".join(name + b"\n" for name in images.names[indices].tolist()),
-                "settings.json": json.dumps(report, indent=1).encode()}
-    (folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is complete
+                "settings.json": json.dumps(proposal_settings(images), indent=1).encode()}  # last: with it all is there
     for name, content in contents.items():
         with atomic(folder / name) as file:
             file.write(content) if isinstance(content, bytes) else np.save(file, content)
-    levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
+    levels = ", ".join(f"{n:,} {name}" for name, n in zip(RELAXED, np.bincount(levels)) if n)
     print(f"{len(boxes) / len(indices):.1f} proposals per image ({levels}) in {folder}", flush=True)
 
 
@@ -910,8 +888,8 @@ def random_crop(random, height, width, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
 def clip_boxes(boxes, window):
     """Boxes (K, 4) cut to `window` [x1, y1, x2, y2] and the share of each box's area that is inside."""
     cut = np.clip(boxes, np.tile(window[:2], 2), np.tile(window[2:], 2))
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    return cut, (cut[:, 2:] - cut[:, :2]).prod(1) / np.maximum(area, 1e-6)
+    area, inside = ((some[:, 2:] - some[:, :2]).clip(0).prod(1) for some in (boxes, cut))  # 0 of a box that is reversed
+    return cut, inside / np.maximum(area, 1e-6)
 
 
 class TwoViews(torch.utils.data.Dataset):
@@ -995,27 +973,21 @@ class TwoViews(torch.utils.data.Dataset):
         return view, boxes
 
 
-class Schedule:
-    """This rank's batches of steps first to last, as lists of (epoch, index): one stream over all epochs. Each epoch is
-    a permutation by (seed, epoch), without the incomplete last batch; rank r takes the r-th slice of each batch."""
-
-    def __init__(self, length, batch_size, seed, first, last, rank=0, world_size=1):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.first, self.last, self.rank, self.share = first, last, rank, batch_size // world_size
-
-    def __iter__(self):
-        per_epoch, order_of = self.length // self.batch_size, -1
-        for step in range(self.first, self.last):
-            epoch, i = divmod(step, per_epoch)
-            if epoch != order_of:
-                order_of, order = epoch, rng("order", self.seed, epoch).permutation(self.length).tolist()
-            start = i * self.batch_size + self.rank * self.share
-            yield [(epoch, index) for index in order[start:start + self.share]]
+def epoch_batches(length, batch_size, seed, first, last, rank=0, world_size=1):
+    """Yield this rank's batches of steps first to last, lists of (epoch, index): one stream over all epochs. Each epoch
+    is a permutation by (seed, epoch), without the incomplete last batch; rank r takes the r-th slice of each batch."""
+    per_epoch, share, order_of = length // batch_size, batch_size // world_size, -1
+    for step in range(first, last):
+        epoch, i = divmod(step, per_epoch)
+        if epoch != order_of:
+            order_of, order = epoch, rng("order", seed, epoch).permutation(length).tolist()
+        start = i * batch_size + rank * share
+        yield [(epoch, index) for index in order[start:start + share]]
 
 
 def _start_loader(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when a command stops ...
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # ... its workers outlive it by no more than this
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))  # ... its workers may outlive it by this
 
 
 def make_loader(views, schedule, workers, pin=False, collate=None):
@@ -1100,7 +1072,8 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("scenes", help="write the embedded data set in COCO's layout, with masks")
     scenes.add_argument("--out", required=True)
-    scenes.add_argument("--n", type=positive, default=800, help="train images; a quarter as many val images are added")
+    scenes.add_argument("--n", type=partial(whole_number, least=2), default=800,
+                        help="train images; a quarter as many val images are added")
     search = commands.add_parser("proposals", help="selective search over a data set")
     search.add_argument("--workers", type=positive, help="processes (default: all cores)")
     search.add_argument("--proposals", help="the folder to keep them in (default: under the root)")
@@ -1108,17 +1081,16 @@ def main():
     mini.add_argument("--annotations", required=True, help="folder of OpenImages' two CSVs (README, section Data)")
     mini.add_argument("--coco", required=True, help="COCO's instances_train2017.json")
     mini.add_argument("--out", default="openimages-mini.txt")
+    mini.add_argument("--seed", type=whole_number, default=0)
     stats = commands.add_parser("stats", help="Table 2's row of a data set")
     stats.add_argument("--split", choices=("train", "val"), default="train")
     labelled_data = ("scenes", "coco", "voc", "openimages", "openimages-mini")
     for command, names in ((search, (*labelled_data, "folder")), (stats, labelled_data)):
         command.add_argument("--data", choices=names, required=True)
         command.add_argument("--root", help="the data set's folder (default data/DATA)")
-    for command in (scenes, mini):
-        command.add_argument("--seed", type=whole_number, default=0)
     args = parser.parse_args()
     if args.command == "scenes":
-        write_scenes(args.out, args.n, args.seed)
+        write_scenes(args.out, args.n)
         print(f"next: python d3ssl.py --data coco --root {shlex.quote(args.out)} --batch-size {min(256, args.n)}")
     elif args.command == "proposals":
         folder = args.proposals or proposals_folder(args.data, args.root)

@@ -5,7 +5,7 @@ detection and segmentation (section 5.2, Tables 1 and 3); export.
     python evaluate.py --ckpt 'D3SSL=runs/d3ssl-*/last.pt' 'w/o dp=runs/nodp-*/last.pt'       means over files
     python evaluate.py --ckpt A.pth.tar B.pth:teacher --data coco --root data/coco           anybody's: one row per file
     torchrun --nproc_per_node 8 evaluate.py --ckpt X --transfer voc --root VOCdevkit        or coco; last.pt is resumed
-    python evaluate.py --ckpt A.pth.tar --export detectron2 A.pkl                or torchvision: a state dict
+    python evaluate.py --ckpt A.pth.tar --export A.pkl                 for detectron2; A.pth: torchvision's state dict
 
 O-KNN: the bank holds --objects objects of each train image; every object of the val split is a query, and its k nearest
 in the bank vote for their categories with weight exp(cos / 0.07). Crowds, VOC's difficult objects and OpenImages'
@@ -52,7 +52,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import RoIHeads, project_masks_on_boxes
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -60,8 +60,8 @@ from augment import MEAN, STD, normalise, to_float
 from d3ssl import (agree, connect, data_parallel, ensure_finite, gather_objects, load_checkpoint, lock_folder,
                    precise_batch_norm, resnet_stages, roi_align, save_checkpoint, stop_on_signal, torchrun_ranks,
                    write_json)
-from data import (SEARCH, Parser, Progress, Schedule, UserError, atomic, duration, error_exit, listing, make_loader,
-                  mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
+from data import (SEARCH, Parser, Progress, UserError, atomic, duration, epoch_batches, error_exit, listing,
+                  make_loader, mask_coder, open_labelled, positive, resize, rng, usable_cores, whole_number)
 
 # The input's side in pixels; not in the paper. VOC's objects are larger than COCO's, and its photographs smaller.
 SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
@@ -78,17 +78,17 @@ ARCHITECTURES = {(False, 2, 2, 2, 2): "resnet18", (False, 3, 4, 6, 3): "resnet34
 MOMENTUM = re.compile(r"_k(ey)?(?![a-z])|teacher|target|momentum|(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
-def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
+def load_backbone(path, arch=None, part=None, seed=0):
     """The ResNet in a checkpoint, by one rule for all: among the prefixes under which a ResNet's four stages lie, those
     of momentum encoders (_k, _key, teacher, target, momentum, ema) are dropped, and one must be left. No code in a
     file is run. Our last.pt's clean batch-norm statistics, where it has them, replace those of training.
-    path: a file, or "random": the untrained `arch` (default resnet50), seeded; teacher: take the momentum encoder;
-    prefix: the one to take. Returns torchvision's ResNet with fc = Identity in eval mode, its architecture's name."""
+    path: a file, or "random": the untrained `arch` (default resnet50), seeded; part: "teacher", for the momentum
+    encoder, or a prefix. Returns torchvision's ResNet with fc = Identity in eval mode, its architecture's name."""
     if path == "random":
         return build(arch or "resnet50", seed).eval(), arch or "resnet50"
     with reading(path):
         saved = read_checkpoint(path)
-        prefix, weights = choose(flatten(saved), teacher, prefix)
+        prefix, weights = choose(flatten(saved), part)
         blocks = [len({key.split(".")[1] for key in weights if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
         arch = ARCHITECTURES.get(("layer1.0.conv3.weight" in weights, *blocks))
         if arch is None:
@@ -99,15 +99,18 @@ def load_backbone(path, arch=None, teacher=False, prefix=None, seed=0):
         network = build(arch, seed)
         own = network.state_dict()
         for key in dict.fromkeys([*own, *weights]):
-            theirs, ours = (str(tuple(some[key].shape)) if key in some else "" for some in (weights, own))
             if key.endswith("num_batches_tracked"):  # which does not matter
                 continue
-            if theirs != ours:
-                what = "a missing key" if not theirs else "an unexpected key" if not ours else f"{theirs}, not {ours}"
+            if key not in own or key not in weights:
+                what = "a missing key" if key in own else "an unexpected key"
                 raise UserError(f"is cut short, or no {arch} as torchvision's: {prefix}{key} is {what}")
-            if not weights[key].isfinite().all():
+            tensor = as_tensor(weights[key])  # one at a time: it may be a copy, and one array can have a million names
+            theirs, ours = tuple(tensor.shape), tuple(own[key].shape)
+            if theirs != ours:
+                raise UserError(f"is no {arch} as torchvision's: {prefix}{key} is {theirs}, not {ours}")
+            if not tensor.isfinite().all():
                 raise UserError(f"has diverged, {prefix}{key} is not finite: take an earlier checkpoint")
-            own[key].copy_(weights[key])
+            own[key].copy_(tensor)
     return network.eval(), arch
 
 
@@ -263,15 +266,13 @@ SPELLINGS = {
 
 
 def flatten(tree, prefix="", seen=None):
-    """(name, tensor) of every tensor and array in nested dictionaries and objects, each read once; names are joined by
-    dots, in torchvision's words. What is damaged is left out, and missed later."""
+    """(name, what `as_tensor` takes) of every tensor and array in nested dictionaries and objects, each of these read
+    once; names are joined by dots, in torchvision's words."""
     seen = set() if seen is None else seen
     if isinstance(tree, torch.Tensor) or (isinstance(tree, StandIn) and tree.name in ARRAYS):
-        with suppress(Exception):  # of many classes
-            tensor = as_tensor(tree)
-            for pattern, word in SPELLINGS.items():
-                prefix = re.sub(pattern, word, prefix)
-            yield prefix, tensor
+        for pattern, word in SPELLINGS.items():
+            prefix = re.sub(pattern, word, prefix)
+        yield prefix, tree
     elif isinstance(tree, dict) and id(tree) not in seen:
         seen.add(id(tree))
         entries = list(tree.items())
@@ -281,7 +282,7 @@ def flatten(tree, prefix="", seen=None):
         for key, value in entries:
             if key in ("", "_modules", "_parameters", "_buffers"):  # of a module that was saved with its class
                 yield from flatten(value, prefix, seen)
-            elif isinstance(key, (str, int)) and len(prefix) + len(str(key)) < 1000:
+            elif isinstance(key, (str, int)) and len(prefix) + len(str(key)) < 300:
                 yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), seen)
 
 
@@ -306,7 +307,7 @@ def as_tensor(leaf):
     return numbers.as_strided(size, stride, offset)  # which refuses what lies outside
 
 
-def choose(leaves, teacher, prefix):
+def choose(leaves, asked):
     """The one (prefix, {torchvision's name: tensor}) with all four stages of a ResNet that is asked for."""
     parts = defaultdict(dict)
     for name, tensor in leaves:
@@ -314,14 +315,14 @@ def choose(leaves, teacher, prefix):
             parts[match[1] or ""][match[2]] = tensor
     resnets = {name: part for name, part in parts.items()
                if all(f"layer{i}.0.conv1.weight" in part for i in (1, 2, 3, 4))}
-    if prefix is None:
-        fits = [name for name in resnets if bool(MOMENTUM.search(name)) == teacher]
+    if asked in (None, "teacher"):
+        fits = [name for name in resnets if bool(MOMENTUM.search(name)) == (asked == "teacher")]
     else:
-        end = f".{prefix.rstrip('.')}."
-        fits = [name for name in resnets if (f".{name}".endswith(end) if prefix else not name)]
+        end = f".{asked.rstrip('.')}."
+        fits = [name for name in resnets if (f".{name}".endswith(end) if asked else not name)]
     for name in fits[1:]:  # OpenSelfSup saves its backbone under two names: equal weights count once
         one, two = resnets[fits[0]], resnets[name]
-        if one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one):
+        if one.keys() == two.keys() and all(torch.equal(as_tensor(one[key]), as_tensor(two[key])) for key in one):
             fits.remove(name)
     if not resnets:
         raise UserError("holds no ResNet by the names of torchvision, timm, Hugging Face or detectron2")
@@ -331,10 +332,10 @@ def choose(leaves, teacher, prefix):
     return fits[0], resnets[fits[0]]
 
 
-def export(network, kind, path):
-    """Write the backbone as others load it: detectron2: MODEL.WEIGHTS, with INPUT.FORMAT RGB and ImageNet's mean and
-    deviation in pixels (MoCo's configs); torchvision: a state dict without fc, load_state_dict(..., strict=False)."""
-    if kind == "torchvision":
+def export(network, path):
+    """Write the backbone as others load it. A .pkl: detectron2's MODEL.WEIGHTS, with INPUT.FORMAT RGB and ImageNet's
+    mean and deviation in pixels (MoCo's configs). Else: torchvision's state dict without fc (strict=False loads it)."""
+    if Path(path).suffix != ".pkl":
         return save_checkpoint(path, network.state_dict())
     named = {}
     for key, value in network.state_dict().items():  # as MoCo's and detectron2's own converters name them
@@ -352,8 +353,7 @@ def export(network, kind, path):
 class Source:
     """Where one network of a row comes from, and how it is evaluated."""
     path: str                    # a file, or random, or colour
-    teacher: bool = False        # the momentum encoder of the file, not the other one
-    prefix: str = None           # which of several ResNets in the file
+    part: str = None             # of the file: its momentum encoder (teacher), or one of several ResNets, by prefix
     arch: str = None             # of random, and of a file once it is read
     seed: int = 0                # of random's weights
     bins: int = None             # side of RoIAlign's output on C4, as it was trained: for --head roi
@@ -361,11 +361,10 @@ class Source:
 
     @property
     def name(self):
-        part = "teacher" if self.teacher else self.prefix
-        return self.path if part is None else f"{self.path}:{part}"
+        return self.path if self.part is None else f"{self.path}:{self.part}"
 
     def load(self):
-        return load_backbone(self.path, self.arch, self.teacher, self.prefix, self.seed)
+        return load_backbone(self.path, self.arch, self.part, self.seed)
 
 
 def parse_entry(entry, args):
@@ -377,9 +376,8 @@ def parse_entry(entry, args):
     if not equals or Path(path).exists():
         name, pattern = entry, path
     kind = {"random": "clean", "colour": "none"}.get(pattern, args.statistics)
-    paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]
-    teacher, prefix = part == "teacher", None if part == "teacher" else part
-    return name, [Source(path, teacher, prefix, args.arch, args.seed, args.roi, kind) for path in paths]
+    paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True)) or [pattern]
+    return name, [Source(path, part, args.arch, args.seed, args.roi, kind) for path in paths]
 
 
 def open_rows(args):
@@ -394,12 +392,13 @@ def open_rows(args):
     for source in files:
         (network, source.arch), path = source.load(), Path(source.path)
         beside = path.with_name("last.pt")  # of a backbone.pth or a snapshot, which always has clean statistics
-        with reading(beside):
-            run = read_checkpoint(beside if path.name.startswith("backbone") and beside.exists() else path)
-        if isinstance(run, dict) and "d3ssl" in run:
-            source.bins = source.bins or run["config"]["roi"]
-            if source.statistics == "saved" and (run.get("clean") or path.name.startswith("backbone-")):
-                source.statistics = "clean (training run)"
+        file = beside if path.name.startswith("backbone") and beside.exists() else path
+        with reading(file):
+            run = read_checkpoint(file)
+            if isinstance(run, dict) and "d3ssl" in run:
+                source.bins = source.bins or run["config"]["roi"]
+                if source.statistics == "saved" and (run.get("clean") or path.name.startswith("backbone-")):
+                    source.statistics = "clean (training run)"
         if source.statistics == "saved" and not network.bn1.running_mean.any() and (network.bn1.running_var == 1).all():
             print(f"warning: {path}: batch norm's running statistics were never updated (means 0, variances 1): try "
                   "--statistics clean", file=sys.stderr)
@@ -421,9 +420,10 @@ def load_source(source, head, clean_batches, device):
 
 def load_one(args):
     """load_backbone of the only --ckpt."""
-    _, (source, *others) = parse_entry(args.ckpt[0], args)
-    if others:
-        raise UserError(f"--ckpt {args.ckpt[0]}: {1 + len(others)} files, name one")
+    source, *others = [source for entry in args.ckpt for source in parse_entry(entry, args)[1]]
+    if others or source.path == "colour" or args.statistics == "clean":
+        raise UserError("--transfer and --export take one network as it is: one --ckpt, a file or random, no "
+                        "--statistics clean")
     return source.load()
 
 
@@ -472,9 +472,10 @@ def summarise(networks):
     return numbers
 
 
-def measure_rows(rows, measure):
+def measure_rows(args, rows, measure, **more):
     """Measure every network of open_rows' rows; measure: Source -> {measure: Estimate}. Returns the rows' results and
-    the files', for JSON. A row with as many files as the first has its difference, over pairs in their order."""
+    the files', and writes them, args and `more` to --json. A row with as many files as the first has its difference,
+    over pairs in their order."""
     results, files, first = [], [], None
     for name, sources in rows:
         networks = [measure(source) for source in sources]
@@ -488,19 +489,23 @@ def measure_rows(rows, measure):
             results[-1]["difference"] = {"from": rows[0][0], **summarise(pairs)}
         elif min(len(first), len(networks)) > 1:
             print(f"warning: {len(networks)} files of {name}, {len(first)} of {rows[0][0]}: unpaired", file=sys.stderr)
+    if args.json:
+        write_json(args.json, {"command": sys.argv, "settings": {**vars(args), **more}, "versions": VERSIONS,
+                               "rows": results, "files": files})
+        print(f"wrote {args.json}")
     return results, files
 
 
-def print_table(headings, results, pick, digits, unit):
-    """Print the results of measure_rows, each with its difference from the first row. pick: (a result, suffix of its
-    keys) -> a list, one entry per column; digits: decimal places; unit: what a single network's errors cover."""
+def print_table(headings, results, names, digits, unit):
+    """Print the results of measure_rows, each with its difference from the first row. names: the measures that fill the
+    columns, one each or all of them; digits: decimal places; unit: what a single network's errors cover."""
     width = max(len(result["row"]) for result in results)
     print(" " * width + "".join(f"{heading:>24}" for heading in headings) + "   +- over; statistics of batch norm")
 
-    def line(name, form, numbers, suffixes, end):
-        columns = zip(*(pick(numbers, suffix) for suffix in suffixes))
+    def line(row, form, numbers, suffixes, end):
+        columns = zip(*(np.ravel([numbers[name + suffix] for name in names]) for suffix in suffixes))
         cells = ["-" if None in column else form.format(*column, digits) for column in columns]
-        print(f"{name:{width}}" + "".join(f"{cell:>24}" for cell in cells) + "   " + end)
+        print(f"{row:{width}}" + "".join(f"{cell:>24}" for cell in cells) + "   " + end)
 
     for result in results:
         over = f"{result['files']} files" if result["files"] > 1 else unit
@@ -521,18 +526,21 @@ def select_objects(labels, crowd, number=None):
 
 
 class Objects(torch.utils.data.Dataset):
-    """The images of a split that have objects, with the selected ones: `number` per image (None: all).
+    """The images of a split that have objects, with the selected ones: `number` per image (None: all). index, image
+    (M,): the selected objects of all images in their order, and the image of each.
 
-    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels, and the objects' indices
-    in `labelled` (K,) int64, padded with zeros and -1 to the K of all (-1 alone: the image is unreadable). `disturbed`
-    is the picture where an object's box touches a pixel, else another image of the split, drawn by (seed, image)."""
+    Item -> picture, disturbed (size, size, 3) uint8 RGB; boxes (K, 4) float32 in their pixels, padded with zeros to the
+    K of all. `disturbed` is the picture where an object's box touches a pixel, else another image of the split, drawn
+    by (seed, image). Raises UserError if an image cannot be read or does not have its annotated size."""
     def __init__(self, labelled, size, number=None, limit=None, seed=0):
         self.labelled, self.size, self.seed = labelled, size, seed
         self.n = min(len(labelled.images), limit or len(labelled.images))  # images
         spans = [slice(*labelled.offsets[i:i + 2]) for i in range(self.n)]
         self.selected = [s.start + select_objects(labelled.labels[s], labelled.crowd[s], number) for s in spans]
         self.filled = [i for i in range(self.n) if len(self.selected[i])]  # the images with objects
-        self.k = max(map(len, self.selected))
+        counts = [len(own) for own in self.selected]
+        self.k, self.index = max(counts), np.concatenate(self.selected)
+        self.image = np.repeat(np.arange(self.n), counts)
         if not self.filled or self.n < 2:
             raise UserError(f"{labelled.images.root} needs boxes and two images, not {self.n:,}: --limit-images")
 
@@ -541,24 +549,22 @@ class Objects(torch.utils.data.Dataset):
 
     def __getitem__(self, j):
         i, side = self.filled[j], self.size
-        own = self.selected[i]
-        boxes, index = np.zeros((self.k, 4), np.float32), np.full(self.k, -1)
-        try:
-            other = (i + 1 + int(rng("background", self.seed, i).integers(self.n - 1))) % self.n
-            image, background = self.labelled.read(i), self.labelled.images.read(other)
-        except OSError:
-            print(f"left out, it or its background cannot be read: {self.labelled.images.name(i)}")
-            return *np.zeros((2, side, side, 3), np.uint8), boxes, index
+        other = (i + 1 + int(rng("background", self.seed, i).integers(self.n - 1))) % self.n
+        image, background = read_whole(self.labelled, i), read_whole(self.labelled, other)
         picture, disturbed = resize(image, side, side), resize(background, side, side)
+        own, boxes = self.selected[i], np.zeros((self.k, 4), np.float32)
         boxes[:len(own)] = self.labelled.boxes[own] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
-        index[:len(own)] = own
         for x1, y1, x2, y2 in np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).astype(int):
             disturbed[y1:y2, x1:x2] = picture[y1:y2, x1:x2]
-        return picture, disturbed, boxes, index
+        return picture, disturbed, boxes
 
-    def image_of(self, index):
-        """The image that each object belongs to, (M,) int64 both."""
-        return np.searchsorted(self.labelled.offsets, index, side="right") - 1
+
+def read_whole(split, i):
+    """Image i, (H, W, 3) uint8. Raises UserError if it cannot be read or does not have its annotated size."""
+    try:
+        return split.read(i)
+    except OSError:
+        raise UserError(f"{split.images.root / split.images.name(i)} cannot be read: download it again") from None
 
 
 # ---------------------------------------------------------------------------------------------------- object features
@@ -613,24 +619,21 @@ def median_colours(images, boxes):
 
 @torch.inference_mode()
 def extract(model, objects, what="objects", workers=0, device="cpu"):
-    """Features (2, M, C) float16 of all objects (Objects), L2-normalised, [1] disturbed, on the CPU; and their indices
-    in objects.labelled (M,) int64. model: (normalised images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`.
-    Raises UserError if a feature is not finite or an image has another size than as annotated."""
-    features, indices, progress = [], [], Progress(what, len(objects))
+    """Features (2, M, C) float16 of all objects (Objects), L2-normalised, [1] disturbed, on the CPU. model: (normalised
+    images (B, 3, H, W), boxes (B, K, 4)) -> (B * K, C), on `device`. Raises UserError as Objects does, and if a feature
+    is not finite."""
+    features, progress = [], Progress(what, len(objects))
     batches = torch.utils.data.BatchSampler(range(len(objects)), BATCH, drop_last=False)
-    for n, (*pictures, boxes, index) in enumerate(make_loader(objects, batches, workers), 1):
-        most = int((index >= 0).sum(1).max())  # objects of one image; 0 where none of these images can be read
-        boxes, index = boxes[:, :most].to(device), index[:, :most].flatten()
-        if most:
-            values = torch.stack([model(normalise(to_float(pixels.to(device))), boxes) for pixels in pictures])
-            features.append(F.normalize(values.float(), dim=2).half().cpu()[:, index >= 0])
-            indices.append(index[index >= 0])
-            if not features[-1].isfinite().all():
-                raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
+    for n, (*pictures, boxes) in enumerate(make_loader(objects, batches, workers), 1):
+        there = boxes[:, :, 2] > 0  # the others are padding
+        most = there.sum(1).max()
+        boxes, there = boxes[:, :most].to(device), there[:, :most].flatten()
+        values = torch.stack([model(normalise(to_float(pixels.to(device))), boxes) for pixels in pictures])
+        features.append(F.normalize(values.float(), dim=2).half().cpu()[:, there])
+        if not features[-1].isfinite().all():
+            raise UserError("the network's features are not finite on these images: is it a diverged checkpoint?")
         progress.update(min(n * BATCH, len(objects)))
-    if not features:
-        raise UserError(f"none of the {len(objects):,} images in {objects.labelled.images.root} can be read")
-    return torch.cat(features, 1), torch.cat(indices)
+    return torch.cat(features, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- O-KNN
@@ -666,26 +669,22 @@ MEASURES = {"oknn_top1": "O-KNN top-1 ↑", "oknn_top5": "top-5 ↑", "disturbed
 
 
 class Answers(NamedTuple):
-    """Section 5.3 for one network, Q queries and a bank of M: features, [1] disturbed, and the objects they are of."""
-    points: torch.Tensor   # (5, Q) float64, by MEASURES: 100 or 0 for each query (`lost`: a difference)
-    asked: torch.Tensor    # (2, Q, C)
-    queries: torch.Tensor  # (Q,)
-    stored: torch.Tensor   # (2, M, C)
-    bank: torch.Tensor     # (M,)
+    """Section 5.3 for one network, Q queries and a bank of M: points, and features, [1] disturbed."""
+    points: torch.Tensor  # (5, Q) float64, by MEASURES: 100 or 0 for each query (`lost`: a difference)
+    asked: torch.Tensor   # (2, Q, C)
+    stored: torch.Tensor  # (2, M, C)
 
 
 def evaluate(model, bank, queries, k=20, workers=0, device="cpu"):
     """Answers of a model, (images, boxes) -> features, to O-KNN and disturbed O-KNN; bank, queries: Objects."""
-    stored, bank_index = extract(model, bank, "bank", workers, device)
-    asked, query_index = extract(model, queries, "queries", workers, device)
-    labels, points = torch.from_numpy(queries.labelled.labels)[query_index], []
+    stored, asked = (extract(model, *some, workers, device) for some in ((bank, "bank"), (queries, "queries")))
+    known, labels = (torch.from_numpy(some.labelled.labels[some.index]) for some in (bank, queries))
+    points = []
     for i in (0, 1):
         cosines, index = nearest(asked[i], stored[i], k, device)
-        votes = torch.from_numpy(bank.labelled.labels)[bank_index[index]]
-        hits = 100 * (vote(cosines, votes, len(bank.labelled.categories)) == labels[:, None]).double()
+        hits = 100 * (vote(cosines, known[index], len(bank.labelled.categories)) == labels[:, None]).double()
         points += [hits[:, 0], hits.sum(1)]
-    points = torch.stack([*points, points[0] - points[2]])
-    return Answers(points, asked, query_index, stored, bank_index)
+    return Answers(torch.stack([*points, points[0] - points[2]]), asked, stored)
 
 
 def over_images(points, images):
@@ -791,19 +790,13 @@ class C4Heads(RoIHeads):
         offset_loss = F.l1_loss(deltas, torch.cat(offsets)[objects], reduction="sum") / len(labels)
         losses = {"loss_classifier": F.cross_entropy(scores, labels), "loss_box_reg": offset_loss}
         if self.mask_predictor is not None:
-            wanted = torch.cat([mask_targets(target["masks"], rows[label > 0], box[label > 0])
-                                for target, rows, box, label in zip(targets, matched, boxes, label_lists)])
+            shares = torch.cat([  # of a cell that the mask covers; torchvision's RoIAlign is off by half a pixel
+                project_masks_on_boxes(target["masks"], box[label > 0] - 0.5, rows[label > 0], 14)
+                for target, rows, box, label in zip(targets, matched, boxes, label_lists)])
             logits = self.mask_predictor(maps[objects])[torch.arange(len(objects)), labels[objects]]
-            mask_loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
-            losses["loss_mask"] = mask_loss / max(1, wanted.numel())  # the samples may contain no object
+            mask_loss = F.binary_cross_entropy_with_logits(logits, (shares >= 0.5).float(), reduction="sum")
+            losses["loss_mask"] = mask_loss / max(1, shares.numel())  # the samples may contain no object
         return [], losses
-
-
-def mask_targets(masks, matched, boxes):
-    """(n, 14, 14) of 0 and 1: RoIAlign of masks (m, H, W)[matched] (n,) in boxes (n, 4), cut at 0.5."""
-    rows = torch.cat([matched[:, None].to(boxes), boxes], 1)
-    share = torchvision.ops.roi_align(masks[:, None].to(boxes), rows, 14, aligned=True)[:, 0]
-    return (share >= 0.5).to(boxes)
 
 
 def c4_detector(network, categories, masks=False, sides=(800,), long_side=1333, rois=512):
@@ -832,7 +825,7 @@ class Detection(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         split, i = self.labelled, self.index[key[1]]
-        image, (start, end) = read_whole(split, i), split.offsets[i:i + 2]
+        image, (start, end) = torch.from_numpy(read_whole(split, i)).permute(2, 0, 1), split.offsets[i:i + 2]
         rows = start + np.flatnonzero(self.kept[start:end])
         target = dict(boxes=torch.tensor(split.boxes[rows]), labels=torch.tensor(split.labels[rows] + 1))
         if self.masks:
@@ -843,14 +836,6 @@ class Detection(torch.utils.data.Dataset):
             if self.masks:
                 target["masks"] = target["masks"].flip(2)
         return image, target
-
-
-def read_whole(split, i):
-    """Image i as (3, H, W) uint8. Raises UserError if it cannot be read or does not have its annotated size."""
-    try:
-        return torch.from_numpy(split.read(i)).permute(2, 0, 1)
-    except OSError:
-        raise UserError(f"{split.images.root / split.images.name(i)} cannot be read: download it again") from None
 
 
 def masks_of(split, i, rows):
@@ -920,7 +905,7 @@ def fine_tune(args):
 
     def batches(first, last):
         """(images, targets) of steps first to last. What the model samples is a function of (seed, step, rank)."""
-        schedule = Schedule(len(trained.index), c.batch_size, c.seed, first, last, rank, world_size)
+        schedule = epoch_batches(len(trained.index), c.batch_size, c.seed, first, last, rank, world_size)
         for n, batch in enumerate(make_loader(trained, schedule, workers, collate=list), first):
             torch.manual_seed(int(rng("sampling", c.seed, n, rank).integers(2**63)))
             yield ([image.to(device).float() / 255 for image, _ in batch],  # of their own sizes
@@ -969,7 +954,7 @@ def fine_tune(args):
     detections, progress = [], Progress("test", len(tested))
     with torch.inference_mode():
         for i in tested[rank::world_size]:
-            image = read_whole(val, i).to(device)
+            image = torch.from_numpy(read_whole(val, i)).permute(2, 0, 1).to(device)
             output = model([image.float() / 255])[0]
             boxes, scores, labels = (output[key].cpu().numpy() for key in ("boxes", "scores", "labels"))
             rles = run_lengths(paste(output["mask"], output["boxes"], *image.shape[1:]).numpy()) if masks else []
@@ -1074,23 +1059,22 @@ def coco_ap(labelled, index, detections, kind):
 def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
     """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed. In the first column the
     query's box is white; then its nearest of the bank by falling cosine, green if of its category, else red."""
-    number, side = min(number, len(answers.queries)), 112
-    chosen = sorted(rng("neighbours", seed).choice(len(answers.queries), number, replace=False).tolist())
+    number, side = min(number, len(queries.index)), 112
+    chosen = sorted(rng("neighbours", seed).choice(len(queries.index), number, replace=False).tolist())
     sheet = Image.new("RGB", (side * (neighbours + 1), 2 * number * side))
     draw = ImageDraw.Draw(sheet)
     for line in range(2 * number):
         n, disturbed = chosen[line // 2], line % 2
         _, ((*found,),) = nearest(answers.asked[disturbed][n:n + 1], answers.stored[disturbed], neighbours)
-        tiles = [(queries, int(answers.queries[n])), *((bank, int(answers.bank[i])) for i in found)]
-        for column, (objects, i) in enumerate(tiles):
-            labels, corner = objects.labelled.labels, (column * side, line * side)
-            *pictures, boxes, index = objects[objects.filled.index(int(objects.image_of(i)))]
+        for column, (objects, m) in enumerate([(queries, n), *((bank, int(m)) for m in found)]):
+            i, label, corner = objects.image[m], objects.labelled.labels[objects.index[m]], (column * side, line * side)
+            *pictures, boxes = objects[objects.filled.index(i)]
             sheet.paste(Image.fromarray(pictures[disturbed]).resize((side, side)), corner)
-            right = labels[i] == queries.labelled.labels[answers.queries[n]]
+            right = label == queries.labelled.labels[queries.index[n]]
             colour = "white" if not column else "#3fcf5f" if right else "#ff4d4d"
-            box = boxes[index == i][0] * side / objects.size + corner * 2
+            box = boxes[m - np.searchsorted(objects.image, i)] * side / objects.size + corner * 2
             draw.rectangle(box.tolist(), outline=colour, width=2)
-            draw.text(corner, objects.labelled.categories[labels[i]], fill=colour, stroke_width=1, stroke_fill="black")
+            draw.text(corner, objects.labelled.categories[label], fill=colour, stroke_width=1, stroke_fill="black")
     return sheet
 
 
@@ -1129,7 +1113,7 @@ def parse_arguments(arguments=None):
     add("--objects", type=positive, default=3, help="N, objects per train image in the bank (section 5.3; default: 3)")
     add("--limit-images", type=positive, help="images of each split, its first ones (default: all)")
     add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
-    add("--export", nargs=2, metavar=("FORMAT", "FILE"), help="write the backbone for detectron2 or torchvision, exit")
+    add("--export", metavar="FILE", help="write the backbone, for detectron2 (*.pkl) or torchvision (else), and exit")
     add = parser.add_argument_group("with --transfer").add_argument
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
     add("--out", help="folder for last.pt, detector.pth, results.json (default: runs/TASK-CKPT)")
@@ -1144,12 +1128,6 @@ def parse_arguments(arguments=None):
     args.head = args.head or ("roi" if args.data == "scenes" else "map")
     if args.size % 16:
         raise UserError(f"--size {args.size}: a multiple of 16, so that C4's cells are 16 pixels")
-    if (args.transfer or args.export) and len(args.ckpt) > 1:
-        raise UserError("--transfer and --export take one network: name one --ckpt, and run it once for each")
-    if (args.transfer or args.export) and (args.ckpt == ["colour"] or args.statistics == "clean"):
-        raise UserError("--transfer and --export take a network as it is: no --ckpt colour, no --statistics clean")
-    if args.export and args.export[0] not in ("detectron2", "torchvision"):
-        raise UserError(f"--export {args.export[0]} FILE: the format is detectron2 or torchvision")
     return args
 
 
@@ -1159,8 +1137,8 @@ def main():
         return fine_tune(args)
     if args.export:
         network, arch = load_one(args)
-        export(network, *args.export)
-        return print(f"wrote {args.export[1]}: {arch} of {args.ckpt[0]} for {args.export[0]}")
+        export(network, args.export)
+        return print(f"wrote {args.export}: {arch} of {args.ckpt[0]}")
     rows = open_rows(args)
     train, val = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
     same_classes(val.categories, train.categories, f"the train split of {args.data}", "the val split")
@@ -1168,39 +1146,28 @@ def main():
     queries = Objects(val, args.size, None, args.limit_images, args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    answers = None
 
     def measure(source):
-        nonlocal answers
         model = median_colours
         if source.path != "colour":
             clean = partial(clean_batches, train.images, args.size, args.seed, device)
             model = ObjectFeatures(load_source(source, args.head, clean, device), args.head, source.bins)
-        first, answers = answers is None, evaluate(model, bank, queries, args.k, args.workers, device)
-        if first and args.neighbours:
+        answers = evaluate(model, bank, queries, args.k, args.workers, device)
+        if args.neighbours and source is rows[0][1][0]:
             save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
-        measured = over_images(answers.points.numpy(), queries.image_of(answers.queries.numpy()))
+        measured = over_images(answers.points.numpy(), queries.image)
         knn, disturbed = measured["oknn_top1"].value, measured["disturbed_top1"].value
         print(f"{source.name}: O-KNN top-1 {knn:.1f}, disturbed {disturbed:.1f}")  # the table comes after the last one
         return measured
 
-    results, files = measure_rows(rows, measure)
-    labels, images = val.labels[answers.queries.numpy()], queries.image_of(answers.queries.numpy())
-    commonest = np.bincount(train.labels[np.concatenate(bank.selected)]).argmax()
-    chance = 100 * (labels == commonest).mean().item()
-    print_table(MEASURES.values(), results, lambda result, suffix: [result[name + suffix] for name in MEASURES], 1,
-                f"{len(set(images))} images")
-    print(f"bank: {len(answers.bank):,} objects; queries: {len(labels):,}; k {args.k}, {args.size} pixels, head "
+    stored, asked = train.labels[bank.index], val.labels[queries.index]
+    commonest = np.bincount(stored).argmax()
+    chance = 100 * (asked == commonest).mean().item()
+    results, _ = measure_rows(args, rows, measure, root=str(train.images.root), bank_objects=len(stored),
+                              query_objects=len(asked), commonest=chance)
+    print_table(MEASURES.values(), results, MEASURES, 1, f"{len(queries)} images")
+    print(f"bank: {len(stored):,} objects; queries: {len(asked):,}; k {args.k}, {args.size} pixels, head "
           f"{args.head}; always answering the commonest category, {train.categories[commonest]}: {chance:.1f} %")
-    if below := [result["row"] for result in results if result["oknn_top1"] < chance]:
-        print(f"below the commonest category: {', '.join(below)}")
-    if args.json:
-        names = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
-        settings = dict({name: getattr(args, name) for name in names}, root=str(train.images.root),
-                        bank_objects=len(answers.bank), query_objects=len(labels), commonest=chance)
-        write_json(args.json, {"command": sys.argv, "settings": settings, "versions": VERSIONS, "rows": results,
-                               "files": files})
-        print(f"wrote {args.json}")
 
 
 if __name__ == "__main__":

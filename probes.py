@@ -25,7 +25,6 @@ From Python: `probe(network, open_inputs(open_labelled("scenes")), bins=6)`, a t
 gives all of these by name, `reid(network, bank, bins=6)` the last two alone: each .value and .error, five numbers
 in the order of LAYERS."""
 import argparse
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -36,10 +35,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from augment import normalise, to_float
-from d3ssl import resnet_stages, roi_align, write_json
+from d3ssl import resnet_stages, roi_align
 from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, positive, resize, rng
-from evaluate import (SIZE, VERSIONS, add_checkpoint_arguments, clean_batches, load_source, measure_rows, open_rows,
-                      print_table, ratio_of_means, save_picture)
+from evaluate import (SIZE, add_checkpoint_arguments, clean_batches, load_source, measure_rows, open_rows, print_table,
+                      ratio_of_means, read_whole, save_picture)
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
@@ -133,14 +132,10 @@ def cut_object(labelled, index, side, cut):
     """cut_out of object `index` of a split. Raises UserError if its image cannot be read or has another size than its
     annotations, or if it has no mask to cut along."""
     i = int(np.searchsorted(labelled.offsets, index, side="right")) - 1
-    path = labelled.images.root / labelled.images.name(i)
     mask = labelled.mask(index) if cut == "mask" and labelled.mask else None
     if cut == "mask" and mask is None:
-        raise UserError(f"{path} has an object without a mask: --cut box")
-    try:
-        return cut_out(labelled.read(i), labelled.boxes[index], mask, side)
-    except OSError:
-        raise UserError(f"{path} cannot be read: download it again") from None
+        raise UserError(f"{labelled.images.root / labelled.images.name(i)} has an object without a mask: --cut box")
+    return cut_out(read_whole(labelled, i), labelled.boxes[index], mask, side)
 
 
 def compose(size, placed, fill="black"):
@@ -390,18 +385,12 @@ def main():
     def measure(source):
         return probe(load_source(source, "roi", clean, device), inputs, source.name, args.alone, source.bins, args.fill)
 
-    results, files = measure_rows(rows, measure)
+    results, _ = measure_rows(args, rows, measure, side=SIDE, bank=len(inputs.bank.masks), bank_side=BANK_SIDE,
+                              layers=LAYERS)
     for name, (title, _) in MEASURES.items():
         print(f"\n{title}")
         digits, unit = (1, f"{len(inputs.bank.masks)} objects") if "reid" in name else (4, f"{args.pairs:,} pairs")
-        print_table(LAYERS, results, lambda numbers, suffix: numbers[name + suffix], digits, unit)
-    if args.json:
-        names = ("data", "root", "seed", "pairs", "cut", "alone", "fill", "statistics")
-        settings = {**{name: getattr(args, name) for name in names}, "side": SIDE, "bank": len(inputs.bank.masks),
-                    "bank_side": BANK_SIDE, "layers": LAYERS}
-        write_json(args.json, {"command": sys.argv, "settings": settings, "versions": VERSIONS, "rows": results,
-                               "files": files})
-        print(f"wrote {args.json}")
+        print_table(LAYERS, results, [name], digits, unit)
     if args.plot:
         plot(results, args.plot)
 
