@@ -1087,6 +1087,19 @@ def save_picture(picture, path):
 
 # -------------------------------------------------------------------------------------------------------- command line
 
+def new_file(text):
+    """The type of a flag that names a file to write. Raises argparse.ArgumentTypeError at once, not after the work."""
+    new = not Path(text).exists()
+    try:
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+        open(text, "ab").close()
+        if new:
+            os.unlink(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text} ({error.strerror}): name another file") from None
+    return text
+
+
 def add_checkpoint_arguments(parser):
     """What every script that asks checkpoints takes."""
     add = parser.add_argument
@@ -1100,7 +1113,7 @@ def add_checkpoint_arguments(parser):
     add("--root", help="the data set's folder (default: data/DATA)")
     add("--seed", type=whole_number, default=0, help="seed of random's weights and of what is drawn (default: 0)")
     add("--workers", type=whole_number, default=min(8, usable_cores()), help="loading processes (default: cores, <= 8)")
-    add("--json", metavar="FILE", help="write settings, versions, rows and each file's numbers to FILE")
+    add("--json", type=new_file, metavar="FILE", help="write settings, versions, rows and each file's numbers to FILE")
 
 
 def parse_arguments(arguments=None):
@@ -1112,7 +1125,8 @@ def parse_arguments(arguments=None):
     add("--k", type=positive, default=20, help="neighbours that vote (default: 20, as in DINO)")
     add("--objects", type=positive, default=3, help="N, objects per train image in the bank (section 5.3; default: 3)")
     add("--limit-images", type=positive, help="images of each split, its first ones (default: all)")
-    add("--neighbours", metavar="FILE", help="write a PNG of eight queries and what the first network finds nearest")
+    add("--neighbours", type=new_file, metavar="FILE", help="write a PNG of eight queries and what the first network "
+        "finds nearest")
     add("--export", metavar="FILE", help="write the backbone, for detectron2 (*.pkl) or torchvision (else), and exit")
     add = parser.add_argument_group("with --transfer").add_argument
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")

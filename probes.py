@@ -37,8 +37,8 @@ from PIL import Image, ImageDraw
 from augment import normalise, to_float
 from d3ssl import resnet_stages, roi_align
 from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, positive, resize, rng
-from evaluate import (SIZE, add_checkpoint_arguments, clean_batches, load_source, measure_rows, open_rows, print_table,
-                      ratio_of_means, read_whole, save_picture)
+from evaluate import (SIZE, add_checkpoint_arguments, clean_batches, load_source, measure_rows, new_file, open_rows,
+                      print_table, ratio_of_means, read_whole, save_picture)
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
@@ -363,8 +363,8 @@ def main():
     add("--alone", action="store_true", help="for MCS and rp: one object alone at nine places, not nine at once")
     add("--fill", choices=tuple(FILLS), default="black", help="what is around the objects: black, or mean, ImageNet's "
         "mean colour (default: black, section 3)")
-    add("--plot", metavar="FILE", help="write the curves there, a PNG (needs matplotlib)")
-    add("--picture", metavar="FILE", help="write a PNG of the inputs there")
+    add("--plot", type=new_file, metavar="FILE", help="write the curves there, a PNG (needs matplotlib)")
+    add("--picture", type=new_file, metavar="FILE", help="write a PNG of the inputs there")
     args = parser.parse_args()
     if args.pairs < 2:
         raise UserError(f"--pairs {args.pairs}: a standard error needs at least 2")
