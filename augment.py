@@ -166,7 +166,8 @@ def composite(images, backgrounds, shifted_mask, offset):
     """Eq. 8: x3 = C(x2, m, x_b, m^): `images` moved by t, pasted on `backgrounds` where `shifted_mask` is 1; an exact
     pixel copy. m is not needed: PRC changes m inside the boxes alone, so m^ of Eq. 7 lies in the moved m.
 
-    Args: images, backgrounds (B, 3, H, W); shifted_mask (B, 1, H, W); offset (B, 2) integer dx, dy."""
+    Args: images, backgrounds (B, 3, H, W); shifted_mask (B, 1, H, W), inside the moved image; offset (B, 2) integer
+    dx, dy."""
     height, width = images.shape[2:]
     y = (torch.arange(height, device=images.device) - offset[:, 1:]) % height  # what wraps around is never pasted
     x = (torch.arange(width, device=images.device) - offset[:, :1]) % width
@@ -209,7 +210,8 @@ def colour_transform(mean, colour=Colour(), generator=None):
     """Matrix (B, 3, 3) and offset (B, 3) of each sample's colour change; `mean` (B, 3) is its mean colour."""
     batch, device = len(mean), mean.device
     draws = torch.rand((6, batch), generator=generator, device=device)
-    jittered, grey = draws[4] < colour.p_jitter, draws[5] < colour.p_grey
+    u_jitter, u_grey = draws[4:]
+    jittered, grey = u_jitter < colour.p_jitter, u_grey < colour.p_grey
     u_brightness, u_contrast, u_saturation, u_hue = (2 * draws[:4] - 1) * jittered  # U(-1, 1), or 0: no change
     brightness = 1 + colour.brightness * u_brightness
     contrast = 1 + colour.contrast * u_contrast
@@ -346,11 +348,12 @@ def contact_sheet(views, tile=224):
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import draw_bounding_boxes, make_grid
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    columns = {"x1": (views.x1, views.boxes1, views.boxes1), "x2": (views.x2, views.boxes2, views.boxes2),
+    columns = {"x1": (views.x1, views.boxes1, None), "x2": (views.x2, views.boxes2, None),
                "x1^ (Eq. 2)": (views.x1_hat, views.boxes1, views.rois1),
-               "x2s^ (Eq. 2)": (views.x2s_hat, views.boxes2 / 2, views.rois2 / 2),
-               "m^ (Eq. 7)": (normalise(views.m_hat.expand(-1, 3, -1, -1)), views.boxes3, views.boxes3),
-               "x3 (Eq. 8)": (views.x3, views.boxes3, views.rois3)}
+               "x2s^ (Eq. 2)": (views.x2s_hat, views.boxes2 / 2, views.rois2 / 2)}
+    if len(views.x3):
+        columns["m^ (Eq. 7)"] = normalise(views.m_hat.expand(-1, 3, -1, -1)), views.boxes3, None
+        columns["x3 (Eq. 8)"] = views.x3, views.boxes3, views.rois3
     tiles = []
     for row in range(len(views.x1)):
         for images, boxes, rois in columns.values():
@@ -358,7 +361,9 @@ def contact_sheet(views, tile=224):
             pixels, scale = (image * 255).round().byte(), tile / images.shape[-1]
             colours = [COLOURS[k % len(COLOURS)] for k in range(boxes.shape[1])]
             pixels = draw_bounding_boxes(pixels, boxes[row] * scale, colors=colours, width=3)
-            tiles.append(draw_bounding_boxes(pixels, rois[row] * scale, colors=colours, width=1))
+            if rois is not None:
+                pixels = draw_bounding_boxes(pixels, rois[row] * scale, colors=colours, width=1)
+            tiles.append(pixels)
     grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=48)
     sheet = to_pil_image(F.pad(grid, (0, 0, 14, 14), value=48))
     draw = ImageDraw.Draw(sheet)

@@ -289,7 +289,7 @@ class LARS(torch.optim.Optimizer):
                 step = p.grad
                 if p.ndim > 1:
                     step = step.add(p, alpha=group["weight_decay"])
-                    trust = 0.001 * p.norm() / step.norm()
+                    trust = 0.001 * p.norm() / step.norm()  # BYOL's coefficient
                     step = step * torch.where(torch.isfinite(trust) & (trust > 0), trust, 1.0)
                 velocity = self.state[p].get("momentum_buffer", 0) * group["momentum"] + step
                 self.state[p]["momentum_buffer"] = velocity
@@ -546,7 +546,7 @@ def train(config, resume="auto"):
     images, proposals = open_images(config.data, config.root), None
     if config.regions == "proposals":
         folder = config.proposals or proposals_folder(config.data, config.root)
-        compute_proposals(images, folder, max(1, usable_cores() // local_world_size))
+        compute_proposals(images, folder, local_rank=local_rank)
         proposals = Proposals(folder)
     if config.data == "scenes":
         images.keep()

@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 def whole_number(text, least=0):
     """The type of a flag that counts. Raises argparse.ArgumentTypeError for anything else, and below `least`."""
     if not text.isdecimal() or not least <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to 2^63 - 1")
     return int(text)
 
 
@@ -222,27 +222,28 @@ class Images:
 
 
 def list_images(root):
-    """Sorted paths of the images below `root`, relative to it. Links are followed, each folder once, by its first name;
-    hidden names and a run's folder (with metrics.jsonl) are passed over, other files counted. Raises UserError without
-    any image."""
+    """Sorted paths of the images below `root`, relative to it. Links are followed, each folder once; hidden names and a
+    run's folder (with metrics.jsonl) are passed over, other files counted. Raises UserError without any image."""
     root, images, others, seen = str(root), [], Faults(root), set()
-    walk = os.walk(root, followlinks=True, onerror=lambda error: others.add("folder cannot be read", error))
-    for folder, folders, files in walk:
-        path, run = os.path.realpath(folder), "metrics.jsonl" in files
-        if path in seen or (run and folder != root):
-            folders.clear()
-            continue
-        seen.add(path)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in files:
-            below = os.path.join(folder, name).removeprefix(os.path.join(root, ""))
-            suffix = os.path.splitext(name)[1].lower()
-            if name[0] == "." or (run and name == "curves.png"):
+    starts = [root]  # then links to folders: one that is reached in two ways goes by its own name
+    for start in starts:
+        for folder, folders, files in os.walk(start, onerror=lambda error: others.add("folder cannot be read", error)):
+            path, run = os.path.realpath(folder), "metrics.jsonl" in files
+            if path in seen or (run and folder != root):
+                folders.clear()
                 continue
-            if suffix in SUFFIXES and len(os.fsencode(below).splitlines()) == 1:
-                images.append(below)
-            else:
-                others.add(f"suffix of no image: *{suffix}", repr(below))
+            seen.add(path)
+            folders[:] = sorted(name for name in folders if name[0] != ".")  # whatever the file system's order
+            starts += [link for link in (os.path.join(folder, name) for name in folders) if os.path.islink(link)]
+            for name in files:
+                below = os.path.join(folder, name).removeprefix(os.path.join(root, ""))
+                suffix = os.path.splitext(name)[1].lower()
+                if name[0] == "." or (run and name == "curves.png"):
+                    continue
+                if suffix in SUFFIXES and len(os.fsencode(below).splitlines()) == 1:
+                    images.append(below)
+                else:
+                    others.add(f"suffix of no image: *{suffix}", repr(below))
     others.report(images, "image")
     return sorted(images)
 
@@ -370,7 +371,7 @@ def write_scenes(out, number):
     if (Path(out) / "annotations").exists():  # somebody's COCO?
         raise UserError(f"{out} has annotations already: name another --out")
     coder, categories = mask_coder(), [{"id": i, "name": name} for i, name in enumerate(SCENE_CATEGORIES, 1)]
-    for split, count in (("train", number), ("val", max(1, number // 4))):
+    for split, count in (("train", number), ("val", max(2, number // 4))):
         scenes, images, annotations = Scenes(split, number=count), [], []
         for i in range(count):
             picture, boxes, labels, masks = scenes.render(i)
@@ -672,7 +673,8 @@ def read_boxes(path, strict=False):
 
 def read_openimages(root, split, images, listed=False, strict=False):
     """OpenImages' layout: ROOT/{train,validation}/<ImageID>.jpg and the CSVs beside these folders; crowd is its
-    IsGroupOf. Sizes come from the images' headers. Rows of other images are left out, and counted unless `listed`."""
+    IsGroupOf. Sizes come from the images' headers. Images without boxes or that cannot be read are left out, and rows
+    of other images, counted unless `listed`."""
     rows, categories, faults = read_boxes(root / f"{split}-annotations-bbox.csv", strict)
     images = Images(images.root, [name for name in images.names.tolist() if re.fullmatch(rb"[0-9a-f]{16}\.\w+", name)])
     ids = np.array([int(name[:16], 16) for name in images.names.tolist()], np.uint64)
@@ -681,17 +683,18 @@ def read_openimages(root, split, images, listed=False, strict=False):
         faults.add(f"image listed but absent from {images.root}", f"{absent:016x}", absent=True)
     faults.report(here.any())
     rows, sizes, faults = rows[here], np.zeros((len(ids), 2), np.float32), Faults(images.root)
-    index = np.searchsorted(ids, rows["image"])
-    for i in np.unique(index):
+    for i in np.flatnonzero(np.isin(ids, rows["image"])):
         try:
             with Image.open(images.root / images.name(i)) as picture:
                 turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
                 sizes[i] = picture.size[::-1] if turned else picture.size
         except Exception:  # PIL raises a different class per format
             faults.add("image cannot be read", images.name(i))
-    kept = sizes[index].any(1)
+    kept = sizes.any(1)  # images with boxes that can be read
     faults.report(kept.any(), "image")
-    index, rows = index[kept], rows[kept]
+    images, ids, sizes = Images(images.root, images.names[kept].tolist()), ids[kept], sizes[kept]
+    rows = rows[np.isin(rows["image"], ids)]
+    index = np.searchsorted(ids, rows["image"])
     boxes = rows["box"] * np.tile(sizes[index], 2)
     return labelled(images, categories, index, boxes, rows["label"], rows["group"])
 
@@ -704,6 +707,7 @@ SEARCH = {"method": "selective search", "long_side": 200, "resize": "antialiased
           "side": 32}
 RELAXED = ("by all of the filter", "relaxed to aspect", "relaxed to sides", "the whole image")
 CHUNK = 32  # images to one unit of work, the part that a kill can lose
+TIMEOUT = 600  # seconds without a new chunk until a rank that waits for them gives up; a chunk takes some
 
 
 def selective_search(image):
@@ -781,10 +785,9 @@ def proposals_state(images, folder):
     """'ready', 'missing' or the reason to make them again."""
     try:
         settings = dict(json.loads((Path(folder) / "settings.json").read_text()))
-        method = settings["method"]
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError):
         return "missing"
-    if method != SEARCH["method"]:
+    if settings.get("method") != SEARCH["method"]:
         return "ready"  # somebody else's boxes, as they are
     other = [key for key, value in proposal_settings(images).items() if settings.get(key) != value]
     return f"written with other settings ({', '.join(other)})" if other else "ready"
@@ -803,17 +806,24 @@ def search_chunk(images, hidden, indices):
         np.savez(file, boxes=np.concatenate(boxes), rows=np.int64(rows).reshape(-1, 5))
 
 
-def compute_proposals(images, folder, workers=None):
+def compute_proposals(images, folder, workers=None, local_rank=0):
     """Selective search over `images` into `folder`, by `workers` processes (one per core); resumable after a kill.
 
-    Chunks of images are files in a hidden folder of these settings until all are there and are joined: ranks, machines
-    and runs that share the folder use each other's. Raises UserError if it cannot be written or has other boxes, or if
-    no image can be read."""
-    folder = Path(folder)
+    On each machine local rank 0 searches, the others wait for it. Chunks of images are files in a hidden folder of
+    these settings until all are there and are joined; machines or runs that share the folder use each other's. Raises
+    UserError if it cannot be written or has other boxes, no image can be read, or the search stops for TIMEOUT s."""
+    folder, since, last = Path(folder), time.monotonic(), None
     hidden = folder / f".chunks-{listing([json.dumps(proposal_settings(images), sort_keys=True).encode()])}"
     foreign = (folder / "boxes.npy").exists() and not hidden.exists()  # asked first: a run that joins removes it last
     state = proposals_state(images, folder)
-    if state == "ready":
+    while local_rank and proposals_state(images, folder) != "ready":
+        there = len(list(hidden.glob("*.npz")))
+        since, last = time.monotonic() if there != last else since, there
+        if time.monotonic() - since > TIMEOUT:
+            raise UserError(f"local rank 0 has written no proposals to {folder} for {duration(TIMEOUT)}: run the same "
+                            "command again to resume")
+        time.sleep(0.5)
+    if local_rank or state == "ready":
         return
     if foreign and (state == "missing" or "listing" in state):
         raise UserError(f"{folder} has other boxes (settings.json {state}): name another folder, delete this one, or "
@@ -835,32 +845,38 @@ def compute_proposals(images, folder, workers=None):
         for _ in chunks:
             progress.update(min(CHUNK * len(list(hidden.glob("*.npz"))), len(images)))
         join_chunks(images, folder, files)
-    except (UserError, FileNotFoundError):
+    except UserError:
         if proposals_state(images, folder) != "ready":  # else another run has joined and removed the chunks meanwhile
             raise
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def join_chunks(images, folder, files):
-    """Make the files of Proposals from the chunks. Raises UserError if no image could be read."""
+    """Make the files of Proposals from the chunks. Raises UserError if a chunk or all images cannot be read."""
     parts = []
     for file in files:
-        with np.load(file) as part:
-            parts.append((part["boxes"], part["rows"]))
+        try:
+            with np.load(file) as part:
+                parts.append((part["boxes"], part["rows"]))
+        except Exception as error:  # numpy raises a different class per damage
+            raise UserError(f"{file} cannot be read ({error}): delete it and run the same command again") from None
     boxes, rows = map(np.concatenate, zip(*parts))
     indices, counts, levels = rows.T[:3]
-    faults = Faults(images.root)
-    for i in np.setdiff1d(np.arange(len(images)), indices):
+    faults, unreadable = Faults(images.root), np.setdiff1d(np.arange(len(images)), indices)
+    for i in unreadable:
         faults.add("image cannot be read", images.name(i))
     faults.report(len(indices), "image")
+    relaxed = dict(zip(RELAXED, np.bincount(levels, minlength=len(RELAXED)).tolist()))
+    report = {**proposal_settings(images), "filtered": relaxed, "unreadable": len(unreadable), "boxes": len(boxes)}
     contents = {"boxes.npy": boxes, "offsets.npy": np.concatenate([[0], counts.cumsum()]),
                 "sizes.npy": np.int32(rows[:, 3:]),
                 "names.txt": b"".join(name + b"\n" for name in images.names[indices].tolist()),
-                "settings.json": json.dumps(proposal_settings(images), indent=1).encode()}  # last: with it all is there
+                "settings.json": json.dumps(report, indent=1).encode()}
+    (folder / "settings.json").unlink(missing_ok=True)  # last in, first out: with it the folder is complete
     for name, content in contents.items():
         with atomic(folder / name) as file:
             file.write(content) if isinstance(content, bytes) else np.save(file, content)
-    levels = ", ".join(f"{n:,} {name}" for name, n in zip(RELAXED, np.bincount(levels)) if n)
+    levels = ", ".join(f"{n:,} {name}" for name, n in relaxed.items() if n)
     print(f"{len(boxes) / len(indices):.1f} proposals per image ({levels}) in {folder}", flush=True)
 
 

@@ -29,6 +29,7 @@ import re
 import signal
 import struct
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -138,7 +139,7 @@ def reading(path):
 
 def read_checkpoint(path):
     """What a checkpoint holds: torch.save's file, a plain pickle (detectron2's) or safetensors. Nothing in it is run or
-    imported, and its tensors (see `flatten`) stay in the mapped file."""
+    imported, and its tensors (see `as_tensor`) stay in the mapped file."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # which does not wait for a pipe
         file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants buffers that can be written
     content = memoryview(file)
@@ -308,11 +309,12 @@ def as_tensor(leaf):
 
 
 def choose(leaves, asked):
-    """The one (prefix, {torchvision's name: tensor}) with all four stages of a ResNet that is asked for."""
+    """The one (prefix, {torchvision's name: what `as_tensor` takes}) with all four stages of a ResNet that is asked
+    for: None: no momentum encoder, "teacher": a momentum encoder, else a prefix."""
     parts = defaultdict(dict)
-    for name, tensor in leaves:
+    for name, leaf in leaves:
         if match := re.fullmatch(r"(.*?\.)??((conv1|bn1|layer\d+)\..*)", name):
-            parts[match[1] or ""][match[2]] = tensor
+            parts[match[1] or ""][match[2]] = leaf
     resnets = {name: part for name, part in parts.items()
                if all(f"layer{i}.0.conv1.weight" in part for i in (1, 2, 3, 4))}
     if asked in (None, "teacher"):
@@ -472,10 +474,9 @@ def summarise(networks):
     return numbers
 
 
-def measure_rows(args, rows, measure, **more):
+def measure_rows(rows, measure):
     """Measure every network of open_rows' rows; measure: Source -> {measure: Estimate}. Returns the rows' results and
-    the files', and writes them, args and `more` to --json. A row with as many files as the first has its difference,
-    over pairs in their order."""
+    the files', for JSON. A row with as many files as the first has its difference, over pairs in their order."""
     results, files, first = [], [], None
     for name, sources in rows:
         networks = [measure(source) for source in sources]
@@ -489,11 +490,15 @@ def measure_rows(args, rows, measure, **more):
             results[-1]["difference"] = {"from": rows[0][0], **summarise(pairs)}
         elif min(len(first), len(networks)) > 1:
             print(f"warning: {len(networks)} files of {name}, {len(first)} of {rows[0][0]}: unpaired", file=sys.stderr)
-    if args.json:
-        write_json(args.json, {"command": sys.argv, "settings": {**vars(args), **more}, "versions": VERSIONS,
-                               "rows": results, "files": files})
-        print(f"wrote {args.json}")
     return results, files
+
+
+def write_results(path, settings, results, files):
+    """measure_rows' results and the settings as JSON; nothing without a path."""
+    if path:
+        write_json(path, {"command": sys.argv, "settings": settings, "versions": VERSIONS, "rows": results,
+                          "files": files})
+        print(f"wrote {path}")
 
 
 def print_table(headings, results, names, digits, unit):
@@ -677,7 +682,8 @@ class Answers(NamedTuple):
 
 def evaluate(model, bank, queries, k=20, workers=0, device="cpu"):
     """Answers of a model, (images, boxes) -> features, to O-KNN and disturbed O-KNN; bank, queries: Objects."""
-    stored, asked = (extract(model, *some, workers, device) for some in ((bank, "bank"), (queries, "queries")))
+    stored = extract(model, bank, "bank", workers, device)
+    asked = extract(model, queries, "queries", workers, device)
     known, labels = (torch.from_numpy(some.labelled.labels[some.index]) for some in (bank, queries))
     points = []
     for i in (0, 1):
@@ -1087,14 +1093,14 @@ def save_picture(picture, path):
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-def new_file(text):
-    """The type of a flag that names a file to write. Raises argparse.ArgumentTypeError at once, not after the work."""
-    new = not Path(text).exists()
+def output_file(text):
+    """The type of a flag that names a file to write. Raises argparse.ArgumentTypeError, before the work."""
+    path = Path(text)
     try:
-        Path(text).parent.mkdir(parents=True, exist_ok=True)
-        open(text, "ab").close()
-        if new:
-            os.unlink(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is not a file")
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {text} ({error.strerror}): name another file") from None
     return text
@@ -1113,7 +1119,7 @@ def add_checkpoint_arguments(parser):
     add("--root", help="the data set's folder (default: data/DATA)")
     add("--seed", type=whole_number, default=0, help="seed of random's weights and of what is drawn (default: 0)")
     add("--workers", type=whole_number, default=min(8, usable_cores()), help="loading processes (default: cores, <= 8)")
-    add("--json", type=new_file, metavar="FILE", help="write settings, versions, rows and each file's numbers to FILE")
+    add("--json", type=output_file, metavar="FILE", help="write settings, versions, rows, each file's numbers to FILE")
 
 
 def parse_arguments(arguments=None):
@@ -1125,8 +1131,8 @@ def parse_arguments(arguments=None):
     add("--k", type=positive, default=20, help="neighbours that vote (default: 20, as in DINO)")
     add("--objects", type=positive, default=3, help="N, objects per train image in the bank (section 5.3; default: 3)")
     add("--limit-images", type=positive, help="images of each split, its first ones (default: all)")
-    add("--neighbours", type=new_file, metavar="FILE", help="write a PNG of eight queries and what the first network "
-        "finds nearest")
+    add("--neighbours", type=output_file, metavar="FILE",
+        help="write a PNG of eight queries and what the first network finds nearest")
     add("--export", metavar="FILE", help="write the backbone, for detectron2 (*.pkl) or torchvision (else), and exit")
     add = parser.add_argument_group("with --transfer").add_argument
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
@@ -1152,7 +1158,8 @@ def main():
     if args.export:
         network, arch = load_one(args)
         export(network, args.export)
-        return print(f"wrote {args.export}: {arch} of {args.ckpt[0]}")
+        reader = "detectron2" if Path(args.export).suffix == ".pkl" else "torchvision"
+        return print(f"wrote {args.export}: {arch} of {args.ckpt[0]} for {reader}")
     rows = open_rows(args)
     train, val = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
     same_classes(val.categories, train.categories, f"the train split of {args.data}", "the val split")
@@ -1177,11 +1184,14 @@ def main():
     stored, asked = train.labels[bank.index], val.labels[queries.index]
     commonest = np.bincount(stored).argmax()
     chance = 100 * (asked == commonest).mean().item()
-    results, _ = measure_rows(args, rows, measure, root=str(train.images.root), bank_objects=len(stored),
-                              query_objects=len(asked), commonest=chance)
+    results, files = measure_rows(rows, measure)
     print_table(MEASURES.values(), results, MEASURES, 1, f"{len(queries)} images")
     print(f"bank: {len(stored):,} objects; queries: {len(asked):,}; k {args.k}, {args.size} pixels, head "
           f"{args.head}; always answering the commonest category, {train.categories[commonest]}: {chance:.1f} %")
+    names = ("data", "size", "head", "k", "objects", "limit_images", "seed", "statistics")
+    settings = dict({name: getattr(args, name) for name in names}, root=str(train.images.root),
+                    bank_objects=len(stored), query_objects=len(asked), commonest=chance)
+    write_results(args.json, settings, results, files)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from PIL import Image, ImageDraw
 from augment import normalise, to_float
 from d3ssl import resnet_stages, roi_align
 from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, positive, resize, rng
-from evaluate import (SIZE, add_checkpoint_arguments, clean_batches, load_source, measure_rows, new_file, open_rows,
-                      print_table, ratio_of_means, read_whole, save_picture)
+from evaluate import (SIZE, add_checkpoint_arguments, clean_batches, load_source, measure_rows, open_rows, output_file,
+                      print_table, ratio_of_means, read_whole, save_picture, write_results)
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
@@ -363,8 +363,8 @@ def main():
     add("--alone", action="store_true", help="for MCS and rp: one object alone at nine places, not nine at once")
     add("--fill", choices=tuple(FILLS), default="black", help="what is around the objects: black, or mean, ImageNet's "
         "mean colour (default: black, section 3)")
-    add("--plot", type=new_file, metavar="FILE", help="write the curves there, a PNG (needs matplotlib)")
-    add("--picture", type=new_file, metavar="FILE", help="write a PNG of the inputs there")
+    add("--plot", type=output_file, metavar="FILE", help="write the curves there, a PNG (needs matplotlib)")
+    add("--picture", type=output_file, metavar="FILE", help="write a PNG of the inputs there")
     args = parser.parse_args()
     if args.pairs < 2:
         raise UserError(f"--pairs {args.pairs}: a standard error needs at least 2")
@@ -385,12 +385,15 @@ def main():
     def measure(source):
         return probe(load_source(source, "roi", clean, device), inputs, source.name, args.alone, source.bins, args.fill)
 
-    results, _ = measure_rows(args, rows, measure, side=SIDE, bank=len(inputs.bank.masks), bank_side=BANK_SIDE,
-                              layers=LAYERS)
+    results, files = measure_rows(rows, measure)
     for name, (title, _) in MEASURES.items():
         print(f"\n{title}")
         digits, unit = (1, f"{len(inputs.bank.masks)} objects") if "reid" in name else (4, f"{args.pairs:,} pairs")
         print_table(LAYERS, results, [name], digits, unit)
+    names = ("data", "root", "seed", "pairs", "cut", "alone", "fill", "statistics")
+    settings = dict({name: getattr(args, name) for name in names}, side=SIDE, bank=len(inputs.bank.masks),
+                    bank_side=BANK_SIDE, layers=LAYERS)
+    write_results(args.json, settings, results, files)
     if args.plot:
         plot(results, args.plot)
 

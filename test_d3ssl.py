@@ -180,6 +180,9 @@ def test_prc_recovers_a_box_that_is_hidden_beyond_the_threshold_and_counts_what_
     mask[..., :4, :10] = 0  # 40 % hidden: below the threshold
     after = augment.proposal_random_cutout(mask, boxes, share=(0.3, 0.3), generator=seeded())
     assert torch.equal(after, mask)  # s <= c
+    cut = partial(augment.proposal_random_cutout, mask, boxes, share=(0.5, 0.5))
+    cuts = [(mask - cut(generator=seeded(i))).sum() for i in range(9)]
+    assert 0 < max(cuts) <= round(10 * math.sqrt(0.1)) ** 2  # area (s - c)|R|, less where it falls on the hidden part
 
 
 def test_prc_goes_from_the_largest_to_the_smallest_box():
@@ -517,8 +520,7 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
 
 
 def test_a_folder_lists_each_image_once_and_names_what_it_leaves_out(tmp_path, capfd):
-    """Links are followed, round trips end, a folder goes by its first name, in whatever order the file system has them;
-    hidden files and what a run wrote are no images."""
+    """Links are followed, round trips end; hidden files and what a run wrote are no images."""
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     for folder in (root / "a", root / "b", root / "run", root / ".hidden", elsewhere):
         picture(folder / "000.png")
@@ -526,10 +528,10 @@ def test_a_folder_lists_each_image_once_and_names_what_it_leaves_out(tmp_path, c
         (root / link).symlink_to(target)
     for written in ("run/metrics.jsonl", "metrics.jsonl", "curves.png", "notes.txt", "b/a\nb.png"):
         (root / written).write_bytes(b"")
-    assert data.list_images(root) == ["0/000.png", "a/000.png", "link/000.png"]
+    assert data.list_images(root) == ["a/000.png", "b/000.png", "link/000.png"]
     said = capfd.readouterr().err
     assert all(f"*{kind}: 1 in {root}, the first: {first}" in said for kind, first in (
-        (".txt", "'notes.txt'"), (".jsonl", "'metrics.jsonl'"), (".png", r"'0/a\nb.png'")))
+        (".txt", "'notes.txt'"), (".jsonl", "'metrics.jsonl'"), (".png", r"'b/a\nb.png'")))
     (elsewhere / "000.png").rename(elsewhere / "1.heic")
     with pytest.raises(UserError, match=f"{elsewhere} contains no image.*[*].heic"):
         data.list_images(elsewhere)
@@ -632,9 +634,20 @@ def test_progress_counts_what_this_run_did(monkeypatch, capsys):
         "search: 1,000/1,000 images, 5.0 images/s, 0:00:40, 0:00:00 left"]
 
 
-def test_ranks_share_a_search(tmp_path):
-    scenes = data.Scenes(number=4)
-    assert forked(*[(data.compute_proposals, scenes, tmp_path, 1)] * 2) == [0, 0]
+def test_the_other_ranks_of_a_machine_wait_as_long_as_there_is_progress(tmp_path, monkeypatch):
+    scenes, now, files = data.Scenes(number=4), [0.0], iter("12345")
+    monkeypatch.setattr(data, "listing", lambda names: "x")
+
+    def half_the_timeout_later(_):
+        now[0] += data.TIMEOUT / 2
+        (tmp_path / f".chunks-x/{next(files, 5)}.npz").write_bytes(b"")
+    (tmp_path / ".chunks-x").mkdir()
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=half_the_timeout_later))
+    with pytest.raises(UserError, match="no proposals.*run the same command again"):
+        data.compute_proposals(scenes, tmp_path, local_rank=1)
+    assert 6 <= now[0] / data.TIMEOUT * 2 <= 9  # five steps with progress, then the timeout
+    data.time.sleep = lambda _: data.compute_proposals(scenes, tmp_path, workers=1)  # what local rank 0 does meanwhile
+    data.compute_proposals(scenes, tmp_path, local_rank=1)
     assert len(data.Proposals(tmp_path).names) == 4 and data.proposals_state(scenes, tmp_path) == "ready"
     scenes.version = "another renderer"  # other pictures under the same names: boxes of the old ones do not fit
     assert data.proposals_state(scenes, tmp_path) == "written with other settings (version)"
@@ -1879,11 +1892,11 @@ def test_errors_are_those_of_a_bootstrap():
 
 
 def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
-    args, values = SimpleNamespace(json=None), {"a": [1.0, 2.0, 4.0], "b": [3.0, 1.5, 8.0], "c": [5.0]}
+    values = {"a": [1.0, 2.0, 4.0], "b": [3.0, 1.5, 8.0], "c": [5.0]}
     rows = [(name, [evaluate.Source(value) for value in some]) for name, some in values.items()]
     influence = np.random.default_rng(0).normal(size=(50, 2))
     measure = lambda source: {"m": evaluate.Estimate(np.array([source.path, np.nan]), influence + source.path)}
-    (first, second, alone), files = evaluate.measure_rows(args, rows, measure)
+    (first, second, alone), files = evaluate.measure_rows(rows, measure)
     assert [file["m"][0] for file in files] == sum(values.values(), []) and files[0]["m"][1] is None
     assert first["m"] == [pytest.approx(7 / 3), None] and "difference" not in first and "difference" not in alone
     assert first["m_se"][0] == pytest.approx(np.std([1, 2, 4], ddof=1) / 3 ** 0.5)
@@ -1891,14 +1904,14 @@ def test_a_row_is_the_mean_of_its_files_and_differences_are_of_pairs(capsys):
     low, high = pairs.mean() + np.array([-4.303, 4.303]) * pairs.std(ddof=1) / 3 ** 0.5
     assert difference["from"] == "a" and difference["m"][0] == pytest.approx(pairs.mean())
     assert [difference[key][0] for key in ("m_low", "m_high")] == pytest.approx([low, high])
-    single = evaluate.measure_rows(args, [("x", rows[0][1][:1]), rows[2]], measure)[0][1]["difference"]
+    single = evaluate.measure_rows([("x", rows[0][1][:1]), rows[2]], measure)[0][1]["difference"]
     assert single["m"][0] == 4 and single["m_se"][0] == pytest.approx(4 / 49 ** 0.5)  # all 50 influences differ by 4
     evaluate.print_table(["m"], [first, second, alone], ["m"], 2, "50 images")
     lines, said = (text.splitlines() for text in capsys.readouterr())
     assert said == []
     assert len(lines) == 5 and f"+1.83 [{low:+.2f}, {high:+.2f}]" in lines[3] and "from a" in lines[3]
     assert "over 3 files" in lines[3] and "50 images" in lines[4]
-    evaluate.measure_rows(args, [rows[0], ("two", rows[0][1][:2])], measure)
+    evaluate.measure_rows([rows[0], ("two", rows[0][1][:2])], measure)
     assert "2 files of two, 3 of a: unpaired" in capsys.readouterr().err
     for n, limit in enumerate(evaluate.T95, 1):  # Student's density, integrated
         x = torch.linspace(0, limit, 20_001, dtype=torch.double)
@@ -2018,7 +2031,7 @@ def test_disturbed_pictures(number, monkeypatch):
 
 
 def test_objects_are_selected(monkeypatch):
-    """Distinct categories first, no crowds. An image that cannot be read is named: all networks see the same objects."""
+    """Distinct categories first, no crowds. An image that cannot be read is named: networks see the same objects."""
     labels, crowd = np.array([5, 5, 5, 2, 2, 9, 1]), np.array([0, 0, 0, 0, 0, 1, 0], bool)
     for number, expected in ((2, [0, 3]), (4, [0, 1, 3, 6]), (None, [0, 1, 2, 3, 4, 6]), (0, [])):
         assert evaluate.select_objects(labels, crowd, number).tolist() == expected
@@ -2714,12 +2727,13 @@ def test_transfer_voc(tmp_path, transfer):
 
 COCO_COLOUR = "evaluate.py --workers 0 --ckpt colour --data coco --k 1 --root"
 MISTAKES = [  # what it is, the command, what its one line says; in braces: see `mistaken`
+    ("no data", "d3ssl.py --data coco --root {tmp}/nowhere", "nowhere.*does not exist.*--root"),
     ("augmentation", "d3ssl.py --augs prc,foo", "foo is none of prc"),
     ("two jitters", "d3ssl.py --augs rbj,jitter", "both jitter"),
     ("baseline", "d3ssl.py --regions grid --augs prc", "--regions grid implies --augs none --no-dp"),
     ("moved boxes", "d3ssl.py --dp-boxes 5", "--dp-boxes 5: at most --boxes 4"),
     ("range", "d3ssl.py --prc-share 0.5", "--prc-share: 0.5 is not LOW,HIGH"),
-    ("count", "d3ssl.py --boxes 0", "--boxes: 0 is not a whole number of at least 1"),
+    ("count", "d3ssl.py --boxes 0", "--boxes: 0 is not a whole number from 1 to"),
     ("optimiser", "d3ssl.py --optimizer sgd", "--optimizer sgd needs an --lr: the default is adamw's"),
     ("scenes on data", "data.py scenes --out {tmp}/scenes", "scenes has annotations already: name another --out"),
     ("number", "d3ssl.py --lr nan", "--lr and other numbers are finite"),
@@ -2732,11 +2746,10 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("no file of a glob", "evaluate.py --ckpt ours={tmp}/*.pt", r"\*.pt: No such file.*name a checkpoint"),
     ("no annotations", "evaluate.py {random} --data coco --root {tmp}/nowhere", "annotations are missing"),
     ("size", "evaluate.py {random} --size 100", "--size 100.*multiple of 16"),
-    ("no folder", "evaluate.py --ckpt colour --json {tmp}/cut/last.pt/x", "--json: cannot write .*x .*: name another"),
     ("no network", "evaluate.py --ckpt colour --export x", "one network as it is: one --ckpt, a file or random"),
     ("statistics", "evaluate.py {random} --statistics clean --export x", "no --statistics clean"),
     ("classes", COCO_COLOUR + " {tmp}/other", "other classes.*bird"),
-    ("output", COCO_COLOUR + " {tmp}/tiny --json {tmp}/file/o", "cannot write .*/file/o"),
+    ("output", COCO_COLOUR + " {tmp}/tiny --json {tmp}/file/o", "--json: cannot write .*/file/o .*name another"),
     ("another size", COCO_COLOUR + " {tmp}/scenes", r"val2017/0+\.png is 64 x 48 .* 112 x 112"),
     ("torchrun", "evaluate.py {random}", "without torchrun"),
     ("probes: colour", "probes.py --ckpt colour", "no layers to probe"),
