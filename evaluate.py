@@ -336,9 +336,11 @@ def choose(leaves, asked):
 
 def export(network, path):
     """Write the backbone as others load it. A .pkl: detectron2's MODEL.WEIGHTS, with INPUT.FORMAT RGB and ImageNet's
-    mean and deviation in pixels (MoCo's configs). Else: torchvision's state dict without fc (strict=False loads it)."""
+    mean and deviation in pixels (MoCo's configs). Else: torchvision's state dict without fc (strict=False loads it).
+    Returns which of the two."""
     if Path(path).suffix != ".pkl":
-        return save_checkpoint(path, network.state_dict())
+        save_checkpoint(path, network.state_dict())
+        return "torchvision"
     named = {}
     for key, value in network.state_dict().items():  # as MoCo's and detectron2's own converters name them
         key = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", re.sub("^(?=conv|bn)", "stem.", key))
@@ -347,6 +349,7 @@ def export(network, path):
             named[key.replace("downsample.1", "shortcut.norm")] = value.numpy()
     with atomic(path) as file:
         pickle.dump({"model": named, "__author__": "D3SSL", "matching_heuristics": True}, file)
+    return "detectron2"
 
 
 # ------------------------------------------------------------------------------------------------------ rows of a table
@@ -1157,8 +1160,7 @@ def main():
         return fine_tune(args)
     if args.export:
         network, arch = load_one(args)
-        export(network, args.export)
-        reader = "detectron2" if Path(args.export).suffix == ".pkl" else "torchvision"
+        reader = export(network, args.export)
         return print(f"wrote {args.export}: {arch} of {args.ckpt[0]} for {reader}")
     rows = open_rows(args)
     train, val = (open_labelled(args.data, args.root, split) for split in ("train", "val"))

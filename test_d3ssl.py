@@ -847,7 +847,7 @@ def test_of_two_runs_that_make_the_same_proposals_the_slower_uses_the_other_s(tm
     data.compute_proposals(scenes, tmp_path, workers=1)
     assert data.proposals_state(scenes, tmp_path) == "ready"
     assert not list(tmp_path.glob(".chunks-*")) and len(data.Proposals(tmp_path).names) == 4
-    assert getattr(module, name) is usual  # so the faster run took place
+    assert getattr(module, name) is usual  # so the other run took place
 
 
 @pytest.mark.parametrize("env", [{}, {"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": "", "RANK": "x"}])
