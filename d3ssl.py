@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -383,6 +384,7 @@ def data_parallel(model, world_size, views=None):
     if world_size > 1 and next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the outermost module is no norm
     if views is not None:
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # it is that of the capture: harmless
         torch.cuda.make_graphed_callables(model, (views,))  # in place; before DDP and any other backward pass
     if world_size == 1:
         return model
