@@ -289,39 +289,19 @@ def plot(results, path):
     stands apart: it is no deeper layer than res5 but C5 on RoIAlign's output."""
     figure, axes = new_figure()
     for axis, (name, (title, ideal)) in zip(axes, MEASURES.items()):
-        values, errors = (np.array([result[key] for result in results], float) for key in (name, f"{name}_se"))
         axis.axhline(ideal, color="grey", linewidth=1, linestyle=":")
-        axis.annotate(f"ideal {ideal}", (0, ideal), (3, 2), textcoords="offset points", fontsize=8, color="grey")
-        low, high = limits(values, ideal)
+        axis.annotate(f"ideal {ideal}", (3.5, ideal), (0, 2), textcoords="offset points", ha="center", fontsize=8)
         for i, result in enumerate(results):
-            shown, colour, marker = values[i].clip(low, high), CURVE_COLOURS[i % 7], "osD^v"[i // 7 % 5]
-            error = np.where(shown == values[i], errors[i], 0)  # a value beyond the axis is written at its edge
-            style = dict(color=colour, marker=marker, markersize=4, capsize=3)
-            axis.errorbar(LAYERS[:4], shown[:4], error[:4], label=result["row"], **style)
-            axis.errorbar(LAYERS[4:], shown[4:], error[4:], **style)
-            for layer in np.flatnonzero(np.isfinite(values[i]) & (shown != values[i])):
-                axis.annotate(f"{values[i][layer]:.3g}", (layer, shown[layer]), (3, 3), textcoords="offset points",
-                              color=colour, fontsize=7)
-        axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+            values, errors = (np.array(result[key], float) for key in (name, f"{name}_se"))
+            style = dict(color=CURVE_COLOURS[i % 7], marker="osD^v"[i // 7 % 5], markersize=4, capsize=3)
+            axis.errorbar(LAYERS[:4], values[:4], errors[:4], label=result["row"], **style)
+            axis.errorbar(LAYERS[4:], values[4:], errors[4:], **style)
         axis.set_title(title.replace(" / ", "\n/ "), fontsize=10, loc="left")
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=110)
     print(f"wrote {path}")
-
-
-def limits(values, ideal):
-    """The range of an axis for values (rows, layers) and the ideal. Of three rows or more, one that makes it four times
-    as wide as all others do is left out, so that it does not flatten them."""
-    def span(rows):
-        return np.nanmin([ideal, np.nanmin(rows)]), np.nanmax([ideal + 1e-6, np.nanmax(rows)])
-    while len(values) > 2:
-        rest = min((np.delete(values, i, 0) for i in range(len(values))), key=lambda rows: np.ptp(span(rows)))
-        if np.ptp(span(values)) < 4 * np.ptp(span(rest)):
-            break
-        values = rest
-    return span(values)
 
 
 def picture(inputs, alone=False, fill="black", rows=3):
