@@ -156,9 +156,8 @@ def shift_boxes(boxes, size, generator=None):
     """b^ = b + t: all boxes (B, K, 4) of an image move by one integer offset t, uniform over those that keep every box
     inside the view `size` (H, W). Returns the shifted boxes (B, K, 4) and t (B, 2) int64, (dx, dy)."""
     low = -boxes[..., :2].amin(1).floor()
-    high = constant((size[1], size[0]), boxes.device) - boxes[..., 2:].amax(1).ceil()
-    draw = torch.rand(low.shape, generator=generator, device=boxes.device)
-    offset = low + (draw * (high - low + 1)).floor().minimum(high - low).clamp(min=0)
+    high = (constant((size[1], size[0]), boxes.device) - boxes[..., 2:].amax(1).ceil()).maximum(low)
+    offset = uniform(low.shape, low, high + 1, boxes, generator).floor().minimum(high)
     return boxes + offset.repeat(1, 2)[:, None], offset.long()
 
 
@@ -339,7 +338,7 @@ def parse_augs(text):
 
 # --------------------------------------------------------------------------------------------------- the contact sheet
 
-COLOURS = ("#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f", "#ff8c1a", "#b18cff", "#ffffff", "#ff5050")
+COLOURS = ["#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f", "#ff8c1a", "#b18cff", "#ffffff", "#ff5050"]
 
 
 def contact_sheet(views, tile=224):
@@ -348,21 +347,18 @@ def contact_sheet(views, tile=224):
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import draw_bounding_boxes, make_grid
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    columns = {"x1": (views.x1, views.boxes1, None), "x2": (views.x2, views.boxes2, None),
+    m_hat = normalise(views.m_hat.expand(-1, 3, -1, -1))
+    columns = {"x1": (views.x1, views.boxes1, views.boxes1), "x2": (views.x2, views.boxes2, views.boxes2),
                "x1^ (Eq. 2)": (views.x1_hat, views.boxes1, views.rois1),
-               "x2s^ (Eq. 2)": (views.x2s_hat, views.boxes2 / 2, views.rois2 / 2)}
-    if len(views.x3):
-        columns["m^ (Eq. 7)"] = normalise(views.m_hat.expand(-1, 3, -1, -1)), views.boxes3, None
-        columns["x3 (Eq. 8)"] = views.x3, views.boxes3, views.rois3
+               "x2s^ (Eq. 2)": (views.x2s_hat, views.boxes2 / 2, views.rois2 / 2),
+               "m^ (Eq. 7)": (m_hat, views.boxes3, views.boxes3), "x3 (Eq. 8)": (views.x3, views.boxes3, views.rois3)}
     tiles = []
     for row in range(len(views.x1)):
         for images, boxes, rois in columns.values():
             image = F.interpolate((images[row] * std + mean).clamp(0, 1)[None], size=(tile, tile))[0]
             pixels, scale = (image * 255).round().byte(), tile / images.shape[-1]
-            colours = [COLOURS[k % len(COLOURS)] for k in range(boxes.shape[1])]
-            pixels = draw_bounding_boxes(pixels, boxes[row] * scale, colors=colours, width=3)
-            if rois is not None:
-                pixels = draw_bounding_boxes(pixels, rois[row] * scale, colors=colours, width=1)
+            for some, width in ((boxes[row], 3), (rois[row], 1)):
+                pixels = draw_bounding_boxes(pixels, some * scale, colors=COLOURS * len(some), width=width)
             tiles.append(pixels)
     grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=48)
     sheet = to_pil_image(F.pad(grid, (0, 0, 14, 14), value=48))

@@ -97,6 +97,7 @@ QUICK = dict(arch="resnet18", size=112, roi=6, projector_norm=True, temperature=
 COSINE = dict(hidden=4096, dim=256, projector_norm=True, ema=0.99, optimizer="lars", lr=1.0, weight_decay=1e-5,
               warmup=10)
 LOG_EVERY, SAVE_EVERY = 20, 300  # steps, seconds
+VERSIONS = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
 FREE_ON_RESUME = {"root", "proposals", "out", "cuda_graph", "workers", "max_steps", "snapshots"}  # may change
 
 
@@ -460,7 +461,7 @@ def load_checkpoint(path, settings, world_size):
     `settings`; another world size is allowed."""
     if not Path(path).exists():
         return None
-    advice = "name another --out, or start anew with --resume never (a schedule cannot be extended)"
+    advice = "name another --out, or delete it to start anew (a schedule cannot be extended)"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = dict(saved["config"])
@@ -534,7 +535,7 @@ def train_step(model, parallel_model, optimizer, views, step, total_steps):
     return torch.stack(output[:4]).detach()
 
 
-def train(config, resume="auto"):
+def train(config):
     """This rank's part of a run, from its data to its files. Returns the exit code: 0, or 128 + a signal's number."""
     rank, world_size, local_rank, local_world_size = torchrun_ranks()
     is_main, out = rank == 0, Path(config.out)
@@ -550,8 +551,6 @@ def train(config, resume="auto"):
         folder = config.proposals or proposals_folder(config.data, config.root)
         compute_proposals(images, folder, local_rank=local_rank)
         proposals = Proposals(folder)
-    if config.data == "scenes":
-        images.keep()
     dataset = TwoViews(images, proposals, config.size, config.boxes, config.regions, config.seed)
     if len(dataset) < len(images):
         print(f"{len(images) - len(dataset):,} of {len(images):,} images have no proposals: left out")
@@ -574,7 +573,7 @@ def train(config, resume="auto"):
     # The checkpoint to resume from, the same on every rank.
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_ON_RESUME}
     settings.update(image_names=listing(dataset.names()), number_of_boxes=len(proposals.boxes) if proposals else 0)
-    saved = load_checkpoint(out / "last.pt", settings, world_size) if resume == "auto" else None
+    saved = load_checkpoint(out / "last.pt", settings, world_size)
     step = saved["step"] if saved else 0
     device = connect(world_size, local_rank)
     if config.cuda_graph and device.type != "cuda":
@@ -620,11 +619,10 @@ def train(config, resume="auto"):
     print(f"{config.arch} on {len(dataset):,} images of {config.data}, {config.regions}, {world_size} x "
           f"{device.type}, {'bfloat16' if amp else 'float32'}, steps {step:,} to {last_step:,} of {total_steps:,}")
     if is_main:
-        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
         folder = shlex.quote(str(Path(__file__).parent))
         commit = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null") or None
         write_json(out / "config.json", dict(config=asdict(config), command=sys.argv, commit=commit, python=sys.version,
-                                             **versions))
+                                             **VERSIONS))
         lines = open(out / "metrics.jsonl").readlines() if step and (out / "metrics.jsonl").exists() else []
         with atomic(out / "metrics.jsonl", "w") as file:  # without what came after the checkpoint
             file.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step)
@@ -698,7 +696,7 @@ def interval(text):
 
 
 def parse_config(arguments=None):
-    """The command line -> (Config, --resume). Every field of Config is a flag."""
+    """The command line -> Config, of which every field is a flag."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = {int: positive, tuple: interval, "augs": parse_augs, "seed": whole_number, "workers": whole_number,
              "warmup": whole_number}
@@ -706,15 +704,12 @@ def parse_config(arguments=None):
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         values = {"default": default, "scenes": QUICK.get(f.name), "cosine": COSINE.get(f.name)}
         shown = "".join(f" ({name} {value})" for name, value in values.items() if value is not None)
+        kind = dict(type=kinds.get(f.name, kinds.get(f.type, f.type)), choices=f.metadata["choices"])
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        else:
-            kind = dict(type=kinds.get(f.name, kinds.get(f.type, f.type)), choices=f.metadata["choices"])
         parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + shown, **kind)
-    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="never: overwrite OUT/last.pt")
     given = vars(parser.parse_args(arguments))
-    resume = given.pop("resume")
-    return configure({key: value for key, value in given.items() if value is not None}), resume
+    return configure({key: value for key, value in given.items() if value is not None})
 
 
 def configure(given):
@@ -729,8 +724,6 @@ def configure(given):
     if "lr" not in given and given.get("optimizer", config.optimizer) != config.optimizer:
         raise UserError(f"--optimizer {given['optimizer']} needs an --lr: the default is {config.optimizer}'s")
     config = replace(config, **given)
-    if config.regions == "image":  # the whole view, drawn once
-        config = replace(config, boxes=1)
     if config.size % 2 or config.size < 64:
         raise UserError(f"--size {config.size}: an even number of at least 64, view 2s has half of it")
     if config.dp and config.dp_boxes > config.boxes:
@@ -740,11 +733,12 @@ def configure(given):
     if not all(0 <= x < math.inf for x in vars(config).values() if isinstance(x, float)) or config.temperature == 0:
         raise UserError("--lr and other numbers are finite and not negative, --temperature is above 0")
     root, out = config.root or Path("data") / config.data, config.out or Path("runs") / config.data
-    return replace(config, root=str(root), out=str(out), roi=config.roi or config.size // 16)
+    boxes = 1 if config.regions == "image" else config.boxes  # the whole view, once
+    return replace(config, root=str(root), out=str(out), roi=config.roi or config.size // 16, boxes=boxes)
 
 
 def main():
-    return train(*parse_config())
+    return train(parse_config())
 
 
 if __name__ == "__main__":

@@ -292,15 +292,11 @@ class Scenes(Images):
 
     def __init__(self, split="train", root=None, number=None, seed=0):
         super().__init__(root or "data/scenes", [f"{split}-{i:06d}" for i in range(number or self.NUMBER[split])])
-        self.split, self.seed, self.kept = split, seed, None
+        self.split, self.seed = split, seed
         self.version = f"{self.VERSION} seed {seed}"
 
-    def keep(self):
-        """Render every picture now and keep it (38 MB for the train split): a loader's workers then only read."""
-        self.kept = np.stack([self.render(i)[0] for i in range(len(self))])
-
     def read(self, i):
-        return self.render(i)[0] if self.kept is None else self.kept[i]
+        return self.render(i)[0]
 
     def render(self, i):
         """Picture (112, 112, 3) uint8 RGB, boxes (n, 4), labels (n,) int64, masks (n, 112, 112) bool, visible parts."""
@@ -409,9 +405,11 @@ class Labelled(NamedTuple):
     sizes: np.ndarray = None  # (N, 2) int64: width and height as annotated, 0 or None: unknown
 
     def read(self, i):
-        """(H, W, 3) uint8 RGB of image i, to which its boxes belong. Raises OSError if it cannot be read and UserError
-        if it has another size than its annotations."""
-        image = self.images.read(i)
+        """(H, W, 3) uint8 RGB of image i. Raises UserError if it cannot be read or has another size than annotated."""
+        try:
+            image = self.images.read(i)
+        except OSError:
+            raise UserError(f"{self.images.root / self.images.name(i)} cannot be read: download it again") from None
         if self.sizes is not None and self.sizes[i].all():
             check_size(self.images, i, image, self.sizes[i], "in its annotations: annotate it as it is, EXIF included")
         return image
@@ -566,10 +564,10 @@ def mask_coder():
     return mask
 
 
-def read_file(path):
-    """The bytes of an annotation file. Raises UserError if it cannot be read."""
+def open_file(path, mode="rb", **how):
+    """Open an annotation file. Raises UserError if it cannot be opened."""
     try:
-        return Path(path).read_bytes()
+        return open(path, mode, **how)
     except OSError as error:
         raise UserError(f"annotations are missing: {path}: {error.strerror} (README, section Data)") from None
 
@@ -577,7 +575,7 @@ def read_file(path):
 def read_json(path, hook=None):
     """COCO's annotation file as an object; `hook` replaces every object in it. Raises UserError if it is none."""
     try:
-        content = json.loads(read_file(path), object_hook=hook)  # of UTF-8, 16 or 32, with or without a byte-order mark
+        content = json.load(open_file(path), object_hook=hook)  # of UTF-8, 16 or 32, with or without a byte-order mark
     except (ValueError, RecursionError) as error:  # which names the line
         raise UserError(f"{path} is not JSON in UTF-8 ({error}): download it again") from None
     keys = "annotations", "images", "categories"
@@ -590,7 +588,7 @@ def read_list(path, folder, strict=False):
     """Sorted names of the images in `folder` that a text list names, one per line, without suffix or folder; absent
     ones are counted. Raises UserError if the list is missing or no image is left or, if it is strict, one is absent."""
     names, faults = set(), Faults(path, strict)
-    for number, line in enumerate(read_file(path).decode("utf-8-sig", "replace").splitlines(), 1):
+    for number, line in enumerate(open_file(path).read().decode("utf-8-sig", "replace").splitlines(), 1):
         name = line.strip().rpartition("/")[2] + ".jpg"
         if os.path.isfile(folder / name):
             names.add(name)
@@ -646,12 +644,11 @@ def read_boxes(path, strict=False):
     """OpenImages' box CSV and the classes beside it: rows (M,) of BOX_ROW, their box xyxy in shares of the sides; names
     of the classes; Faults of broken lines. Raises UserError if a file is missing, none of OpenImages' or cut short."""
     faults, rows = Faults(path, strict), bytearray()
-    lines = read_file(path.parent / "class-descriptions-boxable.csv").decode("utf-8-sig", "replace").splitlines()
-    classes = [line.partition(",") for line in lines]
+    text = dict(mode="r", encoding="utf-8-sig", errors="replace", newline="\n")
+    with open_file(path.parent / "class-descriptions-boxable.csv", **text) as file:
+        classes = [line.strip().partition(",") for line in file]
     label = {name: i for i, (name, *_) in enumerate(classes)}
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: download it (README, section Data)")
-    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
+    with open_file(path, **text) as file:
         if not file.readline().startswith(BOX_HEADER):
             raise UserError(f"{path}, line 1: not OpenImages' box CSV: it starts with {BOX_HEADER}")
         for number, line in enumerate(file, 2):

@@ -42,7 +42,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from augment import MEAN, STD, normalise, to_float
-from d3ssl import (agree, connect, data_parallel, ensure_finite, gather_objects, load_checkpoint, lock_folder,
+from d3ssl import (VERSIONS, agree, connect, data_parallel, ensure_finite, gather_objects, load_checkpoint, lock_folder,
                    precise_batch_norm, resnet_stages, roi_align, save_checkpoint, stop_on_signal, torchrun_ranks,
                    write_json)
 from data import (SEARCH, Parser, Progress, UserError, atomic, duration, epoch_batches, error_exit, listing,
@@ -68,7 +67,6 @@ from data import (SEARCH, Parser, Progress, UserError, atomic, duration, epoch_b
 SIZE = {"scenes": 112, "coco": 448, "voc": 224, "openimages": 448, "openimages-mini": 448}
 TEMPERATURE = 0.07  # of a vote; not in the paper: from instance discrimination and DINO
 BATCH = 32          # images that a network sees at once
-VERSIONS = {module.__name__: module.__version__ for module in (torch, torchvision, np, cv2)}
 
 
 # ------------------------------------------------------------------------------------------------ any ResNet checkpoint
@@ -432,11 +430,6 @@ def load_one(args):
     return source.load()
 
 
-def digest(network):
-    """A hash of a network's weights and buffers, 16 hexadecimal digits."""
-    return listing([key.encode() + value.numpy().tobytes() for key, value in sorted(network.state_dict().items())])
-
-
 class Estimate(NamedTuple):
     """A measure of one network from N images or objects. Two networks' influences are of the same images: paired."""
     value: np.ndarray      # (...)
@@ -525,6 +518,15 @@ def print_table(headings, results, names, digits, unit):
 
 # -------------------------------------------------------------------------------------------------- objects of a split
 
+def open_splits(data, root, strict=False):
+    """Train and val split, data.Labelled each. Raises UserError as open_labelled does, and if their classes differ."""
+    train, val = (open_labelled(data, root, split, strict) for split in ("train", "val"))
+    if train.categories != val.categories:
+        odd = ", ".join(sorted({*train.categories} ^ {*val.categories})[:3]) or "their order"
+        raise UserError(f"the splits of {root or data} have other classes, as {odd}: give both one list")
+    return train, val
+
+
 def select_objects(labels, crowd, number=None):
     """Indices of `number` of the objects of one image (None: all), without crowds, distinct categories first: the first
     object of each category in the order of the annotations, then the second of each, and so on."""
@@ -558,21 +560,13 @@ class Objects(torch.utils.data.Dataset):
     def __getitem__(self, j):
         i, side = self.filled[j], self.size
         other = (i + 1 + int(rng("background", self.seed, i).integers(self.n - 1))) % self.n
-        image, background = read_whole(self.labelled, i), read_whole(self.labelled, other)
+        image, background = self.labelled.read(i), self.labelled.read(other)
         picture, disturbed = resize(image, side, side), resize(background, side, side)
         own, boxes = self.selected[i], np.zeros((self.k, 4), np.float32)
         boxes[:len(own)] = self.labelled.boxes[own] * np.float32([side / image.shape[1], side / image.shape[0]] * 2)
         for x1, y1, x2, y2 in np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).astype(int):
             disturbed[y1:y2, x1:x2] = picture[y1:y2, x1:x2]
         return picture, disturbed, boxes
-
-
-def read_whole(split, i):
-    """Image i, (H, W, 3) uint8. Raises UserError if it cannot be read or does not have its annotated size."""
-    try:
-        return split.read(i)
-    except OSError:
-        raise UserError(f"{split.images.root / split.images.name(i)} cannot be read: download it again") from None
 
 
 # ---------------------------------------------------------------------------------------------------- object features
@@ -834,7 +828,7 @@ class Detection(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         split, i = self.labelled, self.index[key[1]]
-        image, (start, end) = torch.from_numpy(read_whole(split, i)).permute(2, 0, 1), split.offsets[i:i + 2]
+        image, (start, end) = torch.from_numpy(split.read(i)).permute(2, 0, 1), split.offsets[i:i + 2]
         rows = start + np.flatnonzero(self.kept[start:end])
         target = dict(boxes=torch.tensor(split.boxes[rows]), labels=torch.tensor(split.labels[rows] + 1))
         if self.masks:
@@ -861,13 +855,6 @@ def masks_of(split, i, rows):
     return masks
 
 
-def same_classes(ours, theirs, where, whose):
-    if ours != theirs:
-        odd = ", ".join(sorted({*ours} ^ {*theirs})[:3]) or "their order"
-        raise UserError(f"{where} has other classes ({len(theirs)}) than {whose} ({len(ours)}), as {odd}: give both "
-                        "one list")
-
-
 def fine_tune(args):
     """--transfer: fine-tune a C4 detector, test it, print AP. Writes OUT/last.pt, from which the same command resumes,
     OUT/detector.pth, the tested weights, and OUT/results.json. Returns 0, or 128 + the signal that stopped it."""
@@ -880,8 +867,7 @@ def fine_tune(args):
     lock = lock_folder(out) if is_main else None  # noqa: F841: held until the end
     if c.task == "coco":
         mask_coder()  # that it is missing, or a test image, should not show after a day of training
-    train, val = (open_labelled(c.task, c.root, split, strict=True) for split in ("train", "val"))
-    same_classes(train.categories, val.categories, f"the val split of {c.root}", "the train split")
+    train, val = open_splits(c.task, c.root, strict=True)
     masks = c.task == "coco" and train.mask is not None
     trained = Detection(train, ~train.crowd | (c.task == "voc"), masks, c.limit_images, c.seed)  # with VOC's difficult
     if c.batch_size % world_size or c.batch_size > len(trained.index):
@@ -889,12 +875,13 @@ def fine_tune(args):
                         f"{len(trained.index):,} images with objects in {c.root}")
     tested = range(len(val.images))[:c.limit_images]
     for i in tested[rank::world_size]:
-        read_whole(val, i)
+        val.read(i)
 
     # The checkpoint to resume from; the data may have moved.
     names = [train.images.names[i] for i in trained.index] + [name.encode() for name in train.categories]
-    settings = {**asdict(c), "root": None, "ckpt": digest(network), "masks": masks, "image_names": listing(names)}
-    saved = load_checkpoint(out / "last.pt", settings, world_size) if args.resume == "auto" else None
+    weights = [key.encode() + value.numpy().tobytes() for key, value in sorted(network.state_dict().items())]
+    settings = {**asdict(c), "root": None, "ckpt": listing(weights), "masks": masks, "image_names": listing(names)}
+    saved = load_checkpoint(out / "last.pt", settings, world_size)
     step = saved["step"] if saved else 0
     device = connect(world_size, local_rank)
     agree(out, step=step, **settings)
@@ -963,7 +950,7 @@ def fine_tune(args):
     detections, progress = [], Progress("test", len(tested))
     with torch.inference_mode():
         for i in tested[rank::world_size]:
-            image = torch.from_numpy(read_whole(val, i)).permute(2, 0, 1).to(device)
+            image = torch.from_numpy(val.read(i)).permute(2, 0, 1).to(device)
             output = model([image.float() / 255])[0]
             boxes, scores, labels = (output[key].cpu().numpy() for key in ("boxes", "scores", "labels"))
             rles = run_lengths(paste(output["mask"], output["boxes"], *image.shape[1:]).numpy()) if masks else []
@@ -1140,7 +1127,6 @@ def parse_arguments(arguments=None):
     add = parser.add_argument_group("with --transfer").add_argument
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
     add("--out", help="folder for last.pt, detector.pth, results.json (default: runs/TASK-CKPT)")
-    add("--resume", choices=("auto", "never"), default="auto", help="whether to resume OUT/last.pt (default: auto)")
     add("--batch-size", type=positive, default=Transfer.batch_size, help="of all ranks together (default: 16, MoCo's)")
     add("--steps", type=positive, help="length of the schedule; drops and warm-up stay in proportion (default: MoCo's)")
     add("--short-side", type=positive, help="of training and test (default: MoCo's 480-800, coco 640-800; test 800)")
@@ -1163,8 +1149,7 @@ def main():
         reader = export(network, args.export)
         return print(f"wrote {args.export}: {arch} of {args.ckpt[0]} for {reader}")
     rows = open_rows(args)
-    train, val = (open_labelled(args.data, args.root, split) for split in ("train", "val"))
-    same_classes(val.categories, train.categories, f"the train split of {args.data}", "the val split")
+    train, val = open_splits(args.data, args.root)
     bank = Objects(train, args.size, args.objects, args.limit_images, args.seed)
     queries = Objects(val, args.size, None, args.limit_images, args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,7 +38,7 @@ from augment import normalise, to_float
 from d3ssl import resnet_stages, roi_align
 from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, positive, resize, rng
 from evaluate import (SIZE, add_checkpoint_arguments, clean_batches, load_source, measure_rows, open_rows, output_file,
-                      print_table, ratio_of_means, read_whole, save_picture, write_results)
+                      print_table, ratio_of_means, save_picture, write_results)
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
@@ -135,7 +135,7 @@ def cut_object(labelled, index, side, cut):
     mask = labelled.mask(index) if cut == "mask" and labelled.mask else None
     if cut == "mask" and mask is None:
         raise UserError(f"{labelled.images.root / labelled.images.name(i)} has an object without a mask: --cut box")
-    return cut_out(read_whole(labelled, i), labelled.boxes[index], mask, side)
+    return cut_out(labelled.read(i), labelled.boxes[index], mask, side)
 
 
 def compose(size, placed, fill="black"):

@@ -540,7 +540,6 @@ def test_a_folder_lists_each_image_once_and_names_what_it_leaves_out(tmp_path, c
 def test_scenes_are_deterministic_and_their_boxes_fit_their_masks():
     for split in ("train", "val"):
         one, two, other = Scenes(split), Scenes(split, number=8), Scenes(split, seed=1)
-        two.keep()
         for i in (0, 7):
             picture, boxes, labels, masks = one.render(i)
             assert np.array_equal(picture, two.read(i)) and np.array_equal(picture, one.read(i))
@@ -937,7 +936,7 @@ def saved_step(out):
 
 def small_config(root, out, *words):
     """That run's Config, without worker processes."""
-    return d3ssl.parse_config([str(word) for word in small(root, out, "--workers", 0, *words)])[0]
+    return d3ssl.parse_config([str(word) for word in small(root, out, "--workers", 0, *words)])
 
 
 def mains(*commands):
@@ -1020,7 +1019,8 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(pictures, tmp_path, cap
         values = [row[key] for row in rows]
         assert values[0] == whole[0][key]
         assert (sum(values[1:9]) + 3 * values[9]) / 11 == pytest.approx(whole[1][key], rel=1e-5)
-    mains([*words, "--workers", 0, "--resume", "never", "--max-steps", 1])
+    (tmp_path / "b/last.pt").unlink()
+    mains([*words, "--workers", 0, "--max-steps", 1])
     assert saved_step(tmp_path / "b") == 1
 
 
@@ -1860,7 +1860,7 @@ def test_our_runs_and_rows_know_their_statistics_and_bins(tmp_path):
     sources = [source for _, some in rows[:-1] for source in some]
     assert all(source.bins == 5 and source.arch == "resnet18" for source in sources)
     one, two = (evaluate.load_source(source, "roi", None, "cpu") for source in sources[3:5])
-    assert torch.equal(one.conv1.weight, plain["conv1.weight"]) and evaluate.digest(one) != evaluate.digest(two)
+    assert torch.equal(one.conv1.weight, plain["conv1.weight"])
     assert torch.equal(two.conv1.weight, momentum["conv1.weight"])
 
 
@@ -2695,7 +2695,7 @@ kills = [signal.SIGTERM] * (rank == "1" and not os.path.exists(out + "/last.pt")
 evaluate.Transfer.rate = lambda config, step: kills and os.kill(os.getpid(), kills.pop()) or 0.01
 evaluate.ensure_finite = lambda tensors, step, _: torch.save([*tensors], f"{out}/{rank}.pth")
 ap = evaluate.coco_ap
-evaluate.coco_ap = lambda *given: print("tested", [i for i, *_ in given[2]]) or ap(*given)
+evaluate.coco_ap = lambda *given: print(f"tested {[i for i, *_ in given[2]]}\\n", end="") or ap(*given)  # one write
 say = lambda code: os.write(1, f"exit code {code}\\n".encode()) * 0  # of every rank; only the first one prints
 data.error_exit(lambda: say(evaluate.main()))
 """
@@ -2740,7 +2740,7 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("odd size", "d3ssl.py --size 65", "--size 65: an even number of at least 64"),
     ("small batch", "d3ssl.py {small} --batch-size 1", "--batch-size 1 on 1 ranks"),
     ("large batch", "d3ssl.py {small} --batch-size 99", "16 usable images: lower --batch-size 99"),
-    ("cut file", "d3ssl.py {small} --out {tmp}/cut", "cut/last.pt cannot be read as a checkpoint.*--resume never"),
+    ("cut file", "d3ssl.py {small} --out {tmp}/cut", "cut/last.pt cannot be read as a checkpoint.*delete it"),
     ("no GPU", "d3ssl.py {small} --cuda-graph", "--cuda-graph needs a GPU"),
     ("other images", "d3ssl.py {small} --regions grid --root {tmp}/scenes/train2017", "image_names [0-9a-f]+, now"),
     ("no file of a glob", "evaluate.py --ckpt ours={tmp}/*.pt", r"\*.pt: No such file.*name a checkpoint"),
@@ -2759,7 +2759,7 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("transfer: another size", "evaluate.py {look} --root {tmp}/wider", "112 x 112.*224 x 112"),
     ("transfer: batch", "evaluate.py {look} --root {tmp}/valid --batch-size 32", "--batch-size 32.*16 images"),
     ("transfer: two networks", "evaluate.py {look} --ckpt random random", "one --ckpt"),
-    ("transfer: settings", "evaluate.py {look} --root {tmp}/valid --out {tmp}/old", "0123.*; steps 4, now 1.*never"),
+    ("transfer: settings", "evaluate.py {look} --root {tmp}/valid --out {tmp}/old", "0123.*; steps 4, now 1.*delete"),
     ("transfer: rate", "evaluate.py {look} --root {tmp}/valid --steps 20 --lr 1e20", "not finite at step 20"),
 ]
 
@@ -2789,7 +2789,6 @@ def mistaken(pictures, tmp_path_factory):
 @pytest.mark.parametrize("command, message", [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
 def test_mistakes_are_one_line(command, message, mistaken, narrow, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Scenes, "keep", lambda scenes: None)  # nothing here reads a picture
     if "torchrun" in message:
         monkeypatch.setattr(evaluate, "torchrun_ranks", lambda: (0, 2, 0, 2))
     before = {path: path.stat().st_mtime_ns for path in mistaken["tmp"].rglob("*.pt")}
