@@ -16,6 +16,7 @@ Boxes are (K, 4) float32 xyxy in pixels, x2/y2 exclusive, here as everywhere in 
 sample is a function of (seed, epoch, image index), so it does not depend on workers, ranks or an interruption.
 """
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -85,7 +86,7 @@ def error_exit(main):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         code = main() or 0
-    except (KeyboardInterrupt, UserError, RuntimeError, ConnectionError, EOFError) as error:
+    except (KeyboardInterrupt, UserError, RuntimeError, OSError, EOFError) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
         if code == 130:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -97,6 +98,8 @@ def error_exit(main):
         elif isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print must not raise again
             message = "the output was closed, as `| head` does"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # as the log is written; else see `atomic`
+            message = "the disk is full: make room, and run the same command again to resume"
         elif re.match(r"Connection|EOF|.*(\(shm\)|Bus error|DataLoader worker \(pid)", repr(error), re.S):
             message = ("a loading process died: is memory or /dev/shm short (docker run --shm-size 8g)? To resume, run "
                        "the same command again, with fewer --workers if it happens again")
@@ -251,9 +254,11 @@ def list_images(root):
 def open_images(data, root=None, split="train", strict=False):
     """The images of a data set (scenes | coco | voc | openimages | openimages-mini | folder) below `root` (default
     data/DATA), of a split (train | val; a folder has none); never reads an annotation. strict: as open_labelled's.
-    Raises UserError if the folder is missing or empty."""
+    Raises UserError if the folder is missing or empty, or has files where scenes are asked for."""
     root = Path(root or Path("data") / data)
     if data == "scenes":
+        if root != Path("data/scenes") and root.is_dir() and any(name[0] != "." for name in os.listdir(root)):
+            raise UserError(f"{root} has files, but scenes are rendered: say with --data what they are")
         return Scenes(split, root)
     if data == "voc":
         return voc_images(root, split, strict)

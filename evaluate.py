@@ -395,7 +395,7 @@ def open_rows(args):
     for source in files:
         (network, source.arch), path = source.load(), Path(source.path)
         beside = path.with_name("last.pt")  # of a backbone.pth or a snapshot, which always has clean statistics
-        file = beside if path.name.startswith("backbone") and beside.exists() else path
+        file = beside if re.fullmatch(r"backbone(-\d+)?\.pth", path.name) and beside.exists() else path
         with reading(file):
             run = read_checkpoint(file)
             if isinstance(run, dict) and "d3ssl" in run:
@@ -866,7 +866,7 @@ def fine_tune(args):
     out = Path(args.out or f"runs/{c.task}-{name}")
     lock = lock_folder(out) if is_main else None  # noqa: F841: held until the end
     if c.task == "coco":
-        mask_coder()  # that it is missing, or a test image, should not show after a day of training
+        mask_coder()  # that it is missing should not show after a day of training
     train, val = open_splits(c.task, c.root, strict=True)
     masks = c.task == "coco" and train.mask is not None
     trained = Detection(train, ~train.crowd | (c.task == "voc"), masks, c.limit_images, c.seed)  # with VOC's difficult
@@ -874,8 +874,6 @@ def fine_tune(args):
         raise UserError(f"--batch-size {c.batch_size}: choose a multiple of the {world_size} ranks, and at most the "
                         f"{len(trained.index):,} images with objects in {c.root}")
     tested = range(len(val.images))[:c.limit_images]
-    for i in tested[rank::world_size]:
-        val.read(i)
 
     # The checkpoint to resume from; the data may have moved.
     names = [train.images.names[i] for i in trained.index] + [name.encode() for name in train.categories]
@@ -883,6 +881,12 @@ def fine_tune(args):
     settings = {**asdict(c), "root": None, "ckpt": listing(weights), "masks": masks, "image_names": listing(names)}
     saved = load_checkpoint(out / "last.pt", settings, world_size)
     step = saved["step"] if saved else 0
+    if not saved:  # nor that an image cannot be read
+        used = [(train, i) for i in trained.index] + [(val, i) for i in tested]
+        progress = Progress("check", len(used))
+        for n, (split, i) in enumerate(used[rank::world_size], 1):
+            split.read(i)
+            progress.update(min(n * world_size, len(used)))
     device = connect(world_size, local_rank)
     agree(out, step=step, **settings)
 

@@ -868,6 +868,13 @@ def test_a_mistake_ends_a_rank_at_once_in_one_line(tmp_path, env, capfd):
         assert str(os.getpid()) in file.name and not (tmp_path / "a").exists()
 
 
+def test_a_disk_that_is_full_as_the_log_is_written_is_one_line(capfd):
+    sys.argv = ["run.py"]
+    with pytest.raises(SystemExit) as stop:
+        data.error_exit(lambda: open("/dev/full", "w", buffering=1).write("{}\n"))
+    assert stop.value.code == 2 and re.fullmatch("run.py: error: the disk is full: .*\n", capfd.readouterr().err)
+
+
 # ----------------------------------------------------------------------------------------------- runs, as a user types
 
 @pytest.fixture(scope="session", autouse=True)
@@ -2744,6 +2751,7 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("no GPU", "d3ssl.py {small} --cuda-graph", "--cuda-graph needs a GPU"),
     ("other images", "d3ssl.py {small} --regions grid --root {tmp}/scenes/train2017", "image_names [0-9a-f]+, now"),
     ("no file of a glob", "evaluate.py --ckpt ours={tmp}/*.pt", r"\*.pt: No such file.*name a checkpoint"),
+    ("no --data", "d3ssl.py --root {tmp}/scenes", "scenes has files, but scenes are rendered: say with --data"),
     ("no annotations", "evaluate.py {random} --data coco --root {tmp}/nowhere", "annotations are missing"),
     ("size", "evaluate.py {random} --size 100", "--size 100.*multiple of 16"),
     ("no network", "evaluate.py --ckpt colour --export x", "one network as it is: one --ckpt, a file or random"),
@@ -2756,6 +2764,7 @@ MISTAKES = [  # what it is, the command, what its one line says; in braces: see 
     ("probes: one pair", "probes.py {random} --pairs 1", "--pairs 1.*at least 2"),
     ("transfer: no image", "evaluate.py {look} --root {tmp}/absent", "absent.*gone.png"),
     ("transfer: classes", "evaluate.py {look} --root {tmp}/other", "other classes.*bird"),
+    ("transfer: damaged image", "evaluate.py {look} --root {tmp}/damaged", "damaged/train2017.*png cannot be read"),
     ("transfer: another size", "evaluate.py {look} --root {tmp}/wider", "112 x 112.*224 x 112"),
     ("transfer: batch", "evaluate.py {look} --root {tmp}/valid --batch-size 32", "--batch-size 32.*16 images"),
     ("transfer: two networks", "evaluate.py {look} --ckpt random random", "one --ckpt"),
@@ -2769,7 +2778,7 @@ def mistaken(pictures, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mistaken")
     (tmp / "file").touch()
     assert here("data.py", "scenes", "--n", 16, "--out", tmp / "scenes") == 0
-    changes = {"valid": lambda c: None,
+    changes = {"valid": lambda c: None, "damaged": lambda c: None,
                "tiny": lambda c: c["annotations"].__delitem__(slice(1, None)),
                "other": lambda c: c["categories"][0].update(name="bird"),
                "absent": lambda c: c["images"].append(dict(id=99, file_name="gone.png", width=8, height=8)),
@@ -2777,6 +2786,7 @@ def mistaken(pictures, tmp_path_factory):
     for root, change in changes.items():
         coco_copy(tmp / "scenes", tmp / root, change)
     Image.new("RGB", (64, 48)).save(min((tmp / "scenes" / "val2017").iterdir()))
+    max((tmp / "damaged/train2017").iterdir()).write_bytes(b"cut")
     words = small(pictures, tmp / "run", "--workers", 0)
     mains([*words, "--max-steps", 1])
     (tmp / "cut").mkdir()
