@@ -318,11 +318,11 @@ def region_mask(boxes, size, options, generator=None, is_view2s=False):
 
 
 def jitter_rois(boxes, size, options, generator=None):
-    """The boxes (B, K, 4) that RoIAlign reads: jittered by the one jitter that options.augs names, or as they are."""
+    """The boxes (B, K, 4) that RoIAlign reads: jittered as options.augs says, or as they are."""
     if "rbj" in options.augs:
-        return restricted_box_jitter(boxes, size, options.rbj_scale, options.rbj_shift, generator)
+        boxes = restricted_box_jitter(boxes, size, options.rbj_scale, options.rbj_shift, generator)
     if "jitter" in options.augs:
-        return box_jitter(boxes, size, generator=generator)
+        boxes = box_jitter(boxes, size, generator=generator)
     return boxes
 
 
@@ -331,8 +331,6 @@ def parse_augs(text):
     names = [] if text == "none" else text.split(",")
     if unknown := set(names).difference(AUGS):
         raise argparse.ArgumentTypeError(f"{min(unknown) or 'an empty name'} is none of {', '.join(AUGS)}, none")
-    if "rbj" in names and "jitter" in names:
-        raise argparse.ArgumentTypeError("rbj and jitter both jitter the boxes of RoIAlign, name one of them")
     return tuple(name for name in AUGS if name in names)
 
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 d3ssl.py --data coco                 COCO, eight GPUs
     python d3ssl.py --data folder --root DIR                         your own images
 
-A run writes last.pt, backbone.pth, config.json, metrics.jsonl and curves.png into --out, and resumes from last.pt.
+A run writes last.pt, backbone.pth, config.json and metrics.jsonl into --out, and resumes from last.pt.
 """
 import argparse
 import fcntl
@@ -413,14 +413,13 @@ def agree(out, **state):
 
 
 def stop_on_signal():
-    """A list to which SIGTERM and SIGINT append their number. Another one, over a second after the first, ends the
+    """A dictionary in which SIGTERM and SIGINT note when they came. Another, over a second after the first, ends the
     process at once. Sooner it is the first again: a scheduler signals each process, and torchrun, which forwards it."""
-    received, times = [], []
+    received = {}
 
     def handler(number, frame):
-        received.append(number)
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 1:
+        received.setdefault(number, time.monotonic())
+        if time.monotonic() - min(received.values()) > 1:
             os._exit(128 + number)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
@@ -480,23 +479,6 @@ def ensure_finite(tensors, step, out):
     """Raises UserError if one of the tensors, losses or parameters, is not finite: such a model is never saved."""
     if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise UserError(f"{out}: the loss is not finite at step {step:,}: lower --lr, and name another --out")
-
-
-def draw_curves(out):
-    """OUT/curves.png of OUT/metrics.jsonl; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for axis, keys in zip(figure.subplots(1, 3), (("loss", "loss_dc", "loss_dp"), ("accuracy",), ("lr",))):
-        for key in keys:
-            axis.plot([row["images"] for row in rows], [row[key] for row in rows], label=key)
-        axis.set_xlabel("images seen")
-        axis.legend()
-    with atomic(out / "curves.png") as file:
-        figure.savefig(file, format="png", dpi=110)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -676,8 +658,6 @@ def train(config):
         end = time.perf_counter()
 
     save(clean_statistics(model, dataset, device, workers))
-    if is_main:
-        draw_curves(out)
     what = "done" if step == total_steps else f"stopped at --max-steps {step:,} of {total_steps:,}"
     data = ("coco", "LABELLED_IMAGES") if config.data == "folder" else (config.data, config.root)
     words = ["evaluate.py", "--ckpt", f"{out}/last.pt", "random", "--data", data[0], "--root", data[1]]

@@ -3,7 +3,6 @@
     python data.py scenes --out DIR --n 800                      the embedded data set as files, in COCO's layout
     python data.py proposals --data coco --root data/coco        selective search, parallel and resumable
     python data.py openimages-mini --annotations DIR --coco instances_train2017.json --out openimages-mini.txt
-    python data.py stats --data coco --root data/coco            Table 2's row
 
 Proposals on disk are a folder that any other source of boxes can write as well:
     names.txt      one image per line, relative to the folder of images, UTF-8
@@ -231,8 +230,8 @@ def list_images(root):
     starts = [root]  # then links to folders: one that is reached in two ways goes by its own name
     for start in starts:
         for folder, folders, files in os.walk(start, onerror=lambda error: others.add("folder cannot be read", error)):
-            path, run = os.path.realpath(folder), "metrics.jsonl" in files
-            if path in seen or (run and folder != root):
+            path = os.path.realpath(folder)
+            if path in seen or ("metrics.jsonl" in files and folder != root):
                 folders.clear()
                 continue
             seen.add(path)
@@ -241,11 +240,9 @@ def list_images(root):
             for name in files:
                 below = os.path.join(folder, name).removeprefix(os.path.join(root, ""))
                 suffix = os.path.splitext(name)[1].lower()
-                if name[0] == "." or (run and name == "curves.png"):
-                    continue
-                if suffix in SUFFIXES and len(os.fsencode(below).splitlines()) == 1:
+                if suffix in SUFFIXES and len(os.fsencode(below).splitlines()) == 1 and name[0] != ".":
                     images.append(below)
-                else:
+                elif name[0] != ".":
                     others.add(f"suffix of no image: *{suffix}", repr(below))
     others.report(images, "image")
     return sorted(images)
@@ -1022,8 +1019,6 @@ SPELLED = {"cow": "Cattle", "frisbee": "Flying disc", "skis": "Ski", "sports bal
            "tv": "Television", "potted plant": "Houseplant", "dining table": "Kitchen & dining room table",
            "remote": "Remote control", "keyboard": "Computer keyboard", "mouse": "Computer mouse",
            "cell phone": "Mobile phone", "microwave": "Microwave oven", "hair drier": "Hair dryer"}
-# The paper's Table 2: images, objects per image, categories per image, categories.
-TABLE2 = {("coco", "train"): (118_000, 7.4, 2.95, 80), ("openimages-mini", "train"): (146_000, 9.1, 3.2, 569)}
 
 
 def write_mini(annotations, coco, out, seed=0):
@@ -1050,7 +1045,7 @@ def write_mini(annotations, coco, out, seed=0):
     kept = np.isin(index, chosen)
     with atomic(out, "w") as file:
         file.writelines(f"train/{i:016x}\n" for i in ids[chosen].tolist())
-    print_stats(len(chosen), index[kept], label[kept], TABLE2["openimages-mini", "train"])
+    print_stats(len(chosen), index[kept], label[kept])
     print(f"wrote {out}: {len(chosen):,} of {len(ids):,} images")
 
 
@@ -1073,14 +1068,13 @@ def choose_images(index, label, cap, seed):
     return np.sort(np.int64(chosen))
 
 
-def print_stats(images, index, label, paper=None):
+def print_stats(images, index, label):
     """Print Table 2's row for the boxes of `images` images, index and label (M,) of each, and the paper's below it."""
     pairs = len(np.unique(index * np.int64(10**6) + label))
     print(f"{'':10}{'images':>12}{'objects/image':>16}{'categories/image':>19}{'categories':>13}")
     here = (images, len(label) / max(images, 1), pairs / max(images, 1), len(np.unique(label)))
-    for name, row in {"here": here, "paper": paper}.items():
-        if row:
-            print("{:10}{:12,}{:16.2f}{:19.2f}{:13,}".format(name, *row))
+    for name, row in {"here": here, "paper": (146_000, 9.1, 3.2, 569)}.items():
+        print("{:10}{:12,}{:16.2f}{:19.2f}{:13,}".format(name, *row))
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -1100,12 +1094,9 @@ def main():
     mini.add_argument("--coco", required=True, help="COCO's instances_train2017.json")
     mini.add_argument("--out", default="openimages-mini.txt")
     mini.add_argument("--seed", type=whole_number, default=0)
-    stats = commands.add_parser("stats", help="Table 2's row of a data set")
-    stats.add_argument("--split", choices=("train", "val"), default="train")
-    labelled_data = ("scenes", "coco", "voc", "openimages", "openimages-mini")
-    for command, names in ((search, (*labelled_data, "folder")), (stats, labelled_data)):
-        command.add_argument("--data", choices=names, required=True)
-        command.add_argument("--root", help="the data set's folder (default data/DATA)")
+    names = ("scenes", "coco", "voc", "openimages", "openimages-mini", "folder")
+    search.add_argument("--data", choices=names, required=True)
+    search.add_argument("--root", help="the data set's folder (default data/DATA)")
     args = parser.parse_args()
     if args.command == "scenes":
         write_scenes(args.out, args.n)
@@ -1113,12 +1104,8 @@ def main():
     elif args.command == "proposals":
         folder = args.proposals or proposals_folder(args.data, args.root)
         compute_proposals(open_images(args.data, args.root), folder, args.workers)
-    elif args.command == "openimages-mini":
-        write_mini(args.annotations, args.coco, args.out, args.seed)
     else:
-        objects = open_labelled(args.data, args.root, args.split)
-        index = np.repeat(np.arange(len(objects.images)), np.diff(objects.offsets))
-        print_stats(len(objects.images), index, objects.labels, TABLE2.get((args.data, args.split)))
+        write_mini(args.annotations, args.coco, args.out, args.seed)
 
 
 if __name__ == "__main__":

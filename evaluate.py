@@ -46,7 +46,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -670,15 +669,9 @@ MEASURES = {"oknn_top1": "O-KNN top-1 ↑", "oknn_top5": "top-5 ↑", "disturbed
             "disturbed_top5": "top-5 ↑", "lost": "lost ↓"}
 
 
-class Answers(NamedTuple):
-    """Section 5.3 for one network, Q queries and a bank of M: points, and features, [1] disturbed."""
-    points: torch.Tensor  # (5, Q) float64, by MEASURES: 100 or 0 for each query (`lost`: a difference)
-    asked: torch.Tensor   # (2, Q, C)
-    stored: torch.Tensor  # (2, M, C)
-
-
 def evaluate(model, bank, queries, k=20, workers=0, device="cpu"):
-    """Answers of a model, (images, boxes) -> features, to O-KNN and disturbed O-KNN; bank, queries: Objects."""
+    """O-KNN and disturbed O-KNN (section 5.3) of a model, (images, boxes) -> features, from a bank (Objects): points
+    (5, Q) float64 by MEASURES, 100 or 0 for each of the Q queries (Objects); `lost`: a difference."""
     stored = extract(model, bank, "bank", workers, device)
     asked = extract(model, queries, "queries", workers, device)
     known, labels = (torch.from_numpy(some.labelled.labels[some.index]) for some in (bank, queries))
@@ -687,7 +680,7 @@ def evaluate(model, bank, queries, k=20, workers=0, device="cpu"):
         cosines, index = nearest(asked[i], stored[i], k, device)
         hits = 100 * (vote(cosines, known[index], len(bank.labelled.categories)) == labels[:, None]).double()
         points += [hits[:, 0], hits.sum(1)]
-    return Answers(torch.stack([*points, points[0] - points[2]]), asked, stored)
+    return torch.stack([*points, points[0] - points[2]])
 
 
 def over_images(points, images):
@@ -1054,37 +1047,6 @@ def coco_ap(labelled, index, detections, kind):
     return average_precision(np.where(precision < 0, math.nan, precision))
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-def neighbour_sheet(answers, bank, queries, number=8, neighbours=8, seed=0):
-    """A PIL picture: `number` queries drawn by seed, two lines each, as they are and disturbed. In the first column the
-    query's box is white; then its nearest of the bank by falling cosine, green if of its category, else red."""
-    number, side = min(number, len(queries.index)), 112
-    chosen = sorted(rng("neighbours", seed).choice(len(queries.index), number, replace=False).tolist())
-    sheet = Image.new("RGB", (side * (neighbours + 1), 2 * number * side))
-    draw = ImageDraw.Draw(sheet)
-    for line in range(2 * number):
-        n, disturbed = chosen[line // 2], line % 2
-        _, ((*found,),) = nearest(answers.asked[disturbed][n:n + 1], answers.stored[disturbed], neighbours)
-        for column, (objects, m) in enumerate([(queries, n), *((bank, int(m)) for m in found)]):
-            i, label, corner = objects.image[m], objects.labelled.labels[objects.index[m]], (column * side, line * side)
-            *pictures, boxes = objects[objects.filled.index(i)]
-            sheet.paste(Image.fromarray(pictures[disturbed]).resize((side, side)), corner)
-            right = label == queries.labelled.labels[queries.index[n]]
-            colour = "white" if not column else "#3fcf5f" if right else "#ff4d4d"
-            box = boxes[m - np.searchsorted(objects.image, i)] * side / objects.size + corner * 2
-            draw.rectangle(box.tolist(), outline=colour, width=2)
-            draw.text(corner, objects.labelled.categories[label], fill=colour, stroke_width=1, stroke_fill="black")
-    return sheet
-
-
-def save_picture(picture, path):
-    """Write a PIL picture as a PNG."""
-    with atomic(path) as file:
-        picture.save(file, "PNG")
-    print(f"wrote {path}")
-
-
 # -------------------------------------------------------------------------------------------------------- command line
 
 def output_file(text):
@@ -1125,8 +1087,6 @@ def parse_arguments(arguments=None):
     add("--k", type=positive, default=20, help="neighbours that vote (default: 20, as in DINO)")
     add("--objects", type=positive, default=3, help="N, objects per train image in the bank (section 5.3; default: 3)")
     add("--limit-images", type=positive, help="images of each split, its first ones (default: all)")
-    add("--neighbours", type=output_file, metavar="FILE",
-        help="write a PNG of eight queries and what the first network finds nearest")
     add("--export", metavar="FILE", help="write the backbone, for detectron2 (*.pkl) or torchvision (else), and exit")
     add = parser.add_argument_group("with --transfer").add_argument
     add("--transfer", choices=tuple(RECIPES), help="fine-tune a C4 detector on the checkpoint, test it (Tables 1, 3)")
@@ -1164,10 +1124,8 @@ def main():
         if source.path != "colour":
             clean = partial(clean_batches, train.images, args.size, args.seed, device)
             model = ObjectFeatures(load_source(source, args.head, clean, device), args.head, source.bins)
-        answers = evaluate(model, bank, queries, args.k, args.workers, device)
-        if args.neighbours and source is rows[0][1][0]:
-            save_picture(neighbour_sheet(answers, bank, queries, seed=args.seed), args.neighbours)
-        measured = over_images(answers.points.numpy(), queries.image)
+        points = evaluate(model, bank, queries, args.k, args.workers, device)
+        measured = over_images(points.numpy(), queries.image)
         knn, disturbed = measured["oknn_top1"].value, measured["disturbed_top1"].value
         print(f"{source.name}: O-KNN top-1 {knn:.1f}, disturbed {disturbed:.1f}")  # the table comes after the last one
         return measured

@@ -38,7 +38,7 @@ from augment import normalise, to_float
 from d3ssl import resnet_stages, roi_align
 from data import Parser, Progress, UserError, atomic, error_exit, open_images, open_labelled, positive, resize, rng
 from evaluate import (SIZE, add_checkpoint_arguments, clean_batches, load_source, measure_rows, open_rows, output_file,
-                      print_table, ratio_of_means, save_picture, write_results)
+                      print_table, ratio_of_means, write_results)
 
 LAYERS = ("res2", "res3", "res4", "res5", "roi")
 SMALLEST = 24                            # sides of an object in its image: smaller ones, enlarged, are a blur
@@ -355,7 +355,9 @@ def main():
         raise UserError("--ckpt colour is no network and has no layers to probe: leave it out")
     inputs = open_inputs(open_labelled(args.data, args.root, "val"), args.pairs, args.seed, args.cut, args.workers)
     if args.picture:
-        save_picture(picture(inputs, args.alone, args.fill), args.picture)
+        with atomic(args.picture) as file:
+            picture(inputs, args.alone, args.fill).save(file, "PNG")
+        print(f"wrote {args.picture}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # differences of nearly equal features are what is measured
 

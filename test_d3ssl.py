@@ -526,7 +526,7 @@ def test_a_folder_lists_each_image_once_and_names_what_it_leaves_out(tmp_path, c
         picture(folder / "000.png")
     for link, target in (("a/up", ".."), ("a/c", "../b"), ("0", "b"), ("link", elsewhere)):
         (root / link).symlink_to(target)
-    for written in ("run/metrics.jsonl", "metrics.jsonl", "curves.png", "notes.txt", "b/a\nb.png"):
+    for written in ("run/metrics.jsonl", "metrics.jsonl", "notes.txt", "b/a\nb.png"):
         (root / written).write_bytes(b"")
     assert data.list_images(root) == ["a/000.png", "b/000.png", "link/000.png"]
     said = capfd.readouterr().err
@@ -1086,7 +1086,7 @@ def test_a_second_signal_ends_the_process_unless_it_comes_at_once(monkeypatch):
         assert not codes
         clock[0] += wait
         os.kill(os.getpid(), number)
-    assert codes == [130] and received == [15, 15, 2]
+    assert codes == [130] and [*received] == [15, 2]
 
 
 def test_the_queue_starts_with_teacher_features_of_batches_that_training_never_sees(pictures, tmp_path, monkeypatch):
@@ -2000,21 +2000,21 @@ def test_o_knn_by_hand():
     labelled = painted()
     bank, first, queries = (evaluate.Objects(labelled, 64, number, seed=number) for number in (2, 1, 3))
     inside = evaluate.evaluate(evaluate.median_colours, bank, queries, k=1)
-    assert inside.points.mean(1).tolist() == [100, 100, 100, 100, 0] and queries.index.tolist() == [*range(24)]
+    assert inside.mean(1).tolist() == [100, 100, 100, 100, 0] and queries.index.tolist() == [*range(24)]
 
     def outside(images, boxes):
         return torch.cat([images[:, :, 0, 0], images[:, :, 20, 10]], 1).repeat_interleave(boxes.shape[1], 0)
-    points, labels = evaluate.evaluate(outside, first, queries, k=1).points, labelled.labels.reshape(12, 2)
+    points, labels = evaluate.evaluate(outside, first, queries, k=1), labelled.labels.reshape(12, 2)
     assert points[0].tolist() == (100.0 * (labels == labels[:, :1])).ravel().tolist()  # found: one's own first box
     assert torch.equal(points[4], points[0] - points[2]) and points[4].any()
-    assert evaluate.evaluate(constant, bank, queries, k=24).points.mean(1).tolist() == [25, 100, 25, 100, 0]
+    assert evaluate.evaluate(constant, bank, queries, k=24).mean(1).tolist() == [25, 100, 25, 100, 0]
 
 
 def test_colour_alone_does_not_tell_the_scenes():
     """Below three times chance, 1 in 15: 14.7 %. Scenes whose category fixes the hue gave 64."""
     bank, queries = (evaluate.Objects(opened("scenes", None, split), 112, limit=limit)
                      for split, limit in (("train", 400), ("val", 200)))
-    assert evaluate.evaluate(evaluate.median_colours, bank, queries).points[0].mean() < 3 * 100 / 15
+    assert evaluate.evaluate(evaluate.median_colours, bank, queries)[0].mean() < 3 * 100 / 15
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -2052,21 +2052,9 @@ def test_objects_are_selected(monkeypatch):
     assert [len(images) for images, _ in evaluate.clean_batches(labelled.images, 64)] == [11]
 
 
-def test_the_neighbours_frames_are_right():
-    """All found by colour are of the query's category; where features are constant, right and wrong by their labels."""
-    objects = evaluate.Objects(painted(24), 64)
-    colours = {"white": (255, 255, 255), "green": (63, 207, 95), "red": (255, 77, 77)}
-    for model, expected in ((evaluate.median_colours, {"green"}), (constant, {"green", "red"})):
-        sheet = evaluate.neighbour_sheet(evaluate.evaluate(model, objects, objects, k=3), objects, objects, number=2)
-        tiles = np.asarray(sheet).reshape(4, 112, 9, 112, 3).transpose(0, 2, 1, 3, 4).reshape(36, 112, 112, 3)
-        seen = [[name for name, rgb in colours.items() if (tile == rgb).all(-1).sum() > 100] for tile in tiles]
-        assert seen[::9] == [["white"]] * 4
-        assert {name for n, (name,) in enumerate(seen) if n % 9} == expected
-
-
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("script, options, images", [
-    ("evaluate.py", dict(limit_images=12, size=64, k=5, objects=2, seed=1), ["neighbours"]),
+    ("evaluate.py", dict(limit_images=12, size=64, k=5, objects=2, seed=1), []),
     ("probes.py", dict(pairs=2, cut="mask", fill="mean", seed=1), ["plot", "picture"])])
 def test_a_command_prints_and_writes_what_it_measured(script, options, images, tmp_path, monkeypatch, capsys):
     """The tables have the JSON's numbers in its order, the JSON those of a call from Python; pictures are written."""
@@ -2097,7 +2085,7 @@ def test_a_command_prints_and_writes_what_it_measured(script, options, images, t
             (file["path"], f"{file['oknn_top1']:.1f}", f"{file['disturbed_top1']:.1f}") for file in content["files"]]
         bank = evaluate.Objects(opened("scenes", None, "train"), 64, 2, 12, 1)
         model, queries = evaluate.ObjectFeatures(network, "roi", 6), evaluate.Objects(val, 64, None, 12, 1)
-        expected = dict(zip(measures, evaluate.evaluate(model, bank, queries, 5).points.mean(1)))
+        expected = dict(zip(measures, evaluate.evaluate(model, bank, queries, 5).mean(1)))
         stored, asked = (some.labelled.labels[np.concatenate(some.selected)].tolist() for some in (bank, queries))
         commonest = max(range(15), key=stored.count)  # of equals the first
         assert content["settings"]["commonest"] == pytest.approx(100 * asked.count(commonest) / len(asked))
@@ -2270,7 +2258,7 @@ def test_voc_reads_both_years_and_keeps_train_and_val_apart(tmp_path):
     assert names == [[b"VOC2012/JPEGImages/a.jpg"], [b"VOC2012/JPEGImages/b.jpg"]]
 
 
-def test_openimages_boxes_are_pixels_of_their_image(tmp_path, capfd):
+def test_openimages_boxes_are_pixels_of_their_image(tmp_path):
     """Image 3 is turned by EXIF: its size is that of the picture that a viewer shows. A class has no name."""
     rows = [box_row(2, "/m/3"), box_row(1, "/m/1", group=1), box_row(2, "/m/1", (-0.1, 0, 0.5, 2)), box_row(3, "/m/1")]
     openimages(tmp_path, rows, images=(1, 2, 3))
@@ -2283,8 +2271,6 @@ def test_openimages_boxes_are_pixels_of_their_image(tmp_path, capfd):
     assert found.boxes.tolist() == [[10, 10, 30, 20], [10, 10, 30, 20], [0, 0, 20, 20], [5, 20, 15, 40]]
     assert found.labels.tolist() == [0, 2, 0, 0] and found.crowd.tolist() == [True, False, False, False]
     assert found.categories == ["Person", "Cattle", "/m/3"]
-    assert here("data.py", "stats", "--data", "openimages", "--root", tmp_path, "--split", "val") == 0
-    assert "here 3 1.33 1.33 2" in re.sub(" +", " ", capfd.readouterr().out)
 
 
 def test_openimages_mini_trains_on_its_list_and_is_evaluated_on_validation(tmp_path, capfd):
@@ -2736,7 +2722,6 @@ COCO_COLOUR = "evaluate.py --workers 0 --ckpt colour --data coco --k 1 --root"
 MISTAKES = [  # what it is, the command, what its one line says; in braces: see `mistaken`
     ("no data", "d3ssl.py --data coco --root {tmp}/nowhere", "nowhere.*does not exist.*--root"),
     ("augmentation", "d3ssl.py --augs prc,foo", "foo is none of prc"),
-    ("two jitters", "d3ssl.py --augs rbj,jitter", "both jitter"),
     ("baseline", "d3ssl.py --regions grid --augs prc", "--regions grid implies --augs none --no-dp"),
     ("moved boxes", "d3ssl.py --dp-boxes 5", "--dp-boxes 5: at most --boxes 4"),
     ("range", "d3ssl.py --prc-share 0.5", "--prc-share: 0.5 is not LOW,HIGH"),
@@ -2858,7 +2843,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
 def test_default_run_writes_what_it_says(default_run):
     out, printed = default_run()
     assert "images/s" in printed and "left" in printed and f"python evaluate.py --ckpt {out}/last.pt" in printed
-    assert "stopped at --max-steps 40 of 64" in printed and Image.open(out / "curves.png").size > (1000, 300)
+    assert "stopped at --max-steps 40 of 64" in printed
     state = torch.load(out / "backbone.pth", weights_only=True)
     saved = torch.load(out / "last.pt", weights_only=True)
     clean = saved["clean"]["student"]
