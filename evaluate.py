@@ -859,7 +859,7 @@ def fine_tune(args):
     out = Path(args.out or f"runs/{c.task}-{name}")
     lock = lock_folder(out) if is_main else None  # noqa: F841: held until the end
     if c.task == "coco":
-        mask_coder()  # that it is missing should not show after a day of training
+        mask_coder()  # that it is missing shows now
     train, val = open_splits(c.task, c.root, strict=True)
     masks = c.task == "coco" and train.mask is not None
     trained = Detection(train, ~train.crowd | (c.task == "voc"), masks, c.limit_images, c.seed)  # with VOC's difficult
@@ -874,7 +874,7 @@ def fine_tune(args):
     settings = {**asdict(c), "root": None, "ckpt": listing(weights), "masks": masks, "image_names": listing(names)}
     saved = load_checkpoint(out / "last.pt", settings, world_size)
     step = saved["step"] if saved else 0
-    if not saved:  # nor that an image cannot be read
+    if not saved:  # what cannot be read shows now, not after a day of training
         used = [(train, i) for i in trained.index] + [(val, i) for i in tested]
         progress = Progress("check", len(used))
         for n, (split, i) in enumerate(used[rank::world_size], 1):
