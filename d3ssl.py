@@ -562,7 +562,8 @@ def train(config):
         raise UserError("--cuda-graph needs a GPU: leave it out")
     agree(out, step=step, images=len(dataset), last_step=last_step, **settings)
     if step >= last_step:
-        print(f"{out}/last.pt has done {step:,} of {total_steps:,} steps; a longer schedule needs another --out")
+        print(f"{out}/last.pt has done {step:,} of {total_steps:,} steps; a longer schedule needs another --out, "
+              "the rest of this one a larger --max-steps or none")
         return 0
 
     # Model and optimiser.

@@ -87,6 +87,9 @@ def error_exit(main):
         code = main() or 0
     except (KeyboardInterrupt, UserError, RuntimeError, OSError, EOFError) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for what is killed here
+        for process in multiprocessing.active_children():  # the loaders', which torch would wait for
+            process.kill()
         if code == 130:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             message = "interrupted: run the same command again to resume"
@@ -104,9 +107,6 @@ def error_exit(main):
                        "the same command again, with fewer --workers if it happens again")
         else:
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for what is killed here
-        for process in multiprocessing.active_children():  # the loaders', which torch would wait for
-            process.kill()
         if (os.environ.get("RANK") or "0") != "0":  # every rank fails alike: let the first one speak
             time.sleep(2)
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)

@@ -1110,6 +1110,8 @@ def main():
         return fine_tune(args)
     if args.export:
         network, arch = load_one(args)
+        if Path(args.export).name == "last.pt":
+            raise UserError(f"--export {args.export} would replace a run's checkpoint: name another file")
         reader = export(network, args.export)
         return print(f"wrote {args.export}: {arch} of {args.ckpt[0]} for {reader}")
     rows = open_rows(args)
